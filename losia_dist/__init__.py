@@ -1,0 +1,32 @@
+"""LoSiA fine-tuning (arXiv 2507.04487) inside the engines people already run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from losia_dist.checkpoint.export import export_model
+from losia_dist.cli.arguments import add_config_arguments
+from losia_dist.conductor import LoSiA
+from losia_dist.config import LoSiAConfig
+from losia_dist.model import get_losia_model
+from losia_dist.optim.adamw import LoSiAAdamW
+from losia_dist.subnet.groups import losia_parameter_groups
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoSiA",
+    "LoSiAAdamW",
+    "LoSiAConfig",
+    "add_config_arguments",
+    "export_model",
+    "get_losia_model",
+    "initialize",
+    "losia_parameter_groups",
+]
+
+
+def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
+    """deepspeed.initialize for a LoSiA model: see `losia_dist.integrations.deepspeed.initialize`."""
+    from losia_dist.integrations.deepspeed import initialize as start_engine  # DeepSpeed is an optional dependency
+
+    return start_engine(**arguments)

@@ -1,0 +1,1 @@
+"""Getting a trained model out of a run."""

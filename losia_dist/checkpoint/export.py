@@ -1,0 +1,122 @@
+"""A plain Transformers directory from a live run: no trace of subnets, loadable without this library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from losia_dist.conductor import LoSiA
+from losia_dist.errors import ConfigError
+from losia_dist.sharding.interface import ParameterAccess
+from losia_dist.sharding.resolve import resolve_parameters
+
+_LOSIA_ENTRIES = ("subnet", "row_index", "col_index")
+
+
+def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None) -> Path:
+    """Write the trained model as a plain directory (safetensors, config). Called by all ranks; rank 0 writes.
+
+    The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. They are
+    gathered one parameter at a time; rank 0 holds the whole model in host memory while it writes.
+
+    Args:
+        checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed).
+        directory: made if missing; files of the same name are replaced only after all were written.
+        base_model: for exports from a checkpoint, which this version does not have; must be None.
+
+    Returns:
+        the directory.
+
+    Raises:
+        ConfigError: not a live run, or the directory cannot be written (on every rank).
+    """
+    if not isinstance(checkpoint_or_losia, LoSiA) or base_model is not None:
+        raise ConfigError("export_model needs the conductor of a live run (LoSiA, or engine.losia) in this version.")
+    losia = checkpoint_or_losia
+    losia.consolidate()
+    return save_whole_model(losia.model, directory, losia.parameters)
+
+
+def save_whole_model(model: nn.Module, directory: str | Path, access: ParameterAccess | None = None) -> Path:
+    """Write any model, sharded or not, as a plain directory. Called by all ranks; rank 0 writes."""
+    plain = _unwrap(model)
+    state = _gather(plain, access or resolve_parameters(plain))
+    directory, failure = Path(directory), None
+    if _rank() == 0:
+        try:
+            _write(plain, state, directory)
+        except OSError as error:
+            failure = f"the model could not be written to {directory}: {error}"
+    failure = _from_rank_0(failure)
+    if failure:
+        raise ConfigError(failure)
+    return directory
+
+
+@torch.no_grad()
+def _gather(model: nn.Module, access: ParameterAccess) -> dict[str, Tensor]:
+    """Every tensor of the state dict but LoSiA's own, on rank 0's CPU. Tied names share one tensor."""
+    wanted = set(model.state_dict(keep_vars=True))
+    entries = [
+        (name, tensor)
+        for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, tensor in source
+        if name in wanted and name.rsplit(".", 1)[-1] not in _LOSIA_ENTRIES
+    ]
+    gathered: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in entries:
+        if id(tensor) not in gathered:
+            whole = access.read_whole(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+            gathered[id(tensor)] = whole.cpu() if _rank() == 0 else torch.empty(0)
+        state[name] = gathered[id(tensor)]
+    return state
+
+
+def _write(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
+    beside = directory.with_name(f".{directory.name}.incomplete")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(beside, state_dict=state)
+        _drop_quantization_note(beside / "config.json")
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(beside / "model.safetensors"))
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in beside.iterdir():
+        os.replace(file, directory / file.name)
+    beside.rmdir()
+
+
+def _drop_quantization_note(path: Path) -> None:
+    """A model read from a quantized file is saved dequantized; its configuration must not claim otherwise."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("quantization_config", None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while isinstance(getattr(model, "module", None), nn.Module) and type(model).__name__ != "SubnetLinear":
+        model = model.module  # DDP, DeepSpeedEngine
+    return model
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _from_rank_0(message: str | None) -> str | None:
+    """What rank 0 says, on every rank, so that all of them stop together."""
+    if dist.is_available() and dist.is_initialized():
+        box = [message]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return message

@@ -1,0 +1,1 @@
+"""The command line: `losia-dist` and what training scripts share with it."""

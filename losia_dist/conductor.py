@@ -1,0 +1,192 @@
+"""`LoSiA`, the conductor: after every optimizer step it moves the slot clock, and at a slot's end the subnets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from losia_dist.config import LoSiAConfig
+from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.guard import EngagementCheck, check_finite, check_same_on_all_ranks, check_same_subnets
+from losia_dist.localization.accumulator import ImportanceAccumulator
+from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.selection import select_greedy
+from losia_dist.localization.slots import SlotClock
+from losia_dist.optim.rewarming import Rewarming
+from losia_dist.sharding.resolve import resolve_parameters, resolve_state
+from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.linear import SubnetLinear
+
+
+class LoSiA:
+    """Drives localization for a converted model and its optimizer, whatever engine holds them.
+
+    Made on every rank, after the engine has wrapped the model (DDP, DeepSpeed) and before the first step. In a plain loop
+    call `step()` after `optimizer.step()`; engines that `losia_dist.initialize` returns do it themselves.
+
+    Args:
+        model: a model that `get_losia_model` converted, wrapped or not.
+        optimizer: built from `losia_parameter_groups(model, ...)`; a DeepSpeed wrapper is fine.
+        config: the configuration the model was converted with.
+        process_group: ranks that see different data; None: all ranks, if torch.distributed is initialized.
+
+    Raises:
+        ConfigError: the model has no subnets, the optimizer does not hold them by decoder layer, or ranks differ.
+        UnsupportedError: an engine or a dtype that the support matrix refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: LoSiAConfig,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.config = model, config
+        self.layers = subnet_layers(model)
+        if not self.layers:
+            raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
+        _refuse_fp16(self.layers)
+        group = _own_group(process_group)
+        check_same_on_all_ranks("the LoSiA configuration", config.to_dict(), group)
+        check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
+        self.collectives = RowCollectives(group)
+        self.parameters = resolve_parameters(model)
+        self.state = resolve_state(model, optimizer)
+        create_state = getattr(self.state.optimizer, "create_state", None)
+        if create_state is not None:
+            create_state()
+        for layer in self.layers:
+            layer.weight_is_resident = self.parameters.weight_is_resident
+        self.clock = SlotClock(
+            group_names(self.layers), config.period, config.layers_per_slot, config.effective_rewarm_steps
+        )
+        self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
+        check_same_subnets(self.layers, self.collectives)
+        self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
+        self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
+        self._open_slot()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return self.clock.step
+
+    @property
+    def localizing(self) -> list[str]:
+        """Names of the groups that accumulate importance in the step in progress."""
+        return self.clock.localizing
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate that each group was really stepped with last, rewarming included."""
+        return {name: self.rewarming.applied.get(name, 0.0) for name in self.clock.names}
+
+    def step(self) -> bool:
+        """Call on every rank after each `optimizer.step()`. Does nothing if the optimizer has not stepped since.
+
+        Returns:
+            whether subnets were re-localized.
+
+        Raises:
+            EngagementError: after the first step, if a subnet does not train.
+            DivergenceError: at a slot's end, if ranks disagree or importance is not finite.
+        """
+        if not self.rewarming.stepped:
+            return False  # an accumulation step under a wrapper that holds the optimizer back
+        self.rewarming.stepped = False
+        if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
+            self._engagement = None
+        for accumulator in self._accumulators.values():
+            accumulator.end_step()
+        relocalized = self.clock.localizing if self.clock.in_last_step else []
+        for name in relocalized:
+            self._relocalize([layer for layer in self.layers if layer.group_name == name])
+        self.clock.advance(relocalized)
+        if relocalized:
+            self._open_slot()
+        return bool(relocalized)
+
+    def discard_step(self) -> None:
+        """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
+        for accumulator in self._accumulators.values():
+            accumulator.discard_step()
+
+    def consolidate(self) -> None:
+        """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving."""
+        for layer in self.layers:
+            self._write_back(layer)
+
+    def detach(self) -> None:
+        """Take the conductor off the model and the optimizer; the subnets' values stay where they are."""
+        self.rewarming.remove()
+        for layer in self.layers:
+            layer.gradient_sink = layer.gradient_witness = None
+        self._accumulators = {}
+
+    def _open_slot(self) -> None:
+        """Let the groups of the slot in progress accumulate, and no other."""
+        localizing = set(self.clock.localizing)
+        self._accumulators = {}
+        for layer in self.layers:
+            layer.gradient_sink = None
+            if layer.group_name in localizing:
+                self._accumulators[layer] = layer.gradient_sink = ImportanceAccumulator(
+                    self._shape(layer),
+                    device=layer.row_index.device,
+                    collectives=self.collectives,
+                    importance=self.config.importance,
+                    betas=self.config.importance_betas,
+                    weight_is_resident=self.parameters.weight_is_resident,
+                )
+
+    @torch.no_grad()
+    def _relocalize(self, layers: list[SubnetLinear]) -> None:
+        """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
+        choices: list[tuple[Tensor, Tensor]] = []
+        objectives: list[Tensor] = []
+        for layer in layers:
+            kept = (layer.row_index.numel(), layer.col_index.numel())
+            # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
+            rows, columns, objective = select_greedy(
+                self._accumulators.pop(layer).score(), self._shape(layer), kept, self.collectives
+            )
+            choices.append((rows, columns))
+            objectives.append(objective)
+        check_finite(objectives, layers)
+        for layer, (rows, columns) in zip(layers, choices, strict=True):
+            self._write_back(layer)
+            layer.row_index.copy_(rows)
+            layer.col_index.copy_(columns)
+            values = self.parameters.read_block(layer.weight, rows, columns)
+            self.parameters.write_whole(layer.subnet, values)
+            self.state.write_master(layer.subnet, values.to(torch.float32))
+        check_same_subnets(layers, self.collectives)
+        self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+
+    def _write_back(self, layer: SubnetLinear) -> None:
+        values = self.parameters.read_whole(layer.subnet)
+        self.parameters.write_block(layer.weight, layer.row_index, layer.col_index, values)
+
+    def _shape(self, layer: SubnetLinear) -> tuple[int, int]:
+        rows, columns = self.parameters.shape(layer.weight)
+        return rows, columns
+
+
+def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A process group of LoSiA's own over the given ranks, so that its transfers never wait in the engine's queue."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    return dist.new_group(ranks) if len(ranks) > 1 else None
+
+
+def _refuse_fp16(layers: list[SubnetLinear]) -> None:
+    for layer in layers:
+        if torch.float16 in (layer.subnet.dtype, layer.weight.dtype):
+            raise UnsupportedError(
+                f"{layer.name} is in fp16: the gradient scale would enter the importance. Load the model in bf16 or fp32."
+            )

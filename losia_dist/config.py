@@ -1,0 +1,185 @@
+"""What users set: `LoSiAConfig`, a dataclass in the habits of PEFT's configurations."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from losia_dist.errors import ConfigError
+
+CONFIG_NAME = "losia_config.json"
+IMPORTANCES = ("param_mix", "first_order", "second_order")
+
+# Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
+_AVAILABLE = {"selection": ("greedy",), "init": ("random",), "localization": ("reduced",), "importance": IMPORTANCES}
+
+
+@dataclass
+class LoSiAConfig:
+    """Settings of LoSiA (Wang, Qi, Xu: arXiv 2507.04487). Same on every rank; checked before training starts.
+
+    Args:
+        rank_factor: share p of a target layer's rows and of its columns that train, in (0, 1]; a pair (rows, columns)
+            sets the two apart. Default 1/8 (paper, section 4.1): 1/64 of each weight. A factor of 1 takes all.
+        output_rank_factor: share p_o of the output layer's rows (all of its columns) that train, in (0, 1]. None, the
+            default, leaves the output layer frozen. Paper: 1/8 for instruction tuning.
+        period: T, optimizer steps in a time slot (one slot re-localizes `layers_per_slot` groups). At least 1.
+            Default 100; paper: 50 to 150.
+        target_modules: which linear layers get a subnet: "all-linear" (all but the output layer), a list of names that
+            match a module's full name or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
+        modules_to_save: further modules trained in full, by name as above ("norm", "embed_tokens"). None: none.
+        train_norms: train every normalization layer in full.
+        train_embeddings: train the input embedding in full.
+        importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
+            "first_order" |wg|, "second_order" (wg)^2.
+        importance_betas: (b1, b2) of the averages of I and of its deviation, each in [0, 1). Paper: 0.85, 0.85.
+        selection: "greedy", the best of the paper's candidates (algorithm 1).
+        layers_per_slot: groups (decoder layers) that localize in one slot. At least 1.
+        init: first subnets: "random" (seeded, the paper's).
+        rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
+        reset_bias_correction: restart Adam's bias correction with the moments (correct, default); False keeps the old
+            step count, as the authors' code does.
+        localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
+        seed: of the random first subnets. They depend on the seed and the layer's name alone.
+    """
+
+    rank_factor: float | tuple[float, float] = 0.125
+    output_rank_factor: float | None = None
+    period: int = 100
+    target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+    train_norms: bool = False
+    train_embeddings: bool = False
+    importance: str = "param_mix"
+    importance_betas: tuple[float, float] = (0.85, 0.85)
+    selection: str = "greedy"
+    layers_per_slot: int = 1
+    init: str = "random"
+    rewarm_steps: int | None = None
+    reset_bias_correction: bool = True
+    localization: str = "reduced"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank_factor, list | tuple):
+            if len(self.rank_factor) != 2:
+                raise ConfigError(
+                    f"rank_factor={self.rank_factor!r}: give one number, or a pair (rows, columns) such as (0.25, 0.0625)."
+                )
+            self.rank_factor = (self.rank_factor[0], self.rank_factor[1])
+            for part, factor in zip(("rows", "columns"), self.rank_factor, strict=True):
+                _check_share(f"rank_factor ({part})", factor)
+        else:
+            _check_share("rank_factor", self.rank_factor)
+        if self.output_rank_factor is not None:
+            _check_share("output_rank_factor", self.output_rank_factor)
+        _check_count("period", self.period, minimum=1)
+        _check_count("layers_per_slot", self.layers_per_slot, minimum=1)
+        if self.rewarm_steps is not None:
+            _check_count("rewarm_steps", self.rewarm_steps, minimum=0)
+        _check_count("seed", self.seed, minimum=0)
+        self._check_targets()
+        betas = self.importance_betas
+        if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+            raise ConfigError(f"importance_betas={betas!r}: two numbers in [0, 1) are needed, for example (0.85, 0.85).")
+        self.importance_betas = (float(betas[0]), float(betas[1]))
+        for name, available in _AVAILABLE.items():
+            value = getattr(self, name)
+            if value not in available:
+                raise ConfigError(
+                    f"{name}={value!r} is not available in this version; available: {', '.join(map(repr, available))}."
+                )
+        for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        if isinstance(targets, tuple | set):
+            targets = self.target_modules = sorted(targets)
+        names_ok = isinstance(targets, list) and targets and all(isinstance(t, str) and t for t in targets)
+        if not names_ok and not (isinstance(targets, str) and targets):
+            raise ConfigError(
+                f"target_modules={targets!r}: give 'all-linear', a non-empty list of module names, or a regular expression."
+            )
+        saved = self.modules_to_save
+        if isinstance(saved, str) or (saved is not None and not all(isinstance(s, str) for s in saved)):
+            raise ConfigError(f"modules_to_save={saved!r}: give a list of module names, for example ['norm'], or null.")
+        if saved is not None:
+            self.modules_to_save = list(saved)
+
+    @property
+    def row_factor(self) -> float:
+        """Share of the rows (output neurons) of a target layer that train."""
+        return self.rank_factor[0] if isinstance(self.rank_factor, tuple) else self.rank_factor
+
+    @property
+    def column_factor(self) -> float:
+        """Share of the columns (input neurons) of a target layer that train."""
+        return self.rank_factor[1] if isinstance(self.rank_factor, tuple) else self.rank_factor
+
+    @property
+    def effective_rewarm_steps(self) -> int:
+        """Rewarming length in optimizer steps, with None resolved to the period; 0 is off."""
+        return self.period if self.rewarm_steps is None else self.rewarm_steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only (JSON, YAML); `LoSiAConfig.from_dict` takes it back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
+        """Build from plain values; an unknown name is an error that gives the nearest known ones."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+                hint = f" Did you mean {' or '.join(nearest)}?" if nearest else f" Known: {', '.join(known)}."
+                raise ConfigError(f"{source}: unknown option {name!r}.{hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> LoSiAConfig:
+        """Read a YAML or JSON file that holds the fields above and nothing else."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        except OSError as error:
+            raise ConfigError(f"LoSiA configuration {path} cannot be read: {error.strerror}. Check --losia_config.") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"LoSiA configuration {path} is not valid YAML or JSON: {error}") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"LoSiA configuration {path} must hold 'name: value' lines, not {type(values).__name__}.")
+        return cls.from_dict(values, source=str(path))
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `losia_config.json` into the directory (made if missing)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> LoSiAConfig:
+        """Read what `save_pretrained` wrote."""
+        return cls.from_file(Path(directory) / CONFIG_NAME)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_share(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ConfigError(f"{name}={value!r}: a share in (0, 1] is needed; 0.125 (one eighth) is the paper's.")
+
+
+def _check_count(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigError(f"{name}={value!r}: a whole number of at least {minimum} is needed.")

@@ -1,0 +1,178 @@
+"""`build_dataset`: records to a tokenized data set of bounded length, with a report of what was cut and dropped."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from losia_dist.data.encoding import Encoded, encode
+from losia_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from losia_dist.data.packing import PackedDataset
+    from losia_dist.data.records import Records
+
+IGNORED = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss and Transformers
+OVERLONG = ("truncate", "drop", "error")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a data set holds and what became of the records that do not fit.
+
+    examples: records that are kept. tokens: theirs, padding not counted. answer_tokens: tokens that carry loss.
+    truncated: kept records that were cut to `max_length`. dropped_overlong: records dropped for their length.
+    dropped_unanswered: records in which no token that carries loss was left.
+    rows, row_tokens: rows of a packed data set and all their tokens with padding; 0 when it is not packed.
+    """
+
+    examples: int
+    tokens: int
+    answer_tokens: int
+    truncated: int = 0
+    dropped_overlong: int = 0
+    dropped_unanswered: int = 0
+    rows: int = 0
+    row_tokens: int = 0
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.examples:,} examples, {self.tokens:,} tokens, {self.answer_tokens:,} of them learned; "
+            f"{self.truncated:,} truncated, {self.dropped_overlong:,} dropped as too long, "
+            f"{self.dropped_unanswered:,} dropped without an answer"
+        )
+        if self.rows:
+            text += f"; packed into {self.rows:,} rows, {self.tokens / self.row_tokens:.1%} full"
+        return text
+
+
+class TokenizedDataset(Dataset[dict[str, Tensor]]):
+    """Examples of any length up to `max_length`: `input_ids` and `labels`, int64 [length] each.
+
+    `labels` is -100 where no loss is wanted, always at position 0. A token takes 5 bytes of memory: an int32 id and a
+    flag.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self._ids = array("i")
+        self._learned = bytearray()
+        self._ends = array("q", [0])
+        self._truncated = self._dropped_overlong = self._dropped_unanswered = 0
+
+    def append(self, encoded: Encoded) -> None:
+        """Add one example, which must not be longer than `max_length`."""
+        self._ids.extend(encoded.ids)
+        self._learned.extend(encoded.learned)
+        self._ends.append(len(self._ids))
+
+    def add(self, encoded: Encoded, overlong: str) -> None:
+        """Add one record, dealing with its length. Raises: DataError when it is too long and `overlong` is "error"."""
+        length = len(encoded.ids)
+        if length > self.max_length:
+            if overlong == "error":
+                raise DataError(
+                    f"the record has {length} tokens, more than max_length={self.max_length}. Raise max_length, "
+                    "shorten the record, or set overlong to 'truncate' or 'drop'."
+                )
+            if overlong == "drop":
+                self._dropped_overlong += 1
+                return
+            encoded = Encoded(encoded.ids[: self.max_length], encoded.learned[: self.max_length])
+        if not any(encoded.learned):
+            self._dropped_unanswered += 1
+            return
+        self._truncated += length > self.max_length
+        self.append(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start, end = self._span(index)
+        ids = torch.frombuffer(self._ids, dtype=torch.int32, count=end - start, offset=start * self._ids.itemsize)
+        learned = torch.frombuffer(self._learned, dtype=torch.bool, count=end - start, offset=start)
+        input_ids = ids.to(torch.int64)  # a copy: a view would forbid adding examples
+        return {"input_ids": input_ids, "labels": input_ids.masked_fill(~learned, IGNORED)}
+
+    def length(self, index: int) -> int:
+        """Tokens of example `index`."""
+        start, end = self._span(index)
+        return end - start
+
+    def report(self) -> Report:
+        return Report(
+            examples=len(self),
+            tokens=len(self._ids),
+            answer_tokens=sum(self._learned),
+            truncated=self._truncated,
+            dropped_overlong=self._dropped_overlong,
+            dropped_unanswered=self._dropped_unanswered,
+        )
+
+    def _span(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        return self._ends[index], self._ends[index + 1]
+
+
+def build_dataset(
+    records: Records,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    context_length: int | None = None,
+    overlong: str = "truncate",
+    packing: bool = False,
+) -> TokenizedDataset | PackedDataset:
+    """Tokenize `records`. Every rank calls it; the result depends on nothing but the arguments.
+
+    Loss is on answers only (on all tokens of a text), the end of the turn or eos included; see `encoding`.
+
+    max_length: tokens per example, or per row when packed.
+    context_length: the model's longest sequence in tokens (`model.config.max_position_embeddings`), if it has one.
+    overlong: what to do with a longer record: "truncate" keeps the first `max_length` tokens (it then has no end of
+        turn to learn, and it is dropped if no answer is left), "drop" drops it, "error" raises.
+    packing: put several records into each row of exactly `max_length` tokens; see the module `packing`, also for what
+        the model needs.
+
+    Raises: DataError when `max_length` is above `context_length`, the tokenizer cannot serve the records, a record is
+    too long and `overlong` is "error", or no example is left; ConfigError for a setting that cannot work.
+    """
+    if overlong not in OVERLONG:
+        raise ConfigError(f"overlong={overlong!r} is unknown. Give one of {', '.join(map(repr, OVERLONG))}.")
+    if max_length < 2:
+        raise ConfigError(f"max_length={max_length}: give at least 2 tokens, one to read and one to predict.")
+    if context_length is not None and max_length > context_length:
+        raise DataError(
+            f"max_length={max_length} is above the model's context of {context_length} tokens "
+            f"(max_position_embeddings). Set max_length to {context_length} or less."
+        )
+    dataset = TokenizedDataset(max_length)
+    for index, encoded in enumerate(encode(records, tokenizer)):
+        try:
+            dataset.add(encoded, overlong)
+        except DataError as error:
+            raise DataError(f"{records.place(index)}: {error}") from None
+    if len(dataset) == 0:
+        report = dataset.report()
+        raise DataError(
+            f"{records.raw.name}: no example is left of {len(records)} records at max_length={max_length}: "
+            f"{report.dropped_overlong} were too long and dropped, {report.dropped_unanswered} had no answer token. "
+            "Raise max_length, or shorten the prompts."
+        )
+    if packing:
+        from losia_dist.data.packing import PackedDataset
+
+        return PackedDataset(dataset, max_length, _pad_id(tokenizer))
+    return dataset
+
+
+def _pad_id(tokenizer: Any) -> int:
+    # Any token would do: padding is told by position, never by its id.
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

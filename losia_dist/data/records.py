@@ -1,0 +1,96 @@
+"""`Records`: a data set's records in one form, each knowing where it came from; and the split for validation."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from losia_dist.data.forms import canonical, check_form, detect_form
+from losia_dist.data.sources import RawRecords, read_source
+from losia_dist.errors import ConfigError, DataError
+
+
+class Records(Sequence[dict[str, Any]]):
+    """A read-only sequence of canonical records (see `forms`), all of the form `self.form`.
+
+    Records are brought into shape when they are read, so that an Arrow data set stays on disk.
+    """
+
+    def __init__(self, raw: RawRecords, form: str, indices: Sequence[int] | None = None) -> None:
+        self.raw = raw
+        self.form = form
+        self._indices: Sequence[int] = range(len(raw.rows)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
+        source_index = self._indices[index]
+        return canonical(self.raw.rows[source_index], self.form, _place(self.raw, source_index))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def place(self, index: int) -> str:
+        """Where record `index` came from, for messages: "train.jsonl, line 7" or "name:split, record 6"."""
+        return _place(self.raw, self._indices[index])
+
+    def select(self, indices: Sequence[int]) -> Records:
+        """The records at `indices`, in that order; nothing is copied."""
+        return Records(self.raw, self.form, [self._indices[index] for index in indices])
+
+
+def load_records(source: str | os.PathLike[str], form: str | None = None) -> Records:
+    """Read a data set and check every record. Every rank calls it; all read the same and raise the same.
+
+    source: a `.jsonl` or `.json` file, a directory of `datasets.save_to_disk`, or a hub name, "name:split".
+    form: "instruction", "chat" or "text"; None takes the form of the first record. All records must have it.
+
+    Raises: DataError, naming the file and the line (or the record), for anything that cannot be used;
+    ConfigError for an unknown form.
+    """
+    if form is not None:
+        check_form(form)
+    raw = read_source(source)
+    if form is None:
+        form = detect_form(raw.rows[0], _place(raw, 0))
+    records = Records(raw, form)
+    for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
+        pass
+    return records
+
+
+def train_validation_split(records: Records, validation_size: int | float, seed: int = 0) -> tuple[Records, Records]:
+    """Divide `records` at random into (training, validation). It depends on the number of records and `seed` only.
+
+    validation_size: a number of records (int), or a share of them between 0 and 1 (float). Both parts keep the
+    order of the source.
+
+    Raises: ConfigError for a size that is neither; DataError when a part would be empty.
+    """
+    share = isinstance(validation_size, float) and 0 < validation_size < 1
+    count = isinstance(validation_size, int) and not isinstance(validation_size, bool) and validation_size >= 1
+    if not share and not count:
+        raise ConfigError(
+            f"validation_size={validation_size!r}: give a number of records (int, at least 1) or a share "
+            "(float between 0 and 1)."
+        )
+    size = max(1, round(len(records) * validation_size)) if share else int(validation_size)
+    if size >= len(records):
+        raise DataError(
+            f"{records.raw.name}: {size} of {len(records)} records for validation leave none for training. "
+            "Lower validation_size or give more records."
+        )
+    chosen = set(random.Random(seed).sample(range(len(records)), size))
+    return (
+        records.select([index for index in range(len(records)) if index not in chosen]),
+        records.select(sorted(chosen)),
+    )
+
+
+def _place(raw: RawRecords, index: int) -> str:
+    return f"{raw.name}, line {raw.lines[index]}" if raw.lines is not None else f"{raw.name}, record {index}"

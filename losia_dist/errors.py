@@ -1,0 +1,25 @@
+"""Every error the package raises on purpose; each message names the value, the rule and the fix."""
+
+
+class LoSiAError(Exception):
+    """Base class: `except LoSiAError` catches everything this package refuses."""
+
+
+class ConfigError(LoSiAError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class UnsupportedError(ConfigError):
+    """A combination of engine features that the support matrix lists as refused."""
+
+
+class DataError(LoSiAError, ValueError):
+    """Training data that is missing, malformed, empty or too long."""
+
+
+class EngagementError(LoSiAError, RuntimeError):
+    """A subnet that does not train: no gradient reached it, or its values never changed."""
+
+
+class DivergenceError(LoSiAError, RuntimeError):
+    """Ranks that disagree, or values that are no longer finite."""

@@ -1,0 +1,83 @@
+"""The importance of one layer while its group localizes, kept for this rank's block of rows only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losia_dist.localization.collectives import PendingRows, RowCollectives
+from losia_dist.localization.importance import importance_, update_averages_
+
+
+class ImportanceAccumulator:
+    """Receives the full gradient of every micro-batch in backward, and turns the sum into importance once a step.
+
+    State on each rank: three fp32 blocks [ceil(m / world size), n] (gradient sum, Ibar, Ubar), for the length of one slot.
+
+    Args:
+        shape: (m, n) of the whole weight.
+        collectives: over all ranks that see different data.
+        weight_is_resident: the weight stays as it is until the importance is taken; otherwise the row block is copied in
+            backward, while it is there.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        device: torch.device,
+        collectives: RowCollectives,
+        importance: str,
+        betas: tuple[float, float],
+        weight_is_resident: bool,
+    ) -> None:
+        self.shape, self.collectives, self.kind, self.betas = shape, collectives, importance, betas
+        self.weight_is_resident = weight_is_resident
+        self.start, self.stop = collectives.rows_of(shape[0])
+        block = (self.stop - self.start, shape[1])
+        self.mean = torch.zeros(block, dtype=torch.float32, device=device)
+        self.deviation = torch.zeros_like(self.mean)
+        self.gradient = torch.zeros_like(self.mean)
+        self.weight_rows: Tensor | None = None
+        self.pending: PendingRows | None = None
+
+    @torch.no_grad()
+    def __call__(self, gradient: Tensor, weight: Tensor) -> None:
+        """Called in backward with the full gradient [m, n] of one micro-batch; returns while the transfer runs.
+
+        One transfer of a layer is under way at a time: the next one first waits for the one before it.
+        """
+        self._drain()
+        self.pending = self.collectives.reduce_scatter_rows(gradient)
+        rows = weight.detach()[self.start : self.stop]
+        self.weight_rows = rows if self.weight_is_resident else rows.clone()
+        if self.collectives.world_size == 1:
+            self._drain()  # nothing to overlap with; do not keep the whole gradient
+
+    def end_step(self) -> None:
+        """Fold this optimizer step's gradient into the averages. The gradient has not been clipped."""
+        if self.weight_rows is None:
+            return
+        self._drain()
+        update_averages_(
+            self.mean, self.deviation, importance_(self.gradient, self.weight_rows, self.kind), self.betas
+        )
+        self._forget()
+
+    def discard_step(self) -> None:
+        """Forget the gradient of a step that the engine skipped."""
+        self._drain()
+        self._forget()
+
+    def score(self) -> Tensor:
+        """s = Ibar * Ubar for this rank's rows, fp32 [<= b, n]; uses up the averages."""
+        return self.mean.mul_(self.deviation)
+
+    def _drain(self) -> None:
+        if self.pending is not None:
+            self.gradient.add_(self.pending.wait())
+            self.pending = None
+
+    def _forget(self) -> None:
+        self.gradient.zero_()
+        self.weight_rows = None

@@ -1,0 +1,96 @@
+"""All communication of localization, in one place. Every rank issues the same calls in the same order.
+
+Dimensions: m rows and n columns of a weight, b = ceil(m / world size) rows of a block. With one rank nothing is sent and
+the same code is the dense case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from losia_dist.formulas import row_block
+
+
+@dataclass
+class PendingRows:
+    """A reduce-scatter on its way; `wait` gives this rank's rows, averaged over the ranks."""
+
+    block: Tensor
+    rows: int
+    world_size: int
+    work: Any = None
+    source: Tensor | None = None  # kept alive until the transfer is over
+
+    def wait(self) -> Tensor:
+        """This rank's real rows [<= b, n], in the gradient's dtype."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.source = None
+            self.block.div_(self.world_size)
+        return self.block[: self.rows]
+
+
+class RowCollectives:
+    """Reductions of row-sharded matrices over a process group of its own, so that they can run beside the engine's.
+
+    Args:
+        group: process group, passed in and never looked up; None: this process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def rows_of(self, size: int) -> tuple[int, int]:
+        """Rows [start, stop) of an m-row matrix that this rank keeps."""
+        return row_block(size, self.rank, self.world_size)
+
+    def reduce_scatter_rows(self, matrix: Tensor) -> PendingRows:
+        """Start averaging a whole [m, n] matrix over the ranks; each receives its block of rows. Asynchronous."""
+        start, stop = self.rows_of(matrix.shape[0])
+        if self.world_size == 1:
+            return PendingRows(matrix, stop - start, 1)
+        block = -(-matrix.shape[0] // self.world_size)
+        padded = block * self.world_size
+        if padded != matrix.shape[0]:
+            matrix = torch.cat([matrix, matrix.new_zeros(padded - matrix.shape[0], matrix.shape[1])])
+        received = matrix.new_empty(block, matrix.shape[1])
+        work = dist.reduce_scatter_tensor(received, matrix.contiguous(), group=self.group, async_op=True)
+        return PendingRows(received, stop - start, self.world_size, work, matrix)
+
+    def gather_rows(self, values: Tensor, size: int) -> Tensor:
+        """One number per row of this rank's block -> one per row of the whole matrix: m numbers sent in all."""
+        if self.world_size == 1:
+            return values
+        block = -(-size // self.world_size)
+        mine = values.new_zeros(block)
+        mine[: values.numel()] = values
+        whole = values.new_empty(block * self.world_size)
+        dist.all_gather_into_tensor(whole, mine, group=self.group)
+        return whole[:size]
+
+    def sum_columns(self, values: Tensor) -> Tensor:
+        """Column sums of this rank's block -> column sums of the whole matrix: n numbers."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def stack(self, values: Tensor) -> Tensor:
+        """A vector [k] per rank -> [world size, k], the same on every rank."""
+        if self.world_size == 1:
+            return values.unsqueeze(0)
+        whole = values.new_empty(self.world_size * values.numel())
+        dist.all_gather_into_tensor(whole, values.contiguous(), group=self.group)
+        return whole.view(self.world_size, -1)

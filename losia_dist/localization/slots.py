@@ -1,0 +1,43 @@
+"""Time slots: which groups localize at an optimizer step, and how far each one's learning rate has rewarmed."""
+
+from __future__ import annotations
+
+from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot_of
+
+
+class SlotClock:
+    """Counts optimizer steps; knows nothing of models or ranks.
+
+    Args:
+        names: groups in localization order.
+        period: steps per slot.
+        per_slot: groups that localize in one slot.
+        rewarm_steps: steps of a group's ramp after re-localization; 0: none.
+    """
+
+    def __init__(self, names: list[str], period: int, per_slot: int, rewarm_steps: int) -> None:
+        self.names, self.period, self.per_slot, self.rewarm_steps = names, period, per_slot, rewarm_steps
+        self.step = 0  # optimizer steps done; also the index of the step in progress
+        self.relocalized_at: dict[str, int] = {}  # group -> index of its first step on the new subnet
+
+    @property
+    def localizing(self) -> list[str]:
+        """Groups that accumulate importance during the step in progress."""
+        slot = slot_of(self.step, self.period)
+        return [self.names[index] for index in localizing_groups(slot, len(self.names), self.per_slot)]
+
+    @property
+    def in_last_step(self) -> bool:
+        """Whether the step in progress is the last of its slot."""
+        return ends_slot(self.step, self.period)
+
+    def advance(self, relocalized: list[str]) -> None:
+        """The step in progress is done; the groups named begin a ramp with the next one."""
+        self.step += 1
+        for name in relocalized:
+            self.relocalized_at[name] = self.step
+
+    def scale(self, name: str | None) -> float:
+        """Learning rate factor of a group in the step in progress; 1 for parameters outside the subnets (None)."""
+        since = self.relocalized_at.get(name) if name is not None else None
+        return rewarm_scale(None if since is None else self.step - since, self.rewarm_steps)

@@ -1,0 +1,1 @@
+"""The optimizer over subnet slices, and the learning rate ramp after re-localization."""

@@ -1,0 +1,72 @@
+"""What re-localization, saving and export need from an engine: two small interfaces, composed and not inherited.
+
+Every method is called on all ranks, with the same arguments, in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class ParameterAccess(Protocol):
+    """Reads and writes parts of parameters wherever the engine keeps them."""
+
+    weight_is_resident: bool  # a weight stays whole in memory between forward and backward, and between steps
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        ...
+
+    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """weight[rows][:, columns], [r, c] in the weight's dtype, on every rank."""
+        ...
+
+    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        """weight[rows][:, columns] = values; each rank writes what it keeps."""
+        ...
+
+    def read_whole(self, parameter: Tensor) -> Tensor:
+        """A whole parameter, in its dtype, on every rank. For subnets, and one at a time for export."""
+        ...
+
+    def write_whole(self, parameter: Tensor, values: Tensor) -> None:
+        """Replace a whole parameter (a subnet) in the engine's model copy; masters are `StateAccess`'s."""
+        ...
+
+
+class StateAccess(Protocol):
+    """Reads and writes the optimizer's side of the subnets."""
+
+    optimizer: Optimizer  # the one that holds the state and whose step the engine calls
+
+    def write_master(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Set the values that the optimizer updates; `values` has the parameter's whole shape."""
+        ...
+
+    def master_fragment(self, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's part of the values the optimizer updates (a view, flat or not), or None if it keeps none."""
+        ...
+
+    def clear(self, group_name: str, restart_bias_correction: bool) -> None:
+        """Zero the moments of a group; with `restart_bias_correction` its step counts too."""
+        ...
+
+    def state_tensors(self) -> list[Tensor]:
+        """Every floating-point tensor of optimizer state, and every master copy, that this rank holds."""
+        ...
+
+
+def clear_state(optimizer: Optimizer, holders: list[Any], restart_bias_correction: bool) -> None:
+    """Zero the moments that an Adam-like optimizer keeps for these tensors; master values stay."""
+    for holder in holders:
+        for key, value in optimizer.state.get(holder, {}).items():
+            if key == "master":
+                continue
+            if key == "step":
+                if restart_bias_correction:
+                    optimizer.state[holder][key] = value.zero_() if isinstance(value, Tensor) else 0
+            elif isinstance(value, Tensor):
+                value.zero_()

@@ -1,0 +1,88 @@
+"""One look at the model and the optimizer picks the pair of access objects."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.sharding.interface import ParameterAccess, StateAccess
+from losia_dist.sharding.torch_state import TorchState
+from losia_dist.sharding.whole import WholeParameters
+from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.groups import GROUP_KEY
+
+
+def resolve_parameters(model: nn.Module) -> ParameterAccess:
+    """Access to the weights of a model, whole or partitioned by ZeRO-3.
+
+    Raises:
+        UnsupportedError: the model is sharded in a way that this version cannot reach.
+    """
+    parameters = list(model.parameters())
+    if any(hasattr(p, "ds_id") for p in parameters):
+        from losia_dist.sharding.zero3 import Zero3Parameters
+
+        return Zero3Parameters()
+    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
+        raise UnsupportedError("the model is sharded by FSDP2 or a tensor-parallel plan, which this version does not support.")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise UnsupportedError(
+            "the model is wrapped by FSDP1, whose flat parameters need one dtype and reduce full-size gradients; use ZeRO."
+        )
+    return WholeParameters()
+
+
+def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
+    """Access to the state of the optimizer that trains the model's subnets.
+
+    Raises:
+        ConfigError: the optimizer does not hold the subnets, or not in one group per decoder layer.
+        UnsupportedError: a wrapper that this version cannot reach into.
+    """
+    kind = type(optimizer).__name__
+    if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
+        state = _deepspeed_state(optimizer, kind)
+    elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper
+        return resolve_state(model, optimizer.optimizer)
+    elif isinstance(optimizer, Optimizer):
+        state = TorchState(optimizer)
+    else:
+        raise UnsupportedError(f"{kind} is not an optimizer that LoSiA can reach into; pass a torch.optim.Optimizer.")
+    _check_groups(model, state.optimizer, own_parameters=isinstance(state, TorchState) and state.optimizer is optimizer)
+    return state
+
+
+def _deepspeed_state(optimizer: Any, kind: str) -> StateAccess:
+    from losia_dist.sharding.zero_state import Zero3State, ZeroState
+
+    if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        return ZeroState(optimizer)
+    if kind == "DeepSpeedZeroOptimizer_Stage3":
+        return Zero3State(optimizer)
+    if kind == "FP16_UnfusedOptimizer":  # stage 0 in bf16
+        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+        return TorchState(optimizer.optimizer, masters=dict(pairs))
+    raise UnsupportedError(f"DeepSpeed's {kind} is not supported; use ZeRO stage 1, 2 or 3, or LoSiAAdamW at stage 0.")
+
+
+def _check_groups(model: nn.Module, optimizer: Optimizer, own_parameters: bool) -> None:
+    wanted = {layer.group_name for layer in subnet_layers(model)}
+    found = [group.get(GROUP_KEY, "") for group in optimizer.param_groups]
+    missing = sorted(wanted - set(found))
+    if missing:
+        raise ConfigError(
+            f"the optimizer has no parameter group for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: LoSiA clears "
+            "and rewarms each decoder layer by itself. Build it with losia_parameter_groups(model, lr=...)."
+        )
+    if own_parameters:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lost = [layer.name for layer in subnet_layers(model) if id(layer.subnet) not in held]
+        if lost:
+            raise ConfigError(
+                f"the optimizer does not hold the subnets of this model ({lost[0]} and {len(lost) - 1} more): it was built from "
+                "another model, or before the engine replaced the parameters. Build it after wrapping."
+            )

@@ -1,0 +1,31 @@
+"""Parameters that every rank keeps whole: one process, DDP, ZeRO stages 0, 1 and 2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losia_dist.subnet.function import take_subnet, write_subnet
+
+
+class WholeParameters:
+    """`ParameterAccess` where nothing is sharded; no communication."""
+
+    weight_is_resident = True
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+    @torch.no_grad()
+    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return take_subnet(weight.data, rows, columns)
+
+    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        write_subnet(weight, values, rows, columns)
+
+    def read_whole(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().clone()
+
+    @torch.no_grad()
+    def write_whole(self, parameter: Tensor, values: Tensor) -> None:
+        parameter.data.copy_(values)

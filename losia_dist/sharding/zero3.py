@@ -1,0 +1,75 @@
+"""Parameters that ZeRO-3 partitions: each rank keeps one flat range of every tensor (`ds_tensor`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor
+
+from losia_dist.subnet.function import write_subnet
+
+
+class Zero3Parameters:
+    """`ParameterAccess` on flat shards: rank i keeps elements [i k, (i + 1) k) of a tensor, the last shard padded.
+
+    A read sums disjoint parts over the ranks, so it communicates the block that is read and never the whole weight.
+    """
+
+    weight_is_resident = False
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)
+
+    @torch.no_grad()
+    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        shard, start, stop = self._shard(weight)
+        position = self._positions(weight, rows, columns).to(shard.device)
+        mine = (position >= start) & (position < stop)
+        local = (position - start).clamp_(0, max(stop - start - 1, 0))
+        if stop > start:
+            values = torch.where(mine, shard[local], torch.zeros((), dtype=shard.dtype, device=shard.device))
+        else:
+            values = torch.zeros(position.shape, dtype=shard.dtype, device=shard.device)
+        values = values.to(rows.device)
+        dist.all_reduce(values, group=weight.ds_process_group)
+        return values
+
+    @torch.no_grad()
+    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        shard, start, stop = self._shard(weight)
+        position = self._positions(weight, rows, columns).to(shard.device)
+        mine = (position >= start) & (position < stop)
+        shard[position[mine] - start] = values.to(shard.device, shard.dtype)[mine]
+        if self._is_gathered(weight):  # a small weight that the engine keeps whole beside its shards
+            write_subnet(weight, values, rows, columns)
+
+    @torch.no_grad()
+    def read_whole(self, parameter: Tensor) -> Tensor:
+        shard = parameter.ds_tensor.data
+        world_size = dist.get_world_size(parameter.ds_process_group)
+        device = torch.device("cpu") if shard.device.type == "cpu" and parameter.device.type == "cpu" else parameter.device
+        whole = torch.empty(world_size * shard.numel(), dtype=shard.dtype, device=device)
+        dist.all_gather_into_tensor(whole, shard.to(device), group=parameter.ds_process_group)
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+    @torch.no_grad()
+    def write_whole(self, parameter: Tensor, values: Tensor) -> None:
+        shard, start, stop = self._shard(parameter)
+        shard[: stop - start].copy_(values.reshape(-1)[start:stop])
+        if self._is_gathered(parameter):
+            parameter.data.copy_(values)
+
+    def _shard(self, parameter: Tensor) -> tuple[Tensor, int, int]:
+        """This rank's flat shard and the range of elements it stands for, padding excluded."""
+        shard = parameter.ds_tensor.data
+        start = min(parameter.ds_numel, dist.get_rank(parameter.ds_process_group) * shard.numel())
+        return shard, start, min(parameter.ds_numel, start + shard.numel())
+
+    @staticmethod
+    def _positions(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return rows[:, None] * weight.ds_shape[1] + columns[None, :]
+
+    @staticmethod
+    def _is_gathered(parameter: Tensor) -> bool:
+        return parameter.ds_status == ZeroParamStatus.AVAILABLE

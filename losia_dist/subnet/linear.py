@@ -1,0 +1,119 @@
+"""`SubnetLinear`: an `nn.Linear` whose weight is frozen and whose subnet is an ordinary small parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
+
+# Called in backward with the full gradient [m, n] of this micro-batch and the whole weight [m, n].
+GradientSink = Callable[[Tensor, Tensor], None]
+
+
+class SubnetLinear(nn.Linear):
+    """A linear layer that trains W[R][:, C] only.
+
+    Made from an existing `nn.Linear` in place (`SubnetLinear.adopt`), so that the module keeps its name, its hooks and
+    its `weight`, and an unchanged checkpoint still loads.
+
+    Attributes:
+        weight: [m, n], frozen. Holds the subnet's present values only while the module runs; `LoSiA.consolidate` writes
+            them for good.
+        subnet: [r, c], trainable, an ordinary `nn.Parameter` that any engine reduces, clips, shards and saves.
+        row_index, col_index: int64 buffers [r] and [c], sorted ascending.
+    """
+
+    subnet: nn.Parameter
+    row_index: Tensor
+    col_index: Tensor
+
+    name: str  # full name in the model that was converted
+    group_name: str  # the decoder layer (or the output layer) it is re-localized with
+    is_output: bool
+    takes_all_rows: bool
+    takes_all_columns: bool
+    # True once an access object has established that the engine never re-gathers the weight between forward and
+    # backward; until then backward writes the subnet again, which is always right.
+    weight_is_resident: bool
+    gradient_sink: GradientSink | None  # set while the group localizes
+    gradient_witness: Callable[[Tensor], None] | None  # set until the subnet was seen to train
+
+    @classmethod
+    def adopt(
+        cls,
+        linear: nn.Linear,
+        *,
+        name: str,
+        group_name: str,
+        is_output: bool,
+        shape: tuple[int, int],
+        rows: Tensor,
+        columns: Tensor,
+        values: Tensor,
+    ) -> SubnetLinear:
+        """Turn `linear` into a SubnetLinear in place and return it.
+
+        shape is the whole weight's (m, n), given apart because a sharded weight reads as empty; rows int64 [r] and columns
+        int64 [c] sorted; values [r, c], the weight's at those places, become the subnet's parameter.
+        """
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.weight.requires_grad_(False)
+        linear.subnet = nn.Parameter(values)
+        linear.register_buffer("row_index", rows)
+        linear.register_buffer("col_index", columns)
+        linear.name, linear.group_name, linear.is_output = name, group_name, is_output
+        linear.takes_all_rows, linear.takes_all_columns = rows.numel() == shape[0], columns.numel() == shape[1]
+        linear.weight_is_resident = False
+        linear.gradient_sink = None
+        linear.gradient_witness = None
+        return linear
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Row index, or None where all rows belong to the subnet (then nothing need be gathered)."""
+        return None if self.takes_all_rows else self.row_index
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Column index, or None where all columns belong to the subnet."""
+        return None if self.takes_all_columns else self.col_index
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+            with torch.autocast(device, enabled=False):
+                return SubnetLinearFunction.apply(input, self.weight, self.bias, self.subnet, self)
+        return SubnetLinearFunction.apply(input, self.weight, self.bias, self.subnet, self)
+
+    def extra_repr(self) -> str:
+        rows, columns = self.row_index.numel(), self.col_index.numel()
+        return f"{super().extra_repr()}, subnet={rows}x{columns}"
+
+
+class TiedSubnetEmbedding(nn.Embedding):
+    """The input embedding of a model whose output layer shares its weight and trains a subnet of its rows.
+
+    The look-up sees the trained rows, and its gradient joins that of the output layer: the subnet's gradient is the one
+    dense training would give the shared weight.
+    """
+
+    subnet: nn.Parameter
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, head: SubnetLinear) -> TiedSubnetEmbedding:
+        """Turn `embedding` in place into one that shares the head's subnet."""
+        embedding.__class__ = cls
+        assert isinstance(embedding, cls)
+        embedding.subnet = head.subnet  # registered here too, so that a sharded engine gathers it for this module
+        embedding.__dict__["head"] = head  # not a submodule: the model's tree stays as it was
+        return embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        head: SubnetLinear = self.__dict__["head"]
+        return TiedEmbeddingFunction.apply(input, self.weight, self.subnet, head, self.padding_idx)

@@ -1,0 +1,1 @@
+"""The training script behind `losia-dist train` and `launch/train.py`."""

@@ -1,0 +1,84 @@
+"""Names other people's code calls, and which part of the package may import which."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import losia_dist
+
+PACKAGE = Path(losia_dist.__file__).parent
+
+# Lower layers never import upper ones; planning and reporting will stand beside.
+LAYERS = [
+    ["errors", "formulas", "config"],
+    ["subnet"],
+    ["localization", "optim", "sharding"],
+    ["model", "guard", "conductor"],
+    ["integrations", "checkpoint", "data"],
+    ["training", "cli"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+ENGINE_ROOMS = ("sharding", "integrations")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_public_names_are_there_and_documented():
+    for name in losia_dist.__all__:
+        value = getattr(losia_dist, name)
+        assert value.__doc__ and len(value.__doc__) > 30, name
+    promised = {"LoSiAConfig", "get_losia_model", "losia_parameter_groups", "LoSiAAdamW", "LoSiA", "initialize"}
+    assert promised | {"add_config_arguments", "export_model"} <= set(losia_dist.__all__)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_engines_are_imported_in_their_rooms_only(path):
+    names = imported(path)
+    if part_of(path) not in ENGINE_ROOMS:
+        assert not any(name.split(".")[0] in ("deepspeed", "accelerate") for name in names)
+
+
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_one_way(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    for name in imported(path):
+        if name.startswith("losia_dist."):
+            target = name.split(".")[1]
+            allowed = LEVEL[target] <= LEVEL[part] or (part, target) == ("training", "cli")
+            assert allowed, f"{part} imports {target}"
+
+
+def test_every_module_says_what_it_is():
+    for path in modules():
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_package_imports_without_deepspeed(monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it now raises
+    importlib.reload(losia_dist)

@@ -1,0 +1,82 @@
+"""What a user can set, and what each wrong value is answered with."""
+
+import json
+
+import pytest
+
+from losia_dist import LoSiAConfig
+from losia_dist.errors import ConfigError
+
+
+@pytest.mark.parametrize("factor", [0, -0.1, 1.5, "half", True, float("nan"), (0.5, 0), (0.1, 0.1, 0.1)])
+def test_a_rank_factor_outside_0_to_1_is_refused_with_the_value_and_the_rule(factor):
+    with pytest.raises(ConfigError, match="rank_factor") as caught:
+        LoSiAConfig(rank_factor=factor)
+    assert "(0, 1]" in str(caught.value) or "pair" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("period", 0),
+        ("period", 2.5),
+        ("layers_per_slot", 0),
+        ("layers_per_slot", "auto"),
+        ("rewarm_steps", -1),
+        ("output_rank_factor", 0),
+        ("output_rank_factor", 2),
+        ("importance", "magnitude"),
+        ("importance_betas", (0.85, 1.0)),
+        ("importance_betas", 0.85),
+        ("selection", "alternating"),
+        ("init", "importance"),
+        ("localization", "rank_parallel"),
+        ("target_modules", []),
+        ("target_modules", ""),
+        ("modules_to_save", "norm"),
+        ("seed", -1),
+        ("train_norms", "yes"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(field, value):
+    with pytest.raises(ConfigError) as caught:
+        LoSiAConfig(**{field: value})
+    assert field in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_a_pair_sets_rows_and_columns_apart():
+    config = LoSiAConfig(rank_factor=[0.25, 1])
+    assert (config.row_factor, config.column_factor) == (0.25, 1)
+
+
+def test_a_saved_configuration_comes_back_equal(tmp_path):
+    config = LoSiAConfig(rank_factor=(0.5, 0.25), period=7, target_modules=["q_proj"], modules_to_save=["norm"], seed=3)
+    config.save_pretrained(tmp_path)
+    assert LoSiAConfig.from_pretrained(tmp_path) == config
+    assert json.loads((tmp_path / "losia_config.json").read_text())["period"] == 7
+
+
+def test_an_unknown_option_in_a_file_is_answered_with_the_nearest_name(tmp_path):
+    path = tmp_path / "losia.yaml"
+    path.write_text("rank_factr: 0.125\n")
+    with pytest.raises(ConfigError, match=r"losia.yaml: unknown option 'rank_factr'. Did you mean rank_factor"):
+        LoSiAConfig.from_file(path)
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "period: [1\n"])
+def test_a_file_that_holds_no_options_is_refused_with_its_name(tmp_path, text):
+    path = tmp_path / "losia.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="losia.yaml"):
+        LoSiAConfig.from_file(path)
+
+
+def test_a_missing_file_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ConfigError, match="absent.yaml cannot be read"):
+        LoSiAConfig.from_file(tmp_path / "absent.yaml")
+
+
+def test_rewarming_lasts_one_period_unless_set():
+    assert LoSiAConfig(period=9).effective_rewarm_steps == 9
+    assert LoSiAConfig(period=9, rewarm_steps=0).effective_rewarm_steps == 0

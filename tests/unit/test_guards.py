@@ -1,0 +1,128 @@
+"""Nothing is ever silently inactive: what a run is stopped for, and with which words."""
+
+import pytest
+import torch
+from torch import nn
+
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
+
+
+class TwoBranches(nn.Module):
+    """`unused` exists but is never called."""
+
+    def __init__(self, use_both: bool) -> None:
+        super().__init__()
+        self.used, self.unused, self.use_both = nn.Linear(8, 8), nn.Linear(8, 8), use_both
+
+    def forward(self, x):
+        return self.used(x) + (self.unused(x) if self.use_both else 0)
+
+
+def train_once(model, lr=1e-2, optimizer=None, config=None, loss=lambda y: y.square().sum()):
+    config = config or LoSiAConfig(rank_factor=0.5, period=1)
+    get_losia_model(model, config)
+    groups = losia_parameter_groups(model, lr=lr)
+    optimizer = optimizer(groups) if optimizer else LoSiAAdamW(groups, lr=lr)
+    losia = LoSiA(model, optimizer, config)
+    loss(model(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))).backward()
+    optimizer.step()
+    losia.step()
+    return losia
+
+
+def test_a_healthy_model_passes():
+    assert train_once(TwoBranches(use_both=True)).steps == 1
+
+
+def test_a_subnet_without_a_gradient_is_an_error_that_names_it():
+    with pytest.raises(EngagementError, match=r"no gradient reached the subnets of unused in the first step"):
+        train_once(TwoBranches(use_both=False))
+
+
+def test_a_gradient_of_zeros_is_no_gradient():
+    with pytest.raises(EngagementError, match="no gradient reached .*used, unused"):
+        train_once(TwoBranches(use_both=True), loss=lambda y: (y * 0).sum())
+
+
+def test_a_step_too_small_to_change_anything_is_an_error_that_names_the_subnets():
+    with pytest.raises(EngagementError, match=r"of used, unused received a gradient but did not change"):
+        train_once(TwoBranches(use_both=True), lr=1e-30)
+
+
+def test_a_bf16_subnet_under_an_optimizer_without_masters_does_not_pass_unseen():
+    torch.manual_seed(0)
+    with pytest.raises(EngagementError, match="use LoSiAAdamW, which keeps fp32 master values"):
+        model = TwoBranches(use_both=True).to(torch.bfloat16)
+        config = LoSiAConfig(rank_factor=0.5, period=1)
+        get_losia_model(model, config)
+        optimizer = torch.optim.AdamW(losia_parameter_groups(model, lr=1e-9), lr=1e-9)
+        losia = LoSiA(model, optimizer, config)
+        model(torch.randn(4, 8).bfloat16()).square().sum().backward()
+        optimizer.step()
+        losia.step()
+
+
+def test_a_first_step_with_learning_rate_zero_waits_for_the_second():
+    model, config = TwoBranches(use_both=False), LoSiAConfig(rank_factor=0.5, period=5)
+    get_losia_model(model, config)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0))
+    losia = LoSiA(model, optimizer, config)
+    for step in range(2):
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        if step == 0:
+            losia.step()
+        else:
+            with pytest.raises(EngagementError, match="unused"):
+                losia.step()
+        scheduler.step()
+
+
+def test_gradients_that_are_not_finite_stop_the_run_where_subnets_would_be_chosen_from_them():
+    model, config = TwoBranches(use_both=True), LoSiAConfig(rank_factor=0.5, period=2)
+    get_losia_model(model, config)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
+    losia = LoSiA(model, optimizer, config)
+    with pytest.raises(DivergenceError, match="importance of used is not finite"):
+        for step in range(2):
+            scale = float("inf") if step else 1.0
+            (model(torch.randn(4, 8)).square().sum() * scale).backward()
+            optimizer.step()
+            losia.step()
+
+
+def test_fp16_is_refused_with_the_fix():
+    model, config = TwoBranches(use_both=True).half(), LoSiAConfig(rank_factor=0.5)
+    get_losia_model(model, config)
+    with pytest.raises(UnsupportedError, match="used is in fp16.*bf16 or fp32"):
+        LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-2)), config)
+
+
+def test_an_optimizer_without_a_group_per_layer_is_refused_with_the_fix():
+    model, config = TwoBranches(use_both=True), LoSiAConfig(rank_factor=0.5)
+    get_losia_model(model, config)
+    with pytest.raises(ConfigError, match="losia_parameter_groups"):
+        LoSiA(model, LoSiAAdamW(p for p in model.parameters() if p.requires_grad), config)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    config = LoSiAConfig(rank_factor=0.5)
+    model, other = (get_losia_model(TwoBranches(use_both=True), config) for _ in range(2))
+    with pytest.raises(ConfigError, match="does not hold the subnets of this model"):
+        LoSiA(model, LoSiAAdamW(losia_parameter_groups(other, lr=1e-2)), config)
+
+
+def test_an_unconverted_model_is_refused():
+    model = TwoBranches(use_both=True)
+    with pytest.raises(ConfigError, match="call get_losia_model"):
+        losia_parameter_groups(model, lr=1e-2)
+    with pytest.raises(ConfigError, match="call get_losia_model"):
+        LoSiA(model, torch.optim.SGD(model.parameters()), LoSiAConfig())
+
+
+def test_a_call_without_an_optimizer_step_changes_nothing():
+    losia = train_once(TwoBranches(use_both=True), config=LoSiAConfig(rank_factor=0.5, period=3))
+    assert losia.step() is False
+    assert losia.steps == 1
