@@ -1,0 +1,37 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+# DeepSpeed reads it at import, and finds ninja for its first build on the PATH.
+if "CUDA_VISIBLE_DEVICES" not in os.environ:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+
+import pytest
+import torch
+
+from tests.support.pool import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """ranks(world_size, function, *args) -> results in rank order; ranks.errors(...) -> what each rank raised."""
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))

@@ -1,0 +1,186 @@
+"""The oracle: LoSiA with dense tensors in one process, written from docs/algorithm.md line by line.
+
+It imports nothing of the package and shares no code with it. Slow and plain on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class DenseLoSiA:
+    """Trains subnets of an ordinary model whose weights are all dense.
+
+    groups: weight names per group, in localization order (decoder layers, output layer last).
+    initial_subnets: weight name -> (rows, columns); their sizes stay for the whole run.
+    lr_schedule: learning rate at the 0-based optimizer step, rewarming not included.
+    trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[list[str]],
+        initial_subnets: dict[str, tuple[Tensor, Tensor]],
+        *,
+        period: int,
+        lr_schedule: Callable[[int], float],
+        layers_per_slot: int = 1,
+        importance: str = "param_mix",
+        importance_betas: tuple[float, float] = (0.85, 0.85),
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        rewarm_steps: int | None = None,
+        reset_bias_correction: bool = True,
+        max_grad_norm: float | None = None,
+        trainable_names: list[str] | tuple[str, ...] = (),
+    ) -> None:
+        self.model = model
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.groups = groups
+        self.subnets = dict(initial_subnets)
+        self.period = period
+        self.lr_schedule = lr_schedule
+        self.layers_per_slot = min(layers_per_slot, len(groups))
+        self.importance = importance
+        self.importance_betas = importance_betas
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.rewarm_steps = period if rewarm_steps is None else rewarm_steps
+        self.reset_bias_correction = reset_bias_correction
+        self.max_grad_norm = max_grad_norm
+        self.trainable_names = list(trainable_names)
+
+        self.t = 0
+        self.group_of = {name: index for index, group in enumerate(groups) for name in group}
+        self.relocalized_at: dict[int, int] = {}
+        self.I_mean: dict[str, Tensor] = {}
+        self.I_deviation: dict[str, Tensor] = {}
+        self.adam: dict[str, dict[str, Any]] = {}
+        for name, (rows, columns) in self.subnets.items():
+            self.adam[name] = self._fresh_moments((len(rows), len(columns)))
+        for name in self.trainable_names:
+            self.adam[name] = self._fresh_moments(tuple(self.parameters[name].shape))
+        self.losses: list[float] = []
+        self.history: list[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]] = []
+
+    def step(self, micro_batches: list[dict[str, Tensor]]) -> float:
+        """One optimizer step over the whole global batch, given as equally weighted micro-batches."""
+        loss, gradient = self._mean_loss_and_gradient(micro_batches)
+        t, T, L = self.t, self.period, len(self.groups)
+
+        # Time slot: which groups accumulate importance.
+        k = t // T
+        localizing = [(k * self.layers_per_slot + i) % L for i in range(self.layers_per_slot)]
+
+        # Importance, from the weight before the update and the gradient before clipping.
+        for index in localizing:
+            for name in self.groups[index]:
+                if t % T == 0:
+                    self.I_mean[name] = torch.zeros_like(gradient[name])
+                    self.I_deviation[name] = torch.zeros_like(gradient[name])
+                wg = self.parameters[name].detach() * gradient[name]
+                if self.importance == "param_mix":
+                    importance = (wg - 0.5 * wg**2).abs()
+                elif self.importance == "first_order":
+                    importance = wg.abs()
+                else:
+                    importance = wg**2
+                b1, b2 = self.importance_betas
+                self.I_mean[name] = b1 * self.I_mean[name] + (1 - b1) * importance
+                deviation = (importance - self.I_mean[name]).abs()
+                self.I_deviation[name] = b2 * self.I_deviation[name] + (1 - b2) * deviation
+
+        # Gradients that train, clipped by their global norm.
+        trained = {name: gradient[name][rows][:, columns] for name, (rows, columns) in self.subnets.items()}
+        trained |= {name: gradient[name] for name in self.trainable_names}
+        if self.max_grad_norm is not None:
+            norm = torch.sqrt(sum((g**2).sum() for g in trained.values()))
+            coefficient = min(1.0, self.max_grad_norm / (norm.item() + 1e-6))
+            trained = {name: g * coefficient for name, g in trained.items()}
+
+        # AdamW on the subnets (and on whatever else trains).
+        with torch.no_grad():
+            for name, g in trained.items():
+                lr = self.lr_schedule(t) * self._ramp(name)
+                weight = self.parameters[name]
+                if name in self.subnets:
+                    rows, columns = self.subnets[name]
+                    block = weight[rows][:, columns]
+                    weight[rows[:, None], columns[None, :]] = self._adamw(name, block, g, lr)
+                else:
+                    weight.copy_(self._adamw(name, weight, g, lr))
+
+        # End of the slot: new subnets, cleared moments, a new ramp.
+        if (t + 1) % T == 0:
+            for index in localizing:
+                chosen = {}
+                for name in self.groups[index]:
+                    rows, columns = self.subnets[name]
+                    score = self.I_mean[name] * self.I_deviation[name]
+                    self.subnets[name] = chosen[name] = select(score, len(rows), len(columns))
+                    count = self.adam[name]["step"]
+                    self.adam[name] = self._fresh_moments((len(rows), len(columns)))
+                    if not self.reset_bias_correction:
+                        self.adam[name]["step"] = count
+                self.relocalized_at[index] = t + 1
+                self.history.append((t, index, chosen))
+
+        self.t += 1
+        self.losses.append(loss)
+        return loss
+
+    def _mean_loss_and_gradient(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        total = 0.0
+        for batch in micro_batches:
+            loss = self.model(**batch).loss / len(micro_batches)
+            loss.backward()
+            total += loss.item()
+        return total, {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
+
+    def _ramp(self, name: str) -> float:
+        if name not in self.group_of or self.group_of[name] not in self.relocalized_at or self.rewarm_steps == 0:
+            return 1.0
+        j = self.t - self.relocalized_at[self.group_of[name]]
+        return min(1.0, (j + 1) / self.rewarm_steps)
+
+    def _fresh_moments(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"step": 0, "m": torch.zeros(shape), "v": torch.zeros(shape)}
+
+    def _adamw(self, name: str, value: Tensor, g: Tensor, lr: float) -> Tensor:
+        state = self.adam[name]
+        b1, b2 = self.betas
+        state["step"] += 1
+        state["m"] = b1 * state["m"] + (1 - b1) * g
+        state["v"] = b2 * state["v"] + (1 - b2) * g * g
+        m_hat = state["m"] / (1 - b1 ** state["step"])
+        v_hat = state["v"] / (1 - b2 ** state["step"])
+        return value * (1 - lr * self.weight_decay) - lr * m_hat / (v_hat.sqrt() + self.eps)
+
+
+def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:
+    """The published greedy: best of three candidates by the sum of the score over R x C; ties to the lower index."""
+    s = score.double()
+
+    def top(values: Tensor, count: int) -> Tensor:
+        return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
+
+    independent_rows, independent_columns = top(s.sum(1), row_count), top(s.sum(0), column_count)
+    candidates = [
+        (independent_rows, independent_columns),
+        (independent_rows, top(s[independent_rows].sum(0), column_count)),
+        (top(s[:, independent_columns].sum(1), row_count), independent_columns),
+    ]
+    best, best_sum = candidates[0], -1.0
+    for rows, columns in candidates:
+        objective = s[rows][:, columns].sum().item()
+        if objective > best_sum:
+            best, best_sum = (rows, columns), objective
+    return best

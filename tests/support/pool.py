@@ -1,0 +1,197 @@
+"""A pool of spawned gloo ranks that all tests reuse: starting Python and torch once is most of a multi-rank test's cost."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+GRACE_SECONDS = 5.0  # given to the other ranks once one has failed
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank failed: the exception's type name, message and traceback."""
+
+    rank: int
+    kind: str
+    message: str
+    trace: str
+
+
+class RankError(AssertionError):
+    """Some rank failed; `failures` holds each of them, and the text shows every traceback."""
+
+    def __init__(self, failures: list[Failure]) -> None:
+        self.failures = failures
+        super().__init__("\n".join(f"rank {f.rank} failed: {f.kind}: {f.message}\n{f.trace}" for f in failures))
+
+
+class RankPool:
+    """`world_size` processes joined by gloo, each waiting for functions to run."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float) -> list[Any]:
+        """Results in rank order.
+
+        Raises:
+            RankError: some rank raised, died or hung. If any did not answer, the pool is stopped.
+        """
+        request = pickle.dumps((function.__module__, function.__qualname__, args, kwargs))
+        for pipe in self.pipes:
+            pipe.send_bytes(request)
+        results: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        deadline = time.monotonic() + timeout
+        while len(results) + len(failures) < self.world_size:
+            open_ranks = [r for r in range(self.world_size) if r not in results and r not in failures]
+            ready = wait([self.pipes[r] for r in open_ranks], timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for rank in open_ranks:
+                if self.pipes[rank] not in ready:
+                    continue
+                try:
+                    ok, payload = pickle.loads(self.pipes[rank].recv_bytes())
+                except EOFError:
+                    self.processes[rank].join(5)
+                    code = self.processes[rank].exitcode
+                    ok, payload = False, Failure(rank, "Died", f"the process ended with exit code {code}", "")
+                if ok:
+                    results[rank] = payload
+                else:
+                    failures[rank] = payload
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        silent = [r for r in range(self.world_size) if r not in results and r not in failures]
+        if silent or any(f.kind == "Died" for f in failures.values()):
+            self.stop(gently=False)
+        if silent and not failures:
+            failures = {r: Failure(r, "Hung", f"no answer within {timeout:.0f} s", "") for r in silent}
+        if failures:
+            raise RankError([failures[rank] for rank in sorted(failures)])
+        return [results[rank] for rank in range(self.world_size)]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def stop(self, gently: bool = True) -> None:
+        """End the processes; gently: after a barrier, so that gloo does not abort at exit."""
+        for pipe in self.pipes:
+            if gently:
+                with contextlib.suppress(OSError):
+                    pipe.send_bytes(pickle.dumps(None))
+        for process in self.processes:
+            process.join(10 if gently else 0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in self.pipes:
+            pipe.close()
+
+
+class Ranks:
+    """The `ranks` fixture: runs a test's function on a number of ranks, in a pool kept for the whole session."""
+
+    def __init__(self) -> None:
+        self._pool: RankPool | None = None
+
+    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any) -> list[Any]:
+        """Run a module-level function on every rank; results in rank order."""
+        if self._pool is not None and (self._pool.world_size != world_size or not self._pool.alive):
+            self.close()
+        if self._pool is None:
+            self._pool = RankPool(world_size)
+        try:
+            return self._pool.run(function, args, kwargs, timeout)
+        finally:
+            if not self._pool.alive:
+                self._pool = None
+
+    def errors(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
+        """Run a function that must raise on every rank; (type name, message) in rank order."""
+        try:
+            self(world_size, function, *args, **kwargs)
+        except RankError as error:
+            by_rank = {failure.rank: (failure.kind, failure.message) for failure in error.failures}
+            missing = [rank for rank in range(world_size) if rank not in by_rank]
+            if missing:
+                raise AssertionError(f"ranks {missing} did not raise; the others: {error}") from error
+            return [by_rank[rank] for rank in range(world_size)]
+        raise AssertionError("no rank raised")
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool = None
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
+    """A rank's life: join the group, run what is asked, leave together."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+        PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],  # ninja, for DeepSpeed's first build
+    )
+    faulthandler.enable()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    while True:
+        try:
+            request = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        if request is None:
+            dist.barrier()
+            dist.destroy_process_group()
+            return
+        module, name, args, kwargs = request
+        try:
+            torch.manual_seed(0)
+            function = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            answer = pickle.dumps((True, function(*args, **kwargs)))
+        except BaseException as error:
+            failure = Failure(rank, type(error).__name__, str(error), traceback.format_exc())
+            answer = pickle.dumps((False, failure))
+            del error
+        gc.collect()
+        pipe.send_bytes(answer)

@@ -1,0 +1,201 @@
+"""One LoSiA training run on any engine, and the same run on the dense reference. Functions here run on spawned ranks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
+from losia_dist.checkpoint.export import _gather, _unwrap
+from losia_dist.subnet.convert import subnet_layers
+from tests.reference.dense import DenseLoSiA
+from tests.support.models import batches, tiny_llama
+
+RATE, VOCABULARY = 1e-3, 96
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and on what. The global batch of a micro-batch step is `batch` sequences over all ranks."""
+
+    steps: int = 40
+    batch: int = 4
+    length: int = 12
+    accumulation: int = 1
+    max_grad_norm: float = 0.0
+    checkpointing: str = "off"
+    dtype: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=lambda: {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 5})
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Linear warmup over a tenth of the steps, then linear decay; nothing that any scheduler class adds to."""
+    warmup = steps // 10
+    return RATE * ((step + 1) / warmup if step < warmup else 1.0 - 0.9 * (step - warmup) / (steps - warmup))
+
+
+def global_batches(run: Run) -> list[list[dict[str, torch.Tensor]]]:
+    return batches(
+        steps=run.steps,
+        micro_batches=run.accumulation,
+        batch=run.batch,
+        length=run.length,
+        vocab=VOCABULARY,
+        seed=7,
+    )
+
+
+def prepared_model(run: Run) -> torch.nn.Module:
+    model = tiny_llama(**run.model)
+    if run.checkpointing != "off":
+        kind = {"use_reentrant": run.checkpointing == "reentrant"}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
+    return model.train()
+
+
+def reference(run: Run) -> dict[str, Any]:
+    """The dense reference's losses, whole weights and selections."""
+    config = LoSiAConfig(**run.config)
+    converted = get_losia_model(tiny_llama(**run.model), config)
+    layers = subnet_layers(converted)
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group_name, []).append(f"{layer.name}.weight")
+    subnets = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in layers}
+    trained = [n for n, p in converted.named_parameters() if p.requires_grad and not n.endswith(".subnet")]
+    model = tiny_llama(**run.model)
+    dense = DenseLoSiA(
+        model,
+        list(groups.values()),
+        subnets,
+        period=config.period,
+        layers_per_slot=config.layers_per_slot,
+        importance=config.importance,
+        importance_betas=config.importance_betas,
+        lr_schedule=lambda step: rate_at(step, run.steps),
+        rewarm_steps=config.rewarm_steps,
+        reset_bias_correction=config.reset_bias_correction,
+        max_grad_norm=run.max_grad_norm or None,
+        trainable_names=trained,
+    )
+    losses = [dense.step(micro_batches) for micro_batches in global_batches(run)]
+    weights = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
+    return {"losses": losses, "weights": weights, "history": dense.history}
+
+
+def train(engine: str, run: Run, inspect: Any = None) -> dict[str, Any]:
+    """Train on "one", "ddp" or "zero0" ... "zero3"; called on every rank. Same keys as `reference` on every rank.
+
+    `inspect(stage, losia, engine)`, if given, is called "before" and "after" every optimizer step.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    model, config = prepared_model(run), LoSiAConfig(**run.config)
+    loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
+    losia, stepper, close = loop(engine, model, config, run)
+    losses, history = [], []
+    for step, micro_batches in enumerate(global_batches(run)):
+        mine = [{name: t.chunk(world)[rank] for name, t in batch.items()} for batch in micro_batches]
+        localizing = losia.localizing
+        for group in stepper.groups:
+            group["lr"] = rate_at(step, run.steps)
+        losses.append(stepper(mine, inspect))
+        if (step + 1) % config.period == 0:
+            for name in localizing:
+                chosen = {
+                    f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone())
+                    for layer in losia.layers
+                    if layer.group_name == name
+                }
+                history.append((step, name, chosen))
+    total = torch.tensor(losses)
+    if world > 1:
+        dist.all_reduce(total)
+        total /= world
+    losia.consolidate()
+    plain = _unwrap(losia.model)
+    weights = {n: losia.parameters.read_whole(p).float() for n, p in plain.named_parameters(remove_duplicate=False)}
+    weights = {n: w for n, w in weights.items() if not n.endswith(".subnet")}
+    assert _gather(plain, losia.parameters).keys() >= weights.keys()
+    subnets = {layer.name: losia.parameters.read_whole(layer.subnet).float() for layer in losia.layers}
+    result = {"losses": total.tolist(), "weights": weights, "history": history, "subnets": subnets}
+    close()
+    return result
+
+
+def _plain_loop(engine: str, model: torch.nn.Module, config: LoSiAConfig, run: Run):
+    get_losia_model(model, config)
+    if run.dtype == "bf16":
+        model.to(torch.bfloat16)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if engine == "ddp" else model
+    optimizer = LoSiAAdamW(losia_parameter_groups(wrapped, lr=RATE), lr=RATE)
+    losia = LoSiA(wrapped, optimizer, config)
+
+    def step(micro_batches, inspect):
+        total = 0.0
+        for batch in micro_batches:
+            loss = wrapped(**batch, use_cache=False).loss
+            (loss / len(micro_batches)).backward()
+            total += loss.item() / len(micro_batches)
+        if run.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(wrapped.parameters(), run.max_grad_norm)
+        if inspect:
+            inspect("before", losia, None)
+        optimizer.step()
+        losia.step()
+        optimizer.zero_grad()
+        if inspect:
+            inspect("after", losia, None)
+        return total
+
+    step.groups = optimizer.param_groups
+    return losia, step, losia.detach
+
+
+def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run: Run):
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    world = dist.get_world_size()
+    settings = {
+        "train_micro_batch_size_per_gpu": run.batch // world,
+        "gradient_accumulation_steps": run.accumulation,
+        "gradient_clipping": run.max_grad_norm,
+        "bf16": {"enabled": run.dtype == "bf16"},
+        **run.deepspeed,
+    }
+    # Small weights would all be kept whole; a threshold of 0 makes stage 3 really partition them.
+    zero = {"stage": int(name[4]), "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}
+    settings["zero_optimization"] = {**zero, **run.deepspeed.get("zero_optimization", {})}
+    engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=RATE)
+
+    def step(micro_batches, inspect):
+        total = 0.0
+        for place, batch in enumerate(micro_batches):
+            loss = engine(**batch, use_cache=False).loss
+            engine.backward(loss)
+            if inspect and place == len(micro_batches) - 1:
+                inspect("before", engine.losia, engine)
+            engine.step()
+            total += loss.item() / len(micro_batches)
+        if inspect:
+            inspect("after", engine.losia, engine)
+        return total
+
+    step.groups = optimizer.param_groups
+
+    def close():
+        engine.losia.detach()
+        engine.destroy()
+
+    return engine.losia, step, close
+
+
+def variant(run: Run, **changes: Any) -> Run:
+    return replace(run, **changes)
