@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from losia_dist import compat
 from losia_dist.formulas import row_block
 
 
@@ -61,7 +62,7 @@ class RowCollectives:
         if padded != matrix.shape[0]:
             matrix = torch.cat([matrix, matrix.new_zeros(padded - matrix.shape[0], matrix.shape[1])])
         received = matrix.new_empty(block, matrix.shape[1])
-        work = dist.reduce_scatter_tensor(received, matrix.contiguous(), group=self.group, async_op=True)
+        work = compat.reduce_scatter_flat(received, matrix.contiguous(), group=self.group, async_op=True)
         return PendingRows(received, stop - start, self.world_size, work, matrix)
 
     def gather_rows(self, values: Tensor, size: int) -> Tensor:
@@ -72,7 +73,7 @@ class RowCollectives:
         mine = values.new_zeros(block)
         mine[: values.numel()] = values
         whole = values.new_empty(block * self.world_size)
-        dist.all_gather_into_tensor(whole, mine, group=self.group)
+        compat.all_gather_flat(whole, mine, group=self.group)
         return whole[:size]
 
     def sum_columns(self, values: Tensor) -> Tensor:
@@ -92,5 +93,5 @@ class RowCollectives:
         if self.world_size == 1:
             return values.unsqueeze(0)
         whole = values.new_empty(self.world_size * values.numel())
-        dist.all_gather_into_tensor(whole, values.contiguous(), group=self.group)
+        compat.all_gather_flat(whole, values.contiguous(), group=self.group)
         return whole.view(self.world_size, -1)

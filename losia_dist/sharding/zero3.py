@@ -7,6 +7,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
+from losia_dist import compat
 from losia_dist.subnet.function import write_subnet
 
 
@@ -50,7 +51,7 @@ class Zero3Parameters:
         world_size = dist.get_world_size(parameter.ds_process_group)
         device = torch.device("cpu") if shard.device.type == "cpu" and parameter.device.type == "cpu" else parameter.device
         whole = torch.empty(world_size * shard.numel(), dtype=shard.dtype, device=device)
-        dist.all_gather_into_tensor(whole, shard.to(device), group=parameter.ds_process_group)
+        compat.all_gather_flat(whole, shard.to(device), group=parameter.ds_process_group)
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
     @torch.no_grad()

@@ -68,9 +68,9 @@ class SubnetLinearFunction(torch.autograd.Function):
         layer, weight, subnet = ctx.layer, ctx.weight, ctx.subnet
         rows, columns = layer.rows, layer.columns
         grad_x = grad_subnet = grad_bias = None
+        if not layer.weight_is_resident and (ctx.needs_input_grad[0] or ctx.sink is not None):
+            write_subnet(weight, subnet, rows, columns)  # dx reads the weight, and so does the sink
         if ctx.needs_input_grad[0]:
-            if not layer.weight_is_resident:
-                write_subnet(weight, subnet, rows, columns)
             grad_x = grad_y @ weight.to(grad_y.dtype)
         flat_grad = grad_y.reshape(-1, grad_y.shape[-1])
         flat_saved = saved.reshape(-1, saved.shape[-1])

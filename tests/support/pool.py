@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,6 +169,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],  # ninja, for DeepSpeed's first build
     )
     faulthandler.enable()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of names that torch has renamed
     import torch
     import torch.distributed as dist
 

@@ -170,8 +170,11 @@ def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run:
         "bf16": {"enabled": run.dtype == "bf16"},
         **run.deepspeed,
     }
-    # Small weights would all be kept whole; a threshold of 0 makes stage 3 really partition them.
-    zero = {"stage": int(name[4]), "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100_000}
+    # By default stage 3 would keep weights as small as these whole, or gathered from forward to backward; here it really
+    # partitions them, and gathers them again.
+    zero = {"stage": int(name[4]), "reduce_bucket_size": 100_000}
+    for limit in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
+        zero[f"stage3_{limit}"] = 0
     settings["zero_optimization"] = {**zero, **run.deepspeed.get("zero_optimization", {})}
     engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=RATE)
 

@@ -56,6 +56,20 @@ def test_backward_is_right_after_an_engine_emptied_and_refilled_the_weight():
     torch.testing.assert_close(x.grad, expected.sum(0).expand(4, -1))
 
 
+def test_the_importance_sees_the_present_subnet_even_where_the_input_needs_no_gradient():
+    _, layer = layer_pair()
+    seen = []
+    layer.gradient_sink = lambda gradient, weight: seen.append(weight.clone())
+    with torch.no_grad():
+        layer.subnet.add_(1.0)
+    base = layer.weight.detach().clone()
+    y = layer(torch.randn(4, 32))  # the first decoder layer's input: the embedding is frozen
+    expected = layer.weight.detach().clone()
+    layer.weight.data.copy_(base)
+    y.sum().backward()
+    assert torch.equal(seen[0], expected)
+
+
 def saved_bytes(run) -> int:
     seen: dict[int, int] = {}
 
