@@ -12,7 +12,7 @@ from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.groups import losia_parameter_groups
 
-__version__ = "0.1.0"
+from losia_dist._version import __version__
 __all__ = [
     "LoSiA",
     "LoSiAAdamW",

@@ -1,0 +1,57 @@
+# make quickstart: a real model on real data, from nothing.  make test: the tests, from nothing.
+VENV ?= .venv
+PYTHON ?= python3
+# Installed only where the environment has no torch yet; on a GPU machine: make TORCH="torch" quickstart
+TORCH ?= torch==2.13.0
+SHELL := /bin/bash
+BIN := $(abspath $(VENV))/bin
+# Deferred: DeepSpeed looks for ninja on the PATH, and runs on the CPU only if told so.
+RUN = PATH="$(BIN):$$PATH" $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() else "env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1")')
+RANKS ?= 2
+
+QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval_file quickstart/heldout.jsonl \
+	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save
+LOSIA_FLAGS = --losia --losia_config configs/losia/smollm2-135m.yaml --learning_rate 1e-3
+FULL_FLAGS = --learning_rate 5e-5
+
+.PHONY: venv quickstart quickstart-full test test-full lint format clean
+
+venv: $(VENV)/.ready
+
+$(VENV)/.ready: setup.cfg pyproject.toml requirements/quickstart.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade pip "setuptools>=77" wheel
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[deepspeed,quickstart,dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/quickstart.txt
+	@touch $@
+
+quickstart: venv
+	$(RUN) python launch/prepare_quickstart.py --output quickstart
+	$(RUN) deepspeed --num_accelerators $(RANKS) launch/train.py $(LOSIA_FLAGS) --deepspeed configs/deepspeed/zero2.json \
+		$(QUICKSTART) --output_dir runs/quickstart-losia
+
+# The same run without --losia: every weight trains, for comparison.
+quickstart-full: venv
+	$(RUN) python launch/prepare_quickstart.py --output quickstart
+	$(RUN) deepspeed --num_accelerators $(RANKS) launch/train.py $(FULL_FLAGS) --deepspeed configs/deepspeed/zero2.json \
+		$(QUICKSTART) --output_dir runs/quickstart-full
+
+test: venv
+	$(RUN) python -m pytest -q -m "not slow and not gpu"
+
+test-full: venv
+	$(RUN) python -m pytest -q -m "not gpu"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf quickstart runs build *.egg-info
