@@ -54,8 +54,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{options.output}: SmolLM2-135M-Instruct (perplexity {perplexity:.1f} on plain English), {counts[0]} problems to train "
-        f"on, {counts[1]} held out; {time.perf_counter() - began:.0f} s"
+        f"{options.output}: SmolLM2-135M-Instruct (perplexity {perplexity:.1f} on plain English), {counts[0]} problems to "
+        f"train on, {counts[1]} held out; {time.perf_counter() - began:.0f} s"
     )
     return 0
 
@@ -79,7 +79,9 @@ def split_problems(source: Path, target: Path, heldout: int, seed: int) -> tuple
     """Write train.jsonl and heldout.jsonl; the problems are GSM8K's test set, so this is no GSM8K score."""
     problems = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     if not 0 < heldout < len(problems):
-        raise PreparationError(f"--heldout {heldout}: between 1 and {len(problems) - 1} of {len(problems)} problems can be held out.")
+        raise PreparationError(
+            f"--heldout {heldout}: between 1 and {len(problems) - 1} of {len(problems)} problems can be held out."
+        )
     random.Random(seed).shuffle(problems)
     parts = {"heldout.jsonl": problems[:heldout], "train.jsonl": problems[heldout:]}
     for name, part in parts.items():
@@ -127,8 +129,8 @@ def check(directory: Path) -> float:
         perplexity = math.exp(model(input_ids=ids, labels=ids).loss.item())
     if perplexity > WORST_PERPLEXITY:
         raise PreparationError(
-            f"the converted model has perplexity {perplexity:.1f} on plain English (at most {WORST_PERPLEXITY:.0f} is expected): "
-            "the installed gguf or transformers reads the file differently; use the versions in setup.cfg."
+            f"the converted model has perplexity {perplexity:.1f} on plain English (at most {WORST_PERPLEXITY:.0f} is "
+            "expected): the installed gguf or transformers reads the file differently; use the versions in setup.cfg."
         )
     pieces = [piece for piece in tokenizer.tokenize("in 2024") if piece.strip("Ġ")]
     if pieces != ["in", "2", "0", "2", "4"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from losia_dist._version import __version__
 from losia_dist.checkpoint.export import export_model
 from losia_dist.cli.arguments import add_config_arguments
 from losia_dist.conductor import LoSiA
@@ -12,11 +13,11 @@ from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.groups import losia_parameter_groups
 
-from losia_dist._version import __version__
 __all__ = [
     "LoSiA",
     "LoSiAAdamW",
     "LoSiAConfig",
+    "__version__",
     "add_config_arguments",
     "export_model",
     "get_losia_model",

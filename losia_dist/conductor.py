@@ -62,9 +62,7 @@ class LoSiA:
             create_state()
         for layer in self.layers:
             layer.weight_is_resident = self.parameters.weight_is_resident
-        self.clock = SlotClock(
-            group_names(self.layers), config.period, config.layers_per_slot, config.effective_rewarm_steps
-        )
+        self.clock = SlotClock(group_names(self.layers), config.period, config.layers_per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
         check_same_subnets(self.layers, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)

@@ -123,9 +123,7 @@ class EngagementCheck:
     def _fingerprints(self) -> Tensor:
         """One number per subnet, of the part of its master values that this rank keeps."""
         fragments = [self.state.master_fragment(layer.subnet) for layer in self.layers]
-        return torch.stack(
-            [torch.zeros((), dtype=torch.int64) if f is None else _fingerprint(f).cpu() for f in fragments]
-        )
+        return torch.stack([torch.zeros((), dtype=torch.int64) if f is None else _fingerprint(f).cpu() for f in fragments])
 
 
 def _fingerprint(values: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError
@@ -27,15 +27,16 @@ def get_losia_model(model: Model, config: LoSiAConfig) -> Model:
         raise ConfigError("the model already has subnets: get_losia_model is called once per model.")
     access = resolve_parameters(model)
 
-    def weight_shape(weight: object) -> tuple[int, int]:
-        rows, columns = access.shape(weight)  # type: ignore[arg-type]
+    def weight_shape(weight: Tensor) -> tuple[int, int]:
+        rows, columns = access.shape(weight)
         return rows, columns
 
     convert(model, config, access.read_block, weight_shape)
     checkpointing = getattr(model, "is_activation_checkpointing", None)  # Transformers 5; older releases have the other
     if checkpointing is None:
         checkpointing = getattr(model, "is_gradient_checkpointing", False)
-    if checkpointing and hasattr(model, "enable_input_require_grads"):
+    let_inputs_ask: Any = getattr(model, "enable_input_require_grads", None)
+    if checkpointing and let_inputs_ask is not None:
         # Reentrant checkpointing gives a layer gradients only if its input asks for one; the embedding is frozen now.
-        model.enable_input_require_grads()
+        let_inputs_ask()
     return model

@@ -85,8 +85,9 @@ def _write(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
     beside = directory.with_name(f".{directory.name}.incomplete")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(beside, state_dict=state)
+    save: Any = getattr(model, "save_pretrained", None)
+    if save is not None:
+        save(beside, state_dict=state)
         _drop_quantization_note(beside / "config.json")
     else:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(beside / "model.safetensors"))
@@ -104,9 +105,8 @@ def _drop_quantization_note(path: Path) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    while isinstance(getattr(model, "module", None), nn.Module) and type(model).__name__ != "SubnetLinear":
-        model = model.module  # DDP, DeepSpeedEngine
-    return model
+    inner = getattr(model, "module", None)  # DDP, DeepSpeedEngine
+    return _unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def _rank() -> int:

@@ -127,14 +127,11 @@ class ChatEncoder:
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # templates refuse chats with errors of their own (roles must alternate, ...)
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"the tokenizer's chat template refuses this chat (roles: {roles}): {error}. "
-                "Change the record or the template."
+                f"the tokenizer's chat template refuses this chat (roles: {roles}): {error}. Change the record or the template."
             ) from error
 
 

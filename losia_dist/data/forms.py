@@ -100,13 +100,9 @@ def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{here}: unknown role {message['role']!r}. Give one of {', '.join(map(repr, ROLES))}.")
         checked.append(message)
     if all(message["role"] != "assistant" for message in checked):
-        raise DataError(
-            f"{where}: no message has the role 'assistant', so that there is no answer to learn. Remove it."
-        )
+        raise DataError(f"{where}: no message has the role 'assistant', so that there is no answer to learn. Remove it.")
     if checked[0]["role"] == "assistant":
-        raise DataError(
-            f"{where}, message 0: a chat cannot start with the assistant. Put a user or system message first."
-        )
+        raise DataError(f"{where}, message 0: a chat cannot start with the assistant. Put a user or system message first.")
     return checked
 
 

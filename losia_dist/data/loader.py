@@ -168,9 +168,7 @@ def _loader(
 ) -> DataLoader[Batch]:
     # A generator of its own: a loader otherwise draws from the global one, and so changes the model's dropout.
     generator = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        dataset, micro_batch, sampler=sampler, collate_fn=collate, drop_last=drop_last, generator=generator
-    )
+    return DataLoader(dataset, micro_batch, sampler=sampler, collate_fn=collate, drop_last=drop_last, generator=generator)
 
 
 def _check(micro_batch: int, rank: int, world_size: int) -> None:

@@ -47,9 +47,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         members = [self.examples[example] for example in self.rows[index]]
         padding = self.max_length - sum(len(member["input_ids"]) for member in members)
-        members.append(
-            {"input_ids": torch.full((padding,), self.pad_token_id), "labels": torch.full((padding,), IGNORED)}
-        )
+        members.append({"input_ids": torch.full((padding,), self.pad_token_id), "labels": torch.full((padding,), IGNORED)})
         return {
             "input_ids": torch.cat([member["input_ids"] for member in members]),
             "labels": torch.cat([member["labels"] for member in members]),
@@ -115,15 +113,12 @@ def prepare_for_packing(model: Any) -> bool:
     )
     if recurrent:
         raise DataError(
-            f"{name} has layers that carry state from one record to the next ({', '.join(recurrent)}). "
-            "Turn packing off."
+            f"{name} has layers that carry state from one record to the next ({', '.join(recurrent)}). Turn packing off."
         )
     implementation = config._attn_implementation
     flash = "flash" in implementation
     if not flash and implementation not in _MASKED:
-        raise DataError(
-            f"{name} uses the attention '{implementation}', which is not known to keep records apart. {fix}"
-        )
+        raise DataError(f"{name} uses the attention '{implementation}', which is not known to keep records apart. {fix}")
     model.config.use_cache = config.use_cache = False
     # flash and flex attention need kernels that the CPU lacks, and the model may not have been moved yet.
     parameters = list(model.parameters())

@@ -40,9 +40,7 @@ def read_source(source: str | os.PathLike[str]) -> RawRecords:
             raise DataError(f"{path}: no such file. Give the path of an existing .jsonl or .json file.")
         raw = _read_json_lines(path) if path.suffix == ".jsonl" else _read_json(path)
     elif path.is_file():
-        raise DataError(
-            f"{path}: cannot read a '{path.suffix}' file. Convert it to .jsonl: one JSON object on each line."
-        )
+        raise DataError(f"{path}: cannot read a '{path.suffix}' file. Convert it to .jsonl: one JSON object on each line.")
     else:
         raw = _read_with_datasets(str(source))
     if len(raw.rows) == 0:
@@ -67,9 +65,7 @@ def _read_json_lines(path: Path) -> RawRecords:
                     f"{where}: malformed JSON: {error.msg} (column {error.colno}). Each line must be one JSON object."
                 ) from error
             if not isinstance(row, dict):
-                raise DataError(
-                    f"{where}: expected a JSON object, got {_kind(row)}. Each line must be one JSON object."
-                )
+                raise DataError(f"{where}: expected a JSON object, got {_kind(row)}. Each line must be one JSON object.")
             rows.append(row)
             lines.append(number)
     return RawRecords(rows, str(path), lines)
@@ -82,9 +78,7 @@ def _read_json(path: Path) -> RawRecords:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
     except json.JSONDecodeError as error:
         hint = " If it has one object on each line, name it .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{path}, line {error.lineno}: malformed JSON: {error.msg} (column {error.colno}).{hint}"
-        ) from error
+        raise DataError(f"{path}, line {error.lineno}: malformed JSON: {error.msg} (column {error.colno}).{hint}") from error
     if not isinstance(rows, list):
         raise DataError(
             f"{path}: a .json file must hold a list of objects, got {_kind(rows)}. "

@@ -147,7 +147,9 @@ def refuse_unsupported(settings: dict[str, Any]) -> None:
             value = value.get(part) if isinstance(value, dict) else None
         off = value is None or value == fine or value in (False, 0, "none") or (path.endswith("autotp_size") and value == 1)
         if not off:
-            raise UnsupportedError(f'"{path}": {value!r} in the DeepSpeed configuration is not supported with LoSiA: {instead}.')
+            raise UnsupportedError(
+                f'"{path}": {value!r} in the DeepSpeed configuration is not supported with LoSiA: {instead}.'
+            )
 
 
 def _admit_own_optimizer(settings: dict[str, Any]) -> None:

@@ -59,9 +59,7 @@ class ImportanceAccumulator:
         if self.weight_rows is None:
             return
         self._drain()
-        update_averages_(
-            self.mean, self.deviation, importance_(self.gradient, self.weight_rows, self.kind), self.betas
-        )
+        update_averages_(self.mean, self.deviation, importance_(self.gradient, self.weight_rows, self.kind), self.betas)
         self._forget()
 
     def discard_step(self) -> None:

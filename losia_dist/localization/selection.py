@@ -28,7 +28,7 @@ def select_greedy(
         R and C, int64, sorted ascending, and the objective (float64 scalar); equal on every rank. Sums are taken in
         float64 and ties go to the lower index, so that the choice hardly depends on the number of ranks.
     """
-    total_rows, total_columns = shape
+    total_rows = shape[0]
     row_count, column_count = kept
     start, stop = collectives.rows_of(total_rows)
 

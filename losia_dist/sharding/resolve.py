@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -64,7 +65,7 @@ def _deepspeed_state(optimizer: Any, kind: str) -> StateAccess:
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         return Zero3State(optimizer)
     if kind == "FP16_UnfusedOptimizer":  # stage 0 in bf16
-        pairs = zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True)
+        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
         return TorchState(optimizer.optimizer, masters=dict(pairs))
     raise UnsupportedError(f"DeepSpeed's {kind} is not supported; use ZeRO stage 1, 2 or 3, or LoSiAAdamW at stage 0.")
 
@@ -75,14 +76,14 @@ def _check_groups(model: nn.Module, optimizer: Optimizer, own_parameters: bool) 
     missing = sorted(wanted - set(found))
     if missing:
         raise ConfigError(
-            f"the optimizer has no parameter group for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: LoSiA clears "
-            "and rewarms each decoder layer by itself. Build it with losia_parameter_groups(model, lr=...)."
+            f"the optimizer has no parameter group for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: LoSiA "
+            "clears and rewarms each decoder layer by itself. Build it with losia_parameter_groups(model, lr=...)."
         )
     if own_parameters:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [layer.name for layer in subnet_layers(model) if id(layer.subnet) not in held]
         if lost:
             raise ConfigError(
-                f"the optimizer does not hold the subnets of this model ({lost[0]} and {len(lost) - 1} more): it was built from "
-                "another model, or before the engine replaced the parameters. Build it after wrapping."
+                f"the optimizer does not hold the subnets of this model ({lost[0]} and {len(lost) - 1} more): it was built "
+                "from another model, or before the engine replaced the parameters. Build it after wrapping."
             )

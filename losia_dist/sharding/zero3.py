@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -19,11 +21,11 @@ class Zero3Parameters:
 
     weight_is_resident = False
 
-    def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        return tuple(parameter.ds_shape)
+    def shape(self, parameter: Any) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape)  # DeepSpeed puts ds_* attributes on parameters
 
     @torch.no_grad()
-    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def read_block(self, weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
         shard, start, stop = self._shard(weight)
         position = self._positions(weight, rows, columns).to(shard.device)
         mine = (position >= start) & (position < stop)
@@ -37,7 +39,7 @@ class Zero3Parameters:
         return values
 
     @torch.no_grad()
-    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    def write_block(self, weight: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
         shard, start, stop = self._shard(weight)
         position = self._positions(weight, rows, columns).to(shard.device)
         mine = (position >= start) & (position < stop)
@@ -46,7 +48,7 @@ class Zero3Parameters:
             write_subnet(weight, values, rows, columns)
 
     @torch.no_grad()
-    def read_whole(self, parameter: Tensor) -> Tensor:
+    def read_whole(self, parameter: Any) -> Tensor:
         shard = parameter.ds_tensor.data
         world_size = dist.get_world_size(parameter.ds_process_group)
         device = torch.device("cpu") if shard.device.type == "cpu" and parameter.device.type == "cpu" else parameter.device
@@ -55,22 +57,22 @@ class Zero3Parameters:
         return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
     @torch.no_grad()
-    def write_whole(self, parameter: Tensor, values: Tensor) -> None:
+    def write_whole(self, parameter: Any, values: Tensor) -> None:
         shard, start, stop = self._shard(parameter)
         shard[: stop - start].copy_(values.reshape(-1)[start:stop])
         if self._is_gathered(parameter):
             parameter.data.copy_(values)
 
-    def _shard(self, parameter: Tensor) -> tuple[Tensor, int, int]:
+    def _shard(self, parameter: Any) -> tuple[Tensor, int, int]:
         """This rank's flat shard and the range of elements it stands for, padding excluded."""
         shard = parameter.ds_tensor.data
         start = min(parameter.ds_numel, dist.get_rank(parameter.ds_process_group) * shard.numel())
         return shard, start, min(parameter.ds_numel, start + shard.numel())
 
     @staticmethod
-    def _positions(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def _positions(weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
         return rows[:, None] * weight.ds_shape[1] + columns[None, :]
 
     @staticmethod
-    def _is_gathered(parameter: Tensor) -> bool:
+    def _is_gathered(parameter: Any) -> bool:
         return parameter.ds_status == ZeroParamStatus.AVAILABLE

@@ -6,9 +6,11 @@ Reads the internals of deepspeed 0.19: `single_partition_of_fp32_groups` (stages
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from losia_dist.sharding.interface import clear_state
@@ -21,13 +23,13 @@ class ZeroState:
     A group's flat fp32 vector is cut into equal parts, one a rank; a subnet may lie in one part, in two, or in none.
     """
 
-    def __init__(self, zero_optimizer: object) -> None:
-        self.optimizer: Optimizer = zero_optimizer.optimizer  # type: ignore[attr-defined]
+    def __init__(self, zero_optimizer: Any) -> None:
+        self.optimizer: Optimizer = zero_optimizer.optimizer
 
-    def write_master(self, parameter: nn.Parameter, values: Tensor) -> None:
+    def write_master(self, parameter: Any, values: Tensor) -> None:
         safe_set_full_fp32_param(parameter, values)  # each rank keeps what falls into its partition
 
-    def master_fragment(self, parameter: nn.Parameter) -> Tensor | None:
+    def master_fragment(self, parameter: Any) -> Tensor | None:
         mapping = parameter._hp_mapping
         return None if mapping is None else mapping.get_hp_fragment()
 
@@ -44,19 +46,19 @@ class ZeroState:
 class Zero3State:
     """`StateAccess` for stage 3: each rank keeps an equal part of every parameter, the last one padded."""
 
-    def __init__(self, zero_optimizer: object) -> None:
+    def __init__(self, zero_optimizer: Any) -> None:
         self._zero = zero_optimizer
-        self.optimizer: Optimizer = zero_optimizer.optimizer  # type: ignore[attr-defined]
+        self.optimizer: Optimizer = zero_optimizer.optimizer
 
     @torch.no_grad()
-    def write_master(self, parameter: nn.Parameter, values: Tensor) -> None:
+    def write_master(self, parameter: Any, values: Tensor) -> None:
         shard = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32, device=values.device)
         start = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
         mine = values.reshape(-1)[start : start + shard.numel()]
         shard[: mine.numel()] = mine
         safe_set_local_fp32_param(parameter, shard)
 
-    def master_fragment(self, parameter: nn.Parameter) -> Tensor | None:
+    def master_fragment(self, parameter: Any) -> Tensor | None:
         return safe_get_local_fp32_param(parameter)
 
     def clear(self, group_name: str, restart_bias_correction: bool) -> None:

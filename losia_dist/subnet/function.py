@@ -25,14 +25,14 @@ def write_subnet(weight: Tensor, subnet: Tensor, rows: Tensor | None, columns: T
     weight [m, n] whole, subnet [r, c] of any floating dtype, rows int64 [r], columns int64 [c]; None stands for all.
     """
     target, values = weight.data, subnet.data.to(weight.dtype)
-    if rows is None and columns is None:
-        target.copy_(values)
-    elif columns is None:
+    if rows is not None and columns is not None:
+        target.index_put_((rows[:, None], columns[None, :]), values)
+    elif rows is not None:
         target.index_copy_(0, rows, values)
-    elif rows is None:
+    elif columns is not None:
         target.index_copy_(1, columns, values)
     else:
-        target.index_put_((rows[:, None], columns[None, :]), values)
+        target.copy_(values)
 
 
 def take_subnet(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -48,9 +48,7 @@ class SubnetLinearFunction(torch.autograd.Function):
     """y = x W^T + b with gradients for x, the subnet and (if it trains) the bias; none for W."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLinear
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLinear) -> Tensor:
         rows, columns = layer.rows, layer.columns
         write_subnet(weight, subnet, rows, columns)
         ctx.sink = layer.gradient_sink

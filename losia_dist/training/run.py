@@ -47,12 +47,13 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer, datasets = _load_data(options)
     torch.manual_seed(options.seed)
     model = _load_model(options, precision)
+    use_cache = model.config.use_cache
     flatten = prepare_packing(model) if options.packing else True
     start_process_group(place)
     if dist.is_initialized():
         check_same_on_all_ranks("the options", _comparable(options), dist.group.WORLD)
         check_same_on_all_ranks("the LoSiA configuration", config.to_dict() if config else {}, dist.group.WORLD)
-    where = {"rank": place.rank, "world_size": place.world_size, "flatten": flatten}
+    where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": flatten}
     loader = make_loader(datasets["train"], tokenizer, options.micro_batch, seed=options.seed, **where)
     held_out = datasets.get("eval")
     eval_loader = make_evaluation_loader(held_out, tokenizer, options.micro_batch, **where) if held_out else None
@@ -61,6 +62,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         model = get_losia_model(model, config)
     run = _start(model, config, settings, options, place, steps)
     summary = _loop(run, options, place, steps, loader, eval_loader, held_out, tokenizer)
+    run.model.config.use_cache = run.model.config.get_text_config().use_cache = use_cache  # packing turned it off
     if not options.no_save:
         target = Path(options.output_dir) / "model"
         if run.losia is not None:
@@ -214,7 +216,7 @@ def _loop(
             if run.grad_norm is not None:
                 values["grad_norm"] = float(run.grad_norm)
             if localizing is not None:
-                values["localizing"] = ", ".join(localizing)
+                values["localizing"] = localizing[0] if len(localizing) == 1 else f"{localizing[0]} .. {localizing[-1]}"
             log.advance(step, **values)
             summary["train_loss"] = values["loss"]
             loss_sum.zero_()
@@ -229,8 +231,7 @@ def _loop(
         summary["held_out_loss_after"] = held_out_loss(run, eval_loader)
         log.record(steps, held_out=summary["held_out_loss_after"])
         log.say(
-            f"held-out loss: {summary['held_out_loss_before']:.4f} before training, "
-            f"{summary['held_out_loss_after']:.4f} after"
+            f"held-out loss: {summary['held_out_loss_before']:.4f} before training, {summary['held_out_loss_after']:.4f} after"
         )
     summary["samples_after"] = sample_answers(run, held_out, tokenizer, samples, options.sample_tokens)
     for before, after in zip(summary["samples_before"], summary["samples_after"], strict=True):

@@ -26,7 +26,12 @@ VARIANTS = {
         "reset_bias_correction": False,
         "importance": "second_order",
     },
-    "all columns, no rewarming": {"rank_factor": (0.1, 1), "period": 3, "rewarm_steps": 0, "target_modules": ["q_proj", "mlp.down_proj"]},
+    "all columns, no rewarming": {
+        "rank_factor": (0.1, 1),
+        "period": 3,
+        "rewarm_steps": 0,
+        "target_modules": ["q_proj", "mlp.down_proj"],
+    },
 }
 
 

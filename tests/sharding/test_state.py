@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losia_dist import compat
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, compat, get_losia_model, losia_parameter_groups
 from tests.support.models import tiny_llama
 from tests.support.training import Run, train, variant
 
@@ -103,7 +102,10 @@ class FullSizeResults(TorchDispatchMode):
 
 @pytest.mark.parametrize("targets, localizing", [("all-linear", 7), (["mlp.up_proj"], 1)])
 def test_a_step_makes_one_full_gradient_per_localizing_layer_and_nothing_else_that_large(targets, localizing):
-    model, config = tiny_llama(hidden_size=36, num_key_value_heads=3), LoSiAConfig(rank_factor=0.25, period=9, target_modules=targets)
+    model, config = (
+        tiny_llama(hidden_size=36, num_key_value_heads=3),
+        LoSiAConfig(rank_factor=0.25, period=9, target_modules=targets),
+    )
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     losia = LoSiA(model, optimizer, config)
@@ -154,13 +156,19 @@ def count_selection(engine_name: str) -> dict[str, int]:
                 shapes = [losia.parameters.shape(layer.weight) for layer in layers]
                 sent["m_plus_n"] = sum(m + n for m, n in shapes)
                 sent["smallest_weight"] = min(m * n for m, n in shapes)
-                sent["subnets"] = sum(layer.subnet.ds_numel if hasattr(layer.subnet, "ds_numel") else layer.subnet.numel() for layer in layers)
+                sent["subnets"] = sum(
+                    layer.subnet.ds_numel if hasattr(layer.subnet, "ds_numel") else layer.subnet.numel() for layer in layers
+                )
                 sent["layers"] = len(layers)
 
             losia._relocalize = watched
 
     config = {"rank_factor": 0.125, "period": 1}
-    train(engine_name, Run(steps=1, config=config, model={"hidden_size": 96, "intermediate_size": 176, "num_key_value_heads": 3}), inspect)
+    train(
+        engine_name,
+        Run(steps=1, config=config, model={"hidden_size": 96, "intermediate_size": 176, "num_key_value_heads": 3}),
+        inspect,
+    )
     return sent
 
 

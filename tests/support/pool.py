@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import gc
@@ -54,11 +55,13 @@ class RankPool:
         self.processes = []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=True)
+            # Not a daemon: those may not start the worker processes of a data loader.
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, port), daemon=False)
             process.start()
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
+        atexit.register(self.stop, gently=False)  # before multiprocessing's own hook, which would wait for them
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float) -> list[Any]:
         """Results in rank order.
@@ -106,6 +109,7 @@ class RankPool:
 
     def stop(self, gently: bool = True) -> None:
         """End the processes; gently: after a barrier, so that gloo does not abort at exit."""
+        atexit.unregister(self.stop)
         for pipe in self.pipes:
             if gently:
                 with contextlib.suppress(OSError):
@@ -125,7 +129,9 @@ class Ranks:
     def __init__(self) -> None:
         self._pool: RankPool | None = None
 
-    def __call__(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any) -> list[Any]:
+    def __call__(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any
+    ) -> list[Any]:
         """Run a module-level function on every rank; results in rank order."""
         if self._pool is not None and (self._pool.world_size != world_size or not self._pool.alive):
             self.close()

@@ -48,9 +48,7 @@ def make_tokenizer(chat_template=CHATML, eos="<|im_end|>", **special):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(
-        ["Name a color. Red. Blue. Add the numbers. The sum is 3.", "user assistant system"], trainer
-    )
+    core.train_from_iterator(["Name a color. Red. Blue. Add the numbers. The sum is 3.", "user assistant system"], trainer)
     extra = ["<|im_start|>"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=eos, pad_token=eos, additional_special_tokens=extra, **special
@@ -242,9 +240,7 @@ def test_long_records_can_be_dropped(records):
 
 
 def test_long_records_can_be_errors(records):
-    with pytest.raises(
-        DataError, match=r"data.jsonl, line 2: .* tokens, more than max_length=10. Raise max_length.*'drop'"
-    ):
+    with pytest.raises(DataError, match=r"data.jsonl, line 2: .* tokens, more than max_length=10. Raise max_length.*'drop'"):
         build_dataset(records(SHORT, LONG), make_tokenizer(), 10, overlong="error")
 
 
@@ -262,9 +258,7 @@ def test_a_data_set_of_which_nothing_is_left_is_refused(records):
 
 
 def test_max_length_above_the_models_context_is_refused(records):
-    with pytest.raises(
-        DataError, match=r"max_length=513 is above the model's context of 512 .* Set max_length to 512 or less"
-    ):
+    with pytest.raises(DataError, match=r"max_length=513 is above the model's context of 512 .* Set max_length to 512 or less"):
         build_dataset(records(SHORT), make_tokenizer(), 513, context_length=512)
 
 

@@ -60,10 +60,7 @@ def test_any_token_serves_as_padding(pad, eos, used):
 
 
 def rank_loaders(dataset, micro_batch, world_size, **options):
-    return [
-        make_loader(dataset, TOKENIZER, micro_batch, rank=r, world_size=world_size, **options)
-        for r in range(world_size)
-    ]
+    return [make_loader(dataset, TOKENIZER, micro_batch, rank=r, world_size=world_size, **options) for r in range(world_size)]
 
 
 @pytest.mark.parametrize("drop_last", [True, False])

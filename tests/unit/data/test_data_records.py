@@ -156,9 +156,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 
 
 def test_a_first_record_of_no_form_lists_the_forms(tmp_path):
-    with pytest.raises(
-        DataError, match=r"data.jsonl, line 1: .*fits no form.*'question'.*instruction: .*chat: .*text: "
-    ):
+    with pytest.raises(DataError, match=r"data.jsonl, line 1: .*fits no form.*'question'.*instruction: .*chat: .*text: "):
         load_records(write(tmp_path / "data.jsonl", {"question": "a"}))
 
 
@@ -206,9 +204,7 @@ def test_sources_that_do_not_exist_are_explained(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        DataError, match=r"someone/data: no such file .*split 'train'.*ConnectionError: no route.*network"
-    ):
+    with pytest.raises(DataError, match=r"someone/data: no such file .*split 'train'.*ConnectionError: no route.*network"):
         load_records("someone/data")
 
 
@@ -246,9 +242,7 @@ def test_the_validation_split_divides_the_records(tmp_path, size, expected):
     assert sorted(texts(train) + texts(validation)) == sorted(texts(records))
     again = train_validation_split(records, size, seed=1)
     assert texts(again[1]) == texts(validation)
-    assert texts(train_validation_split(records, 10, seed=2)[1]) != texts(
-        train_validation_split(records, 10, seed=1)[1]
-    )
+    assert texts(train_validation_split(records, 10, seed=2)[1]) != texts(train_validation_split(records, 10, seed=1)[1])
 
 
 def test_split_records_still_know_their_line(tmp_path):
