@@ -13,12 +13,12 @@ from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.guard import EngagementCheck, check_finite, check_same_on_all_ranks, check_same_subnets
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.selection import select_greedy
+from losia_dist.localization.modes import LOCALIZATIONS, Localization, SlotGroup
 from losia_dist.localization.slots import SlotClock
 from losia_dist.optim.rewarming import Rewarming
-from losia_dist.sharding.resolve import resolve_parameters, resolve_state
+from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
 
 class LoSiA:
@@ -56,14 +56,24 @@ class LoSiA:
         check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
         self.collectives = RowCollectives(group)
         self.parameters = resolve_parameters(model)
+        check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
         create_state = getattr(self.state.optimizer, "create_state", None)
         if create_state is not None:
             create_state()
         for layer in self.layers:
             layer.weight_is_resident = self.parameters.weight_is_resident
-        self.clock = SlotClock(group_names(self.layers), config.period, config.layers_per_slot, config.effective_rewarm_steps)
+        self.localization: Localization = LOCALIZATIONS[config.localization](
+            self.collectives,
+            importance=config.importance,
+            betas=config.importance_betas,
+            per_micro_batch=config.importance_accumulation == "micro_batch",
+            weight_is_resident=self.parameters.weight_is_resident,
+        )
+        per_slot = self.localization.groups_per_slot(config.layers_per_slot)
+        self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
+        self._refuse_tied_micro_batches()
         check_same_subnets(self.layers, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
@@ -96,13 +106,15 @@ class LoSiA:
         if not self.rewarming.stepped:
             return False  # an accumulation step under a wrapper that holds the optimizer back
         self.rewarming.stepped = False
+        if self._engagement is not None or self.clock.in_last_step:
+            self.parameters.settle()
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
-        for name in relocalized:
-            self._relocalize([layer for layer in self.layers if layer.group_name == name])
+        for place, name in enumerate(relocalized):
+            self._relocalize(SlotGroup(name, place), [layer for layer in self.layers if layer.group_name == name])
         self.clock.advance(relocalized)
         if relocalized:
             self._open_slot()
@@ -115,6 +127,7 @@ class LoSiA:
 
     def consolidate(self) -> None:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving."""
+        self.parameters.settle()
         for layer in self.layers:
             self._write_back(layer)
 
@@ -127,31 +140,27 @@ class LoSiA:
 
     def _open_slot(self) -> None:
         """Let the groups of the slot in progress accumulate, and no other."""
-        localizing = set(self.clock.localizing)
+        groups = {name: SlotGroup(name, place) for place, name in enumerate(self.clock.localizing)}
         self._accumulators = {}
         for layer in self.layers:
             layer.gradient_sink = None
-            if layer.group_name in localizing:
-                self._accumulators[layer] = layer.gradient_sink = ImportanceAccumulator(
-                    self._shape(layer),
-                    device=layer.row_index.device,
-                    collectives=self.collectives,
-                    importance=self.config.importance,
-                    betas=self.config.importance_betas,
-                    weight_is_resident=self.parameters.weight_is_resident,
-                )
+            if layer.group_name not in groups:
+                continue
+            group, device = groups[layer.group_name], layer.row_index.device
+            accumulator = self.localization.accumulator(group, self._shape(layer), device)
+            if accumulator is not None:
+                self._accumulators[layer] = layer.gradient_sink = accumulator
 
     @torch.no_grad()
-    def _relocalize(self, layers: list[SubnetLinear]) -> None:
+    def _relocalize(self, group: SlotGroup, layers: list[SubnetLinear]) -> None:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
         choices: list[tuple[Tensor, Tensor]] = []
         objectives: list[Tensor] = []
         for layer in layers:
-            kept = (layer.row_index.numel(), layer.col_index.numel())
+            kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
-            rows, columns, objective = select_greedy(
-                self._accumulators.pop(layer).score(), self._shape(layer), kept, self.collectives
-            )
+            accumulator = self._accumulators.pop(layer, None)
+            rows, columns, objective = self.localization.choose(group, accumulator, self._shape(layer), kept, device)
             choices.append((rows, columns))
             objectives.append(objective)
         check_finite(objectives, layers)
@@ -164,6 +173,14 @@ class LoSiA:
             self.state.write_master(layer.subnet, values.to(torch.float32))
         check_same_subnets(layers, self.collectives)
         self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+
+    def _refuse_tied_micro_batches(self) -> None:
+        tied = any(isinstance(module, TiedSubnetEmbedding) for module in self.model.modules())
+        if tied and self.config.importance_accumulation == "micro_batch":
+            raise ConfigError(
+                "importance_accumulation='micro_batch' does not work with an output layer that shares the embedding's weight: "
+                "its gradient comes in two parts that must be added first. Use importance_accumulation='step'."
+            )
 
     def _write_back(self, layer: SubnetLinear) -> None:
         values = self.parameters.read_whole(layer.subnet)

@@ -16,7 +16,13 @@ CONFIG_NAME = "losia_config.json"
 IMPORTANCES = ("param_mix", "first_order", "second_order")
 
 # Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
-_AVAILABLE = {"selection": ("greedy",), "init": ("random",), "localization": ("reduced",), "importance": IMPORTANCES}
+_AVAILABLE = {
+    "selection": ("greedy",),
+    "init": ("random",),
+    "localization": ("reduced", "rank_parallel"),
+    "importance": IMPORTANCES,
+    "importance_accumulation": ("step", "micro_batch"),
+}
 
 
 @dataclass
@@ -45,6 +51,11 @@ class LoSiAConfig:
         reset_bias_correction: restart Adam's bias correction with the moments (correct, default); False keeps the old
             step count, as the authors' code does.
         localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
+            "rank_parallel": each rank localizes other groups (`layers_per_slot` of them) from its own batches, with no
+            gradient communicated: N ranks re-localize N times as many groups per slot at the same cost per rank.
+        importance_accumulation: "step": importance comes from the gradient summed over an optimizer step's micro-batches
+            (exact). "micro_batch": from each micro-batch's part of that sum as it comes, so that no sum is kept (a third
+            less memory while localizing); the averages then move once a micro-batch.
         seed: of the random first subnets. They depend on the seed and the layer's name alone.
     """
 
@@ -63,6 +74,7 @@ class LoSiAConfig:
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
     localization: str = "reduced"
+    importance_accumulation: str = "step"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -10,13 +10,16 @@ from losia_dist.localization.importance import importance_, update_averages_
 
 
 class ImportanceAccumulator:
-    """Receives the full gradient of every micro-batch in backward, and turns the sum into importance once a step.
+    """Receives the full gradient of every micro-batch in backward, and turns it into importance.
 
-    State on each rank: three fp32 blocks [ceil(m / world size), n] (gradient sum, Ibar, Ubar), for the length of one slot.
+    State on each rank for the length of one slot: fp32 blocks [ceil(m / world size), n] for Ibar and Ubar, and one for the
+    sum of the gradient, unless importance is taken from every micro-batch.
 
     Args:
         shape: (m, n) of the whole weight.
         collectives: over all ranks that see different data.
+        per_micro_batch: take importance from the gradient of every micro-batch as it comes, and keep no sum; else from the
+            sum over an optimizer step (exact).
         weight_is_resident: the weight stays as it is until the importance is taken; otherwise the row block is copied in
             backward, while it is there.
     """
@@ -29,6 +32,7 @@ class ImportanceAccumulator:
         collectives: RowCollectives,
         importance: str,
         betas: tuple[float, float],
+        per_micro_batch: bool,
         weight_is_resident: bool,
     ) -> None:
         self.shape, self.collectives, self.kind, self.betas = shape, collectives, importance, betas
@@ -37,7 +41,7 @@ class ImportanceAccumulator:
         block = (self.stop - self.start, shape[1])
         self.mean = torch.zeros(block, dtype=torch.float32, device=device)
         self.deviation = torch.zeros_like(self.mean)
-        self.gradient = torch.zeros_like(self.mean)
+        self.gradient = None if per_micro_batch else torch.zeros_like(self.mean)
         self.weight_rows: Tensor | None = None
         self.pending: PendingRows | None = None
 
@@ -50,32 +54,47 @@ class ImportanceAccumulator:
         self._drain()
         self.pending = self.collectives.reduce_scatter_rows(gradient)
         rows = weight.detach()[self.start : self.stop]
-        self.weight_rows = rows if self.weight_is_resident else rows.clone()
-        if self.collectives.world_size == 1:
+        alone = self.collectives.world_size == 1
+        # Alone and with no sum to wait for, the weight is read at once.
+        self.weight_rows = rows if self.weight_is_resident or (alone and self.gradient is None) else rows.clone()
+        if alone:
             self._drain()  # nothing to overlap with; do not keep the whole gradient
 
     def end_step(self) -> None:
         """Fold this optimizer step's gradient into the averages. The gradient has not been clipped."""
-        if self.weight_rows is None:
-            return
         self._drain()
-        update_averages_(self.mean, self.deviation, importance_(self.gradient, self.weight_rows, self.kind), self.betas)
+        if self.gradient is not None and self.weight_rows is not None:
+            self._fold(self.gradient)
         self._forget()
 
     def discard_step(self) -> None:
-        """Forget the gradient of a step that the engine skipped."""
-        self._drain()
+        """Forget the gradient of a step that the engine skipped (what earlier micro-batches have told stays)."""
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
         self._forget()
 
     def score(self) -> Tensor:
         """s = Ibar * Ubar for this rank's rows, fp32 [<= b, n]; uses up the averages."""
         return self.mean.mul_(self.deviation)
 
+    @torch.no_grad()
     def _drain(self) -> None:
-        if self.pending is not None:
-            self.gradient.add_(self.pending.wait())
-            self.pending = None
+        if self.pending is None:
+            return
+        rows = self.pending.wait()
+        self.pending = None
+        if self.gradient is not None:
+            self.gradient.add_(rows)
+        else:
+            self._fold(rows.to(torch.float32))
+            self.weight_rows = None
+
+    def _fold(self, gradient: Tensor) -> None:
+        assert self.weight_rows is not None
+        update_averages_(self.mean, self.deviation, importance_(gradient, self.weight_rows, self.kind), self.betas)
 
     def _forget(self) -> None:
-        self.gradient.zero_()
+        if self.gradient is not None:
+            self.gradient.zero_()
         self.weight_rows = None

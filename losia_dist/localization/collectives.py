@@ -88,6 +88,12 @@ class RowCollectives:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
+        """A vector of the group's rank `source`, on every rank."""
+        if self.world_size > 1:
+            dist.broadcast(values, group=self.group, group_src=source)
+        return values
+
     def stack(self, values: Tensor) -> Tensor:
         """A vector [k] per rank -> [world size, k], the same on every rank."""
         if self.world_size == 1:

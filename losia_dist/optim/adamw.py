@@ -77,21 +77,28 @@ class LoSiAAdamW(Optimizer):
         states = [self._state_of(p) for p in parameters]
         for state in states:
             state["step"] += 1
-        masters = [state.get("master", p) for state, p in zip(states, parameters, strict=True)]
+        values = [_local(p) for p in parameters]
+        masters = [_local(state["master"]) if "master" in state else v for state, v in zip(states, values, strict=True)]
         adamw_(
             masters,
-            [p.grad.to(torch.float32) for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [_local(p.grad).to(torch.float32) for p in parameters if p.grad is not None],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
             steps=[state["step"].item() for state in states],  # on the CPU: no device is waited for
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
-        for parameter, master in zip(parameters, masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+        for value, master in zip(values, masters, strict=True):
+            if master is not value:
+                value.copy_(master)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The block of a DTensor that this rank keeps, sharing its memory: the update is per element and needs no other."""
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def adamw_(

@@ -16,6 +16,10 @@ class ParameterAccess(Protocol):
 
     weight_is_resident: bool  # a weight stays whole in memory between forward and backward, and between steps
 
+    def settle(self) -> None:
+        """Put every parameter where the other methods, and the optimizer, look for it. Called first, between steps."""
+        ...
+
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """Shape of the whole parameter."""
         ...

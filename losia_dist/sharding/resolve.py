@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import chain
 from typing import Any
@@ -18,22 +19,27 @@ from losia_dist.subnet.groups import GROUP_KEY
 
 
 def resolve_parameters(model: nn.Module) -> ParameterAccess:
-    """Access to the weights of a model, whole or partitioned by ZeRO-3.
+    """Access to the weights of a model: whole, partitioned by ZeRO-3, or sharded by FSDP2.
 
     Raises:
-        UnsupportedError: the model is sharded in a way that this version cannot reach.
+        UnsupportedError: the model is sharded in a way that LoSiA cannot reach, or not sharded though that was asked for.
     """
     parameters = list(model.parameters())
     if any(hasattr(p, "ds_id") for p in parameters):
         from losia_dist.sharding.zero3 import Zero3Parameters
 
         return Zero3Parameters()
-    if any(type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor" for p in parameters):
-        raise UnsupportedError("the model is sharded by FSDP2 or a tensor-parallel plan, which this version does not support.")
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedError(
-            "the model is wrapped by FSDP1, whose flat parameters need one dtype and reduce full-size gradients; use ZeRO."
+            "the model is wrapped by FSDP1, whose flat parameters need one dtype and reduce full-size gradients. Use FSDP2: "
+            "torch.distributed.fsdp.fully_shard, or fsdp_version: 2 in Accelerate's configuration."
         )
+    if is_fully_sharded(model):
+        from losia_dist.sharding.fully_shard import FullyShardParameters
+
+        return FullyShardParameters(model)
+    if any(type(p).__name__ == "DTensor" for p in parameters):
+        raise UnsupportedError("the model is cut by a tensor-parallel plan, which LoSiA does not support; use FSDP2 or ZeRO-3.")
     return WholeParameters()
 
 
@@ -50,11 +56,39 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
     elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper
         return resolve_state(model, optimizer.optimizer)
     elif isinstance(optimizer, Optimizer):
-        state = TorchState(optimizer)
+        if is_fully_sharded(model):
+            from losia_dist.sharding.fully_shard import FullyShardState
+
+            state = FullyShardState(optimizer)
+        else:
+            state = TorchState(optimizer)
     else:
         raise UnsupportedError(f"{kind} is not an optimizer that LoSiA can reach into; pass a torch.optim.Optimizer.")
-    _check_groups(model, state.optimizer, own_parameters=isinstance(state, TorchState) and state.optimizer is optimizer)
+    _check_groups(model, state.optimizer, own_parameters=state.optimizer is optimizer)
     return state
+
+
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has been applied to some part of the model."""
+    from torch.distributed.fsdp import FSDPModule  # not loaded where nothing is distributed
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def check_asked_sharding(model: nn.Module, world_size: int) -> None:
+    """Sharding that Accelerate's launcher was asked for must be there: on a CPU it drops FSDP without a word.
+
+    Raises:
+        UnsupportedError: FSDP was asked for (ACCELERATE_USE_FSDP) and the model is whole, or only one rank came.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true", "yes"):
+        return
+    if not is_fully_sharded(model) or world_size == 1:
+        got = "the model is not sharded" if world_size > 1 else "this process runs alone, without other ranks"
+        raise UnsupportedError(
+            f"FSDP was asked for (ACCELERATE_USE_FSDP is set), but {got}: Accelerate drops FSDP on a CPU without a word. "
+            "Start on GPUs, shard with torch.distributed.fsdp.fully_shard yourself, or take FSDP out of the configuration."
+        )
 
 
 def _deepspeed_state(optimizer: Any, kind: str) -> StateAccess:

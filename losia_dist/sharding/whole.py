@@ -13,6 +13,9 @@ class WholeParameters:
 
     weight_is_resident = True
 
+    def settle(self) -> None:
+        """Nothing to do: parameters keep their places between steps."""
+
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         return tuple(parameter.shape)
 

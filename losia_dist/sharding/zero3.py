@@ -21,6 +21,9 @@ class Zero3Parameters:
 
     weight_is_resident = False
 
+    def settle(self) -> None:
+        """Nothing to do: parameters keep their places between steps."""
+
     def shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)  # DeepSpeed puts ds_* attributes on parameters
 

@@ -96,17 +96,24 @@ def test_four_ranks_with_uneven_row_blocks_equal_it(ranks, expected):
         assert_same_run(result, expected(run))
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_the_optimizer_on_the_cpu_equals_it(ranks, expected, engine):
-    run = variant(PLAIN, steps=20, deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
-    for result in ranks(2, train, engine, run):
-        assert_same_run(result, expected(run))
+OPTIMIZERS_OF_DEEPSPEED = [
+    ("zero2", {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.0, "torch_adam": True}}, "AdamW"),
+    ("zero2-offload", {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.0}}, "DeepSpeedCPUAdam"),
+    ("zero3-offload", {"type": "Adam", "params": {"lr": 1e-3, "eps": 1e-6}}, "DeepSpeedCPUAdam"),
+]
 
 
-def test_an_optimizer_from_the_deepspeed_configuration_equals_it(ranks, expected):
-    adamw = {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-6, "weight_decay": 0.0, "torch_adam": True}}
-    run = variant(PLAIN, steps=20, deepspeed={"optimizer": adamw})
-    for result in ranks(2, train, "zero2", run):
+def train_with(engine: str, run: Run, kind: str):
+    def inspect(stage, losia, engine):
+        assert type(losia.state.optimizer).__name__ == kind
+
+    return train(engine, run, inspect)
+
+
+@pytest.mark.parametrize("engine, optimizer, kind", OPTIMIZERS_OF_DEEPSPEED)
+def test_optimizers_of_deepspeed_named_in_its_configuration_equal_it(ranks, expected, engine, optimizer, kind):
+    run = variant(PLAIN, deepspeed={"optimizer": optimizer})
+    for result in ranks(2, train_with, engine, run, kind):
         assert_same_run(result, expected(run))
 
 

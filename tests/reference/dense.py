@@ -19,6 +19,9 @@ class DenseLoSiA:
     initial_subnets: weight name -> (rows, columns); their sizes stay for the whole run.
     lr_schedule: learning rate at the 0-based optimizer step, rewarming not included.
     trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared.
+    localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
+        N equal parts of the data (modulo N); None: every group from all data.
+    importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class DenseLoSiA:
         reset_bias_correction: bool = True,
         max_grad_norm: float | None = None,
         trainable_names: list[str] | tuple[str, ...] = (),
+        localization_ranks: int | None = None,
+        importance_per_micro_batch: bool = False,
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -46,7 +51,9 @@ class DenseLoSiA:
         self.subnets = dict(initial_subnets)
         self.period = period
         self.lr_schedule = lr_schedule
-        self.layers_per_slot = min(layers_per_slot, len(groups))
+        self.localization_ranks = localization_ranks
+        self.importance_per_micro_batch = importance_per_micro_batch
+        self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
         self.importance_betas = importance_betas
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
@@ -70,6 +77,7 @@ class DenseLoSiA:
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> float:
         """One optimizer step over the whole global batch, given as equally weighted micro-batches."""
+        seen = self._gradients_for_importance(micro_batches)
         loss, gradient = self._mean_loss_and_gradient(micro_batches)
         t, T, L = self.t, self.period, len(self.groups)
 
@@ -78,22 +86,13 @@ class DenseLoSiA:
         localizing = [(k * self.layers_per_slot + i) % L for i in range(self.layers_per_slot)]
 
         # Importance, from the weight before the update and the gradient before clipping.
-        for index in localizing:
+        for place, index in enumerate(localizing):
             for name in self.groups[index]:
                 if t % T == 0:
                     self.I_mean[name] = torch.zeros_like(gradient[name])
                     self.I_deviation[name] = torch.zeros_like(gradient[name])
-                wg = self.parameters[name].detach() * gradient[name]
-                if self.importance == "param_mix":
-                    importance = (wg - 0.5 * wg**2).abs()
-                elif self.importance == "first_order":
-                    importance = wg.abs()
-                else:
-                    importance = wg**2
-                b1, b2 = self.importance_betas
-                self.I_mean[name] = b1 * self.I_mean[name] + (1 - b1) * importance
-                deviation = (importance - self.I_mean[name]).abs()
-                self.I_deviation[name] = b2 * self.I_deviation[name] + (1 - b2) * deviation
+                for g in seen[place % len(seen)]:
+                    self._average_importance(name, g[name])
 
         # Gradients that train, clipped by their global norm.
         trained = {name: gradient[name][rows][:, columns] for name, (rows, columns) in self.subnets.items()}
@@ -133,6 +132,30 @@ class DenseLoSiA:
         self.t += 1
         self.losses.append(loss)
         return loss
+
+    def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
+        """For each rank that localizes by itself (one, if they do it together): the gradients it takes importance from."""
+        N = self.localization_ranks or 1
+        parts = [[{key: value.chunk(N)[i] for key, value in batch.items()} for batch in micro_batches] for i in range(N)]
+        if not self.importance_per_micro_batch:
+            return [[self._mean_loss_and_gradient(part)[1]] for part in parts]
+        share = 1 / len(micro_batches)
+        return [
+            [{n: share * g for n, g in self._mean_loss_and_gradient([batch])[1].items()} for batch in part] for part in parts
+        ]
+
+    def _average_importance(self, name: str, g: Tensor) -> None:
+        wg = self.parameters[name].detach() * g
+        if self.importance == "param_mix":
+            importance = (wg - 0.5 * wg**2).abs()
+        elif self.importance == "first_order":
+            importance = wg.abs()
+        else:
+            importance = wg**2
+        b1, b2 = self.importance_betas
+        self.I_mean[name] = b1 * self.I_mean[name] + (1 - b1) * importance
+        deviation = (importance - self.I_mean[name]).abs()
+        self.I_deviation[name] = b2 * self.I_deviation[name] + (1 - b2) * deviation
 
     def _mean_loss_and_gradient(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
         for parameter in self.parameters.values():

@@ -144,12 +144,12 @@ def count_selection(engine_name: str) -> dict[str, int]:
         if stage == "before":
             relocalize = losia._relocalize
 
-            def watched(layers):
+            def watched(group, layers):
                 counted(dist, "all_reduce", lambda t, *_: t.numel())
                 counted(compat, "all_gather_flat", lambda out, *_: out.numel())
                 counted(compat, "reduce_scatter_flat", lambda out, whole, *_: whole.numel())
                 try:
-                    relocalize(layers)
+                    relocalize(group, layers)
                 finally:
                     for (module, name), original in originals.items():
                         setattr(module, name, original)

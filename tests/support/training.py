@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
@@ -60,8 +62,8 @@ def prepared_model(run: Run) -> torch.nn.Module:
     return model.train()
 
 
-def reference(run: Run) -> dict[str, Any]:
-    """The dense reference's losses, whole weights and selections."""
+def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
+    """The dense reference's losses, whole weights and selections. `ranks` matters to localization="rank_parallel" alone."""
     config = LoSiAConfig(**run.config)
     converted = get_losia_model(tiny_llama(**run.model), config)
     layers = subnet_layers(converted)
@@ -84,6 +86,8 @@ def reference(run: Run) -> dict[str, Any]:
         reset_bias_correction=config.reset_bias_correction,
         max_grad_norm=run.max_grad_norm or None,
         trainable_names=trained,
+        localization_ranks=ranks if config.localization == "rank_parallel" else None,
+        importance_per_micro_batch=config.importance_accumulation == "micro_batch",
     )
     losses = [dense.step(micro_batches) for micro_batches in global_batches(run)]
     weights = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
@@ -91,7 +95,7 @@ def reference(run: Run) -> dict[str, Any]:
 
 
 def train(engine: str, run: Run, inspect: Any = None) -> dict[str, Any]:
-    """Train on "one", "ddp" or "zero0" ... "zero3"; called on every rank. Same keys as `reference` on every rank.
+    """Train on an engine of tests.support.matrix; called on every rank. Same keys as `reference` on every rank.
 
     `inspect(stage, losia, engine)`, if given, is called "before" and "after" every optimizer step.
     """
@@ -133,7 +137,7 @@ def _plain_loop(engine: str, model: torch.nn.Module, config: LoSiAConfig, run: R
     get_losia_model(model, config)
     if run.dtype == "bf16":
         model.to(torch.bfloat16)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if engine == "ddp" else model
+    wrapped = _wrap(engine, model)
     optimizer = LoSiAAdamW(losia_parameter_groups(wrapped, lr=RATE), lr=RATE)
     losia = LoSiA(wrapped, optimizer, config)
 
@@ -158,6 +162,23 @@ def _plain_loop(engine: str, model: torch.nn.Module, config: LoSiAConfig, run: R
     return losia, step, losia.detach
 
 
+def _wrap(engine: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The model as this engine holds it: alone, DDP, FSDP2 in its forms, or HSDP on a 2 x N mesh."""
+    if engine == "one":
+        return model
+    if engine == "ddp":
+        return DistributedDataParallel(model, broadcast_buffers=False)
+    world = dist.get_world_size()
+    shape, names = ((2, world // 2), ("replicate", "shard")) if engine == "hsdp" else ((world,), ("shard",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": engine != "fsdp2-noreshard"}
+    if engine == "fsdp2-offload":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
 def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run: Run):
     import deepspeed
 
@@ -172,7 +193,11 @@ def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run:
     }
     # By default stage 3 would keep weights as small as these whole, or gathered from forward to backward; here it really
     # partitions them, and gathers them again.
-    zero = {"stage": int(name[4]), "reduce_bucket_size": 100_000}
+    zero: dict[str, Any] = {"stage": int(name[4]), "reduce_bucket_size": 100_000}
+    if name.endswith("-offload"):
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if zero["stage"] == 3:
+            zero["offload_param"] = {"device": "cpu"}
     for limit in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
         zero[f"stage3_{limit}"] = 0
     settings["zero_optimization"] = {**zero, **run.deepspeed.get("zero_optimization", {})}

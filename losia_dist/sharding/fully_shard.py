@@ -1,0 +1,154 @@
+"""Parameters and state that FSDP2 (`fully_shard`) shards, HSDP's two-dimensional meshes included.
+
+A sharded parameter is a DTensor: each rank keeps one block of it (rows, as `fully_shard` cuts by default) and replicas of
+HSDP keep the same block. Indexing a DTensor in place raises, so everything here works on the local block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from losia_dist.errors import UnsupportedError
+from losia_dist.sharding.torch_state import TorchState
+
+
+class FullyShardParameters:
+    """`ParameterAccess` on DTensors. A read sums disjoint parts over the shards: the block that is read, never the weight.
+
+    Args:
+        model: after `fully_shard` was applied to it.
+
+    Raises:
+        UnsupportedError: a parameter that trains but is not sharded beside others that are (its gradient would never be
+            reduced), or a placement that is neither a shard nor a replica.
+    """
+
+    weight_is_resident = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.settle()
+        _refuse_unsharded(model)
+
+    def settle(self) -> None:
+        # An evaluation leaves units that do not reshard after forward gathered; their modules then hold plain tensors.
+        for unit in self._units:
+            unit.reshard()
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        return tuple(parameter.shape)
+
+    @torch.no_grad()
+    def read_block(self, weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
+        local, places, inside = _find(weight, rows, columns)
+        if local.numel():
+            values = torch.where(inside, local[places], torch.zeros((), dtype=local.dtype, device=local.device))
+        else:
+            values = torch.zeros(inside.shape, dtype=local.dtype, device=local.device)
+        values = values.to(rows.device)
+        for dimension, placement in enumerate(weight.placements):
+            if placement.is_shard():
+                dist.all_reduce(values, group=weight.device_mesh.get_group(dimension))
+        return values
+
+    @torch.no_grad()
+    def write_block(self, weight: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        local, (local_rows, local_columns), inside = _find(weight, rows, columns)
+        if local.numel():
+            row, column = torch.where(inside)
+            chosen = values.to(local.device, local.dtype)[row, column]
+            local[local_rows.expand_as(inside)[row, column], local_columns.expand_as(inside)[row, column]] = chosen
+
+    @torch.no_grad()
+    def read_whole(self, parameter: Any) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter.detach().clone()
+        # Offloaded to the CPU, a shard is out of reach of the mesh's backend.
+        local = local_part(parameter).to(parameter.device_mesh.device_type)
+        mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+        return DTensor.from_local(local, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
+
+    @torch.no_grad()
+    def write_whole(self, parameter: Any, values: Tensor) -> None:
+        local_part(parameter).copy_(cut_like(parameter, values))
+
+
+class FullyShardState:
+    """`StateAccess` for a torch optimizer whose parameters are the model's DTensors."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._whole = TorchState(optimizer)
+
+    @torch.no_grad()
+    def write_master(self, parameter: Any, values: Tensor) -> None:
+        holder = self._whole.master_fragment(parameter)
+        if holder is not parameter and holder is not None:
+            local_part(holder).copy_(cut_like(holder, values))
+
+    def master_fragment(self, parameter: nn.Parameter) -> Tensor | None:
+        holder = self._whole.master_fragment(parameter)
+        return None if holder is None else local_part(holder)
+
+    def clear(self, group_name: str, restart_bias_correction: bool) -> None:
+        self._whole.clear(group_name, restart_bias_correction)
+
+    def state_tensors(self) -> list[Tensor]:
+        return [local_part(tensor) for tensor in self._whole.state_tensors()]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's block of a DTensor, sharing its memory; any other tensor as it is."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor
+
+
+def cut_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """The part of whole `values` that this rank keeps of `tensor` (a view)."""
+    if not isinstance(tensor, DTensor):
+        return values
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    for dimension, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        values = values.narrow(dimension, min(start, values.shape[dimension]), size)
+    return values
+
+
+def _find(weight: DTensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """The local block, places in it of the elements rows x columns, [r, 1] and [1, c], and which of them it holds, [r, c].
+
+    Places of elements that other ranks hold are clamped into the block; no host synchronisation.
+    """
+    local = local_part(weight)
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    places, held = [], []
+    for index, size, start in zip((rows[:, None], columns[None, :]), shape, offset, strict=True):
+        index = index.to(local.device) - start
+        held.append((index >= 0) & (index < size))
+        places.append(index.clamp(0, max(size - 1, 0)))
+    return local, (places[0], places[1]), held[0] & held[1]
+
+
+def _refuse_unsharded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            if parameter.requires_grad:
+                raise UnsupportedError(
+                    f"{name} trains but is not sharded, while other parameters are: FSDP2 would never reduce its gradient. "
+                    "Call fully_shard on the whole model after its layers."
+                )
+            continue
+        strange = [p for p in parameter.placements if type(p) not in (Shard, Replicate)]
+        if strange:
+            raise UnsupportedError(
+                f"{name} is placed as {strange[0]}: tensor and expert parallel plans are not supported; use fully_shard alone."
+            )

@@ -1,0 +1,92 @@
+"""The other ways to localize against the dense reference: per micro-batch, and every rank a group of its own."""
+
+import pytest
+import torch.distributed as dist
+
+from losia_dist.errors import ConfigError
+from tests.support.compare import assert_same_run
+from tests.support.training import Run, reference, train, variant
+
+BASE = Run(steps=24, accumulation=3, max_grad_norm=0.5)
+PER_MICRO_BATCH = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 3, "importance_accumulation": "micro_batch"}
+RANK_PARALLEL = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 4, "localization": "rank_parallel"}
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
+def test_importance_of_every_micro_batch_equals_the_reference(ranks, engine):
+    run = variant(BASE, config=PER_MICRO_BATCH)
+    expected = reference(run)
+    assert expected["history"] != [] and not _same_choices(expected, reference(variant(run, config=_step(run.config))))
+    for result in [train(engine, run)] if engine == "one" else ranks(2, train, engine, run):
+        assert_same_run(result, expected)
+
+
+@pytest.mark.parametrize("accumulation", ["step", "micro_batch"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_two_ranks_localize_two_groups_a_slot_from_their_own_data(ranks, engine, accumulation):
+    run = variant(BASE, config={**RANK_PARALLEL, "importance_accumulation": accumulation})
+    expected = reference(run, ranks=2)
+    assert len(expected["history"]) == 2 * run.steps // 4
+    for result in ranks(2, train, engine, run):
+        assert_same_run(result, expected)
+
+
+def test_four_ranks_localize_all_four_groups_in_one_slot(ranks):
+    run = variant(BASE, steps=8, accumulation=1, config=RANK_PARALLEL)
+    for result in ranks(4, train, "fsdp2", run):
+        assert_same_run(result, reference(run, ranks=4))
+
+
+def test_more_ranks_than_groups_is_no_error(ranks):
+    run = variant(BASE, steps=8, config={**RANK_PARALLEL, "output_rank_factor": None})  # three groups
+    for result in ranks(4, train, "ddp", run):
+        assert_same_run(result, reference(run, ranks=4))
+
+
+def test_one_process_localizes_as_it_always_does():
+    run = variant(BASE, steps=8, config=RANK_PARALLEL)
+    plain = variant(BASE, steps=8, config={**RANK_PARALLEL, "localization": "reduced"})
+    assert_same_run(train("one", run), train("one", plain), tolerance=0.0)
+
+
+def count_gradient_traffic(localization: str) -> dict[str, int]:
+    """Largest transfers of a step in which groups localize: of localization's own collectives, in elements."""
+    from losia_dist import compat
+
+    sent = {"reduce_scatter": 0}
+    original = compat.reduce_scatter_flat
+
+    def counted(received, whole, **options):
+        sent["reduce_scatter"] += whole.numel()
+        return original(received, whole, **options)
+
+    compat.reduce_scatter_flat = counted
+    try:
+        train("ddp", Run(steps=2, config={"rank_factor": 0.25, "period": 2, "localization": localization}))
+    finally:
+        compat.reduce_scatter_flat = original
+    return sent
+
+
+def test_no_gradient_is_communicated_where_every_rank_localizes_alone(ranks):
+    assert [sent["reduce_scatter"] for sent in ranks(2, count_gradient_traffic, "rank_parallel")] == [0, 0]
+    assert all(sent["reduce_scatter"] > 0 for sent in ranks(2, count_gradient_traffic, "reduced"))
+
+
+def test_a_shared_weight_is_refused_per_micro_batch():
+    run = Run(steps=1, config=PER_MICRO_BATCH, model={"tie_word_embeddings": True})
+    with pytest.raises(ConfigError, match="importance_accumulation='micro_batch'.*Use importance_accumulation='step'"):
+        train("one", run)
+    assert not dist.is_initialized()
+
+
+def _step(config):
+    return {**config, "importance_accumulation": "step"}
+
+
+def _same_choices(a, b):
+    return all(
+        (x[2][w][0].tolist(), x[2][w][1].tolist()) == (y[2][w][0].tolist(), y[2][w][1].tolist())
+        for x, y in zip(a["history"], b["history"], strict=True)
+        for w in x[2]
+    )
