@@ -1,4 +1,4 @@
-"""Every engine against the dense reference: 40 steps, two full re-localization cycles, sizes that divide by nothing."""
+"""Configurations, ties, optimizers and sizes besides those of the support matrix, against the dense reference."""
 
 import pytest
 
@@ -7,7 +7,6 @@ from losia_dist.formulas import cycle_steps
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
-ENGINES = ["one", "ddp", "zero0", "zero1", "zero2", "zero3"]
 PLAIN = Run()
 ACCUMULATED = variant(PLAIN, accumulation=3, max_grad_norm=0.5)
 VARIANTS = {
@@ -58,13 +57,6 @@ def test_the_run_spans_two_cycles_and_clips():
     assert PLAIN.steps >= 2 * cycle_steps(4, config.period, config.layers_per_slot)
     clipped, free = reference(ACCUMULATED), reference(variant(ACCUMULATED, max_grad_norm=0.0))
     assert clipped["losses"] != free["losses"]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("run", [PLAIN, ACCUMULATED], ids=["plain", "accumulation and clipping"])
-def test_losses_weights_and_indices_equal_the_dense_reference(ranks, expected, engine, run):
-    for result in run_on(ranks, engine, run):
-        assert_same_run(result, expected(run))
 
 
 @pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3"])
@@ -121,19 +113,3 @@ def test_small_weights_that_stage_3_keeps_whole_are_rewritten_too(ranks, expecte
     run = variant(PLAIN, steps=20, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 3000}})
     for result in ranks(2, train, "zero3", run):
         assert_same_run(result, expected(run))
-
-
-def test_in_bf16_the_three_stages_are_one_trajectory(ranks):
-    run = variant(PLAIN, dtype="bf16", max_grad_norm=0.5)
-    results = [ranks(2, train, engine, run)[0] for engine in ("zero1", "zero2", "zero3")]
-    for other in results[1:]:
-        assert other["losses"] == results[0]["losses"]
-        assert_same_run(other, results[0], tolerance=0.0)
-
-
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero0"])
-def test_bf16_stays_close_to_fp32(ranks, engine):
-    """Not a parity bar: a missing master value or a lost update would show as a drift."""
-    run = variant(PLAIN, dtype="bf16")
-    fp32, bf16 = reference(PLAIN)["losses"], run_on(ranks, engine, run)[0]["losses"]
-    assert max(abs(a - b) for a, b in zip(fp32, bf16, strict=True)) < 0.1

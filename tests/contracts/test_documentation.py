@@ -1,0 +1,38 @@
+"""The documentation says what the code does: the README's loop, the support matrix, the options."""
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from losia_dist import LoSiAConfig
+from tests.support.matrix import render
+from tests.support.models import batches, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readmes_plain_loop_trains_and_exports(tmp_path, monkeypatch):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    model = tiny_llama()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    loader = [step[0] for step in batches(steps=3, micro_batches=1, batch=2, length=8, vocab=97, seed=0)]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"model": model, "loader": loader})
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained").state_dict()
+    assert trained.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(trained[name], before[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+
+
+def test_the_support_matrix_of_the_documentation_is_the_tested_one():
+    assert render() in (ROOT / "docs" / "support-matrix.md").read_text(), "run python -m tests.support.matrix and paste it"
+
+
+def test_every_option_of_the_configuration_is_explained():
+    explained = inspect.cleandoc(LoSiAConfig.__doc__)
+    missing = [field.name for field in fields(LoSiAConfig) if not re.search(rf"^    {field.name}: ", explained, re.MULTILINE)]
+    assert not missing
