@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ PACKAGE = Path(losia_dist.__file__).parent
 
 # Lower layers never import upper ones; planning and reporting will stand beside.
 LAYERS = [
-    ["errors", "formulas", "config"],
+    ["_version", "compat", "errors", "formulas", "fingerprint", "config"],
     ["subnet"],
     ["localization", "optim", "sharding"],
-    ["model", "guard", "conductor"],
+    ["model", "guard", "heartbeat", "watch", "liveness", "conductor"],
     ["integrations", "checkpoint", "data"],
     ["training", "cli"],
 ]
@@ -49,6 +51,7 @@ def test_public_names_are_there_and_documented():
         assert value.__doc__ and len(value.__doc__) > 30, name
     promised = {"LoSiAConfig", "get_losia_model", "losia_parameter_groups", "LoSiAAdamW", "LoSiA", "initialize"}
     assert promised | {"add_config_arguments", "export_model"} <= set(losia_dist.__all__)
+    assert {"LoSiATrainer", "LoSiATrainerMixin", "LoSiACallback"} <= set(losia_dist.__all__)
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -76,9 +79,18 @@ def test_every_module_says_what_it_is():
 
 
 def test_the_package_imports_without_deepspeed(monkeypatch):
-    import sys
-
     for name in [name for name in sys.modules if name.split(".")[0] == "deepspeed"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # importing it now raises
     importlib.reload(losia_dist)
+
+
+def test_the_package_imports_without_the_trainer_and_accelerate():
+    """Their names are there when asked for; asking for another one is an ordinary error."""
+    code = "import sys, losia_dist; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout.split()
+    assert not {"transformers.trainer", "accelerate", "trl", "deepspeed"} & set(loaded)
+    with pytest.raises(AttributeError, match="no attribute 'LoSiATrainerr'"):
+        _ = losia_dist.LoSiATrainerr

@@ -1,0 +1,119 @@
+"""Weights of a plain model directory back into a live run, whatever engine holds it: `load_best_model_at_end`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from losia_dist.conductor import LoSiA
+from losia_dist.errors import ConfigError
+
+INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
+_LOSIA_ENTRIES = ("subnet", "row_index", "col_index")
+Result = TypeVar("Result")
+
+
+def check_restorable(model: nn.Module, directory: str | Path) -> None:
+    """Whether `load_plain_weights` will find every weight; called on all ranks, reads names only.
+
+    Raises:
+        ConfigError: a file cannot be read, or the directory stores weights under other names than the model's (some
+            architectures are rewritten on saving). Same on every rank.
+    """
+    _on_rank_0(lambda: _files_of(_entries(model), Path(directory)))
+
+
+@torch.no_grad()
+def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device) -> None:
+    """Give the model the weights of a directory that `export_model` wrote; the subnets stay where they are.
+
+    Called on all ranks; rank 0 reads, one tensor at a time, and broadcasts. The optimizer's master values follow; its
+    moments are left.
+
+    Args:
+        device: where the ranks' process group communicates.
+
+    Raises:
+        ConfigError: as `check_restorable`, on every rank before any weight is changed.
+    """
+    losia.parameters.settle()
+    entries = _entries(losia.model)
+    files = _on_rank_0(lambda: _files_of(entries, Path(directory)))
+    for tensor, (file, key) in zip(entries, files, strict=True):
+        shape = losia.parameters.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
+        values = torch.empty(shape, dtype=tensor.dtype, device=device)
+        if _rank() == 0:
+            with safe_open(file, framework="pt") as opened:
+                values.copy_(opened.get_tensor(key))
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(values, src=0)
+        _write(losia, tensor, values)
+    for layer in losia.layers:
+        values = losia.parameters.read_block(layer.weight, layer.row_index, layer.col_index)
+        _write(losia, layer.subnet, values)
+
+
+def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
+    if not isinstance(tensor, nn.Parameter):
+        tensor.copy_(values)
+        return
+    losia.parameters.write_whole(tensor, values)
+    if tensor.requires_grad:
+        losia.state.write_master(tensor, values.to(torch.float32))
+
+
+def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank."""
+    inner = getattr(model, "module", None)  # DDP, DeepSpeedEngine
+    while isinstance(inner, nn.Module):
+        model, inner = inner, getattr(inner, "module", None)
+    wanted = set(model.state_dict(keep_vars=True))
+    entries: dict[Tensor, list[str]] = {}
+    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in source:
+            if name in wanted and name.rsplit(".", 1)[-1] not in _LOSIA_ENTRIES:
+                entries.setdefault(tensor, []).append(name)
+    return entries
+
+
+def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:
+    """For each entry, the file that holds it and the name it has there (a tied tensor is stored under one of its names)."""
+    if (directory / INDEX_NAME).exists():
+        stored = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+    else:
+        with safe_open(directory / WEIGHTS_NAME, framework="pt") as opened:
+            stored = dict.fromkeys(opened.keys(), WEIGHTS_NAME)
+    found = [next((name for name in names if name in stored), None) for names in entries.values()]
+    missing = [names[0] for names, name in zip(entries.values(), found, strict=True) if name is None]
+    if missing:
+        raise ConfigError(
+            f"{directory} does not hold {missing[0]} ({len(missing)} weights in all) under this name, so the best weights "
+            "could not be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."
+        )
+    return [(str(directory / stored[name]), name) for name in found if name is not None]
+
+
+def _on_rank_0(work: Callable[[], Result]) -> Result:
+    """What rank 0 gets, on every rank; an error of rank 0 is raised everywhere."""
+    box: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            box[0] = work()
+        except (OSError, ValueError, SafetensorError) as error:
+            box[1] = str(error)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise ConfigError(box[1])
+    return box[0]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

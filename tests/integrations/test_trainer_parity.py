@@ -1,0 +1,118 @@
+"""LoSiATrainer against the dense reference, on every engine that it drives: losses, whole weights and selected indices."""
+
+import pytest
+import torch
+
+from tests.support import training
+from tests.support.compare import assert_same_run
+from tests.support.models import tiny_llama
+from tests.support.trainers import examples, linear_rate, masked, train_with_trainer
+from tests.support.training import Run, reference, variant
+
+PLAIN = Run(steps=20, config={"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 4})
+EVERYTHING = variant(PLAIN, accumulation=4, max_grad_norm=0.5)
+DEEPSPEED = {"type": "DEEPSPEED", "world size": 2, "wrapper": "DeepSpeedEngine"}
+ENGINES = {
+    "one": {"type": "NO", "world size": 1, "wrapper": "LlamaForCausalLM", "sharded": False},
+    "ddp": {"type": "MULTI_CPU", "world size": 2, "wrapper": "DistributedDataParallel", "sharded": False},
+    "zero0": {**DEEPSPEED, "sharded": False},
+    "zero1": {**DEEPSPEED, "sharded": False},
+    "zero2": {**DEEPSPEED, "sharded": False},
+    "zero3": {**DEEPSPEED, "sharded": True},
+    "fsdp2": {"type": "FSDP", "world size": 2, "wrapper": "FSDPLlamaForCausalLM", "sharded": True},
+}
+
+
+@pytest.fixture
+def expected(monkeypatch):
+    def of(run: Run):
+        monkeypatch.setattr(training, "rate_at", linear_rate)
+        return reference(variant(run, deepspeed={}))
+
+    return of
+
+
+def train_on(ranks, tmp_path, engine, run, **changes):
+    if engine == "one":
+        return [train_with_trainer(str(tmp_path), engine, run, **changes)]
+    return ranks(2, train_with_trainer, str(tmp_path), engine, run, **changes)
+
+
+SLOW = ("zero0", "zero1")
+
+
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=pytest.mark.slow) if e in SLOW else e for e in ENGINES])
+def test_with_accumulation_and_clipping_it_equals_the_dense_reference(ranks, tmp_path, expected, engine):
+    for result in train_on(ranks, tmp_path, engine, EVERYTHING):
+        assert result["engine"] == ENGINES[engine]
+        assert_same_run(result, expected(EVERYTHING))
+
+
+def save_base(tmp_path, run):
+    """The run's model in a directory, to be read back as users do."""
+    directory = tmp_path / "base"
+    tiny_llama(**run.model).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_tied_output_subnet_and_norms_that_train_equal_it_from_a_model_read_from_disk(ranks, tmp_path, expected, engine):
+    run = variant(
+        PLAIN, steps=16, model={"tie_word_embeddings": True}, max_grad_norm=0.5, config={**PLAIN.config, "train_norms": True}
+    )
+    base = save_base(tmp_path, run)
+    for result in train_on(ranks, tmp_path, engine, run, load_from=base):
+        assert result["engine"] == ENGINES[engine]
+        assert_same_run(result, expected(run))
+
+
+@pytest.mark.parametrize(
+    "engine, reentrant", [("one", True), ("fsdp2", False), pytest.param("zero3", True, marks=pytest.mark.slow)]
+)
+def test_gradient_checkpointing_turned_on_by_the_trainer_equals_it(ranks, tmp_path, expected, engine, reentrant):
+    run = variant(PLAIN, steps=8)
+    kind = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    for result in train_on(ranks, tmp_path, engine, run, **kind):
+        assert_same_run(result, expected(run))
+
+
+def test_an_optimizer_named_in_the_deepspeed_configuration_is_used_in_groups(ranks, tmp_path, expected):
+    named = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": 0.0, "torch_adam": True}}
+    auto = {"enabled": "auto"}
+    run = variant(PLAIN, steps=8, deepspeed={"optimizer": named, "fp16": auto, "bf16": auto})
+    for result in train_on(ranks, tmp_path, "zero2", run, inspect=kind_of_optimizer):
+        assert result["inspected"] == "AdamW"
+        assert_same_run(result, expected(run))
+
+
+def kind_of_optimizer(trainer):
+    return type(trainer.losia.state.optimizer).__name__
+
+
+def test_examples_with_different_numbers_of_labels_weigh_by_token_over_ranks_and_micro_batches(
+    ranks, tmp_path, expected, monkeypatch
+):
+    run = variant(PLAIN, steps=12, accumulation=2)
+    data = [masked(example, place) for place, example in enumerate(examples(run))]
+    size = run.batch * run.accumulation  # the reference sees a step's examples at once, so its mean is over tokens
+    steps = [data[start : start + size] for start in range(0, len(data), size)]
+    whole = [[{key: torch.stack([e[key] for e in step]) for key in ("input_ids", "labels")}] for step in steps]
+    monkeypatch.setattr(training, "global_batches", lambda run: whole)
+    wanted = expected(run)
+    for engine in ("one", "ddp"):
+        for result in train_on(ranks, tmp_path, engine, run, mask=True):
+            assert_same_run(result, wanted)
+
+
+def test_bf16_under_fsdp2_keeps_bf16_weights_and_fp32_subnets(ranks, tmp_path, expected):
+    run = variant(PLAIN, steps=8, dtype="bf16")
+    for result in train_on(ranks, tmp_path, "fsdp2", run, inspect=dtypes, bf16=True):
+        assert result["engine"] == ENGINES["fsdp2"]
+        assert result["inspected"] == ({"torch.bfloat16"}, {"torch.float32"})
+        differences = [abs(a - b) for a, b in zip(result["losses"], expected(run)["losses"], strict=True)]
+        assert max(differences) < 0.1  # a lost master value or update would show as a drift
+
+
+def dtypes(trainer):
+    layers = trainer.losia.layers
+    return {str(layer.weight.dtype) for layer in layers}, {str(layer.subnet.dtype) for layer in layers}
