@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError
@@ -14,24 +15,29 @@ from losia_dist.subnet.convert import convert, subnet_layers
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def get_losia_model(model: Model, config: LoSiAConfig) -> Model:
+def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype | None = None) -> Model:
     """Swap the target linear layers for `SubnetLinear` and freeze the rest, in place; returns the same model.
 
-    Call on every rank with the same configuration, before DDP, DeepSpeed or an optimizer sees the model. A model that was
-    built under `deepspeed.zero.Init` (weights already partitioned) is converted shard by shard.
+    Call on every rank with the same configuration, before DDP, DeepSpeed, `fully_shard` or an optimizer sees the model. A
+    model that was built under `deepspeed.zero.Init` (weights already partitioned) is converted shard by shard. On the meta
+    device only shapes are made; the subnets are cut when `LoSiA(...)` sees the loaded weights.
+
+    Args:
+        model: linear layers are `nn.Linear` and Transformers' `Conv1D`. Of a model of several parts (vision and language),
+            "all-linear" takes the language model.
+        config: what trains.
+        subnet_dtype: dtype of the subnets; None keeps the weight's. torch.float32 over frozen bf16 weights trains fp32 values
+            and needs no master copy in the optimizer (FSDP2: `MixedPrecisionPolicy(param_dtype=None,
+            reduce_dtype=torch.float32)` keeps it so). DeepSpeed keeps fp32 masters itself: leave it None there.
 
     Raises:
-        ConfigError: no linear layer, unknown target names, or a rank factor that leaves a layer no row or column.
+        ConfigError: no linear layer, unknown target names, a rank factor that leaves a layer no row or column, a weight that
+            several layers share, layers that "all-linear" would leave frozen in silence (experts, heads), or a subnet_dtype
+            narrower than the weights. The model is then as it was.
     """
     if subnet_layers(model):
         raise ConfigError("the model already has subnets: get_losia_model is called once per model.")
-    access = resolve_parameters(model)
-
-    def weight_shape(weight: Tensor) -> tuple[int, int]:
-        rows, columns = access.shape(weight)
-        return rows, columns
-
-    convert(model, config, access.read_block, weight_shape)
+    convert(model, config, resolve_parameters(model), subnet_dtype)
     checkpointing = getattr(model, "is_activation_checkpointing", None)  # Transformers 5; older releases have the other
     if checkpointing is None:
         checkpointing = getattr(model, "is_gradient_checkpointing", False)

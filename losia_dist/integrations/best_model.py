@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
+from losia_dist.subnet.kinds import read_subnet
 
 INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
 _LOSIA_ENTRIES = ("subnet", "row_index", "col_index")
@@ -56,7 +57,7 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
             dist.broadcast(values, src=0)
         _write(losia, tensor, values)
     for layer in losia.layers:
-        values = losia.parameters.read_block(layer.weight, layer.row_index, layer.col_index)
+        values = read_subnet(losia.parameters, layer, layer.row_index, layer.col_index)
         _write(losia, layer.subnet, values)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +11,59 @@ from torch import Tensor, nn
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
-from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
-from losia_dist.subnet.targets import Target, find_targets, match_names
-
-# Reads weight[rows][:, columns] of a possibly sharded weight, on every rank.
-ReadBlock = Callable[[Tensor, Tensor, Tensor], Tensor]
-WeightShape = Callable[[Tensor], tuple[int, int]]
+from losia_dist.subnet.kinds import BlockAccess, read_subnet, whole_shape
+from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
+from losia_dist.subnet.targets import Target, find_targets, saved_modules
 
 
-def convert(model: nn.Module, config: LoSiAConfig, read_block: ReadBlock, weight_shape: WeightShape) -> None:
-    """Give every target layer a subnet and freeze everything else that the configuration does not train. In place."""
-    targets = find_targets(model, config)
-    sizes = {target.name: _subnet_shape(target, weight_shape(target.module.weight), config) for target in targets}
+def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_dtype: torch.dtype | None = None) -> None:
+    """Give every target layer a subnet and freeze everything else that the configuration does not train. In place.
+
+    Everything that can be refused is refused before the model is touched.
+    """
+    targets = find_targets(model, config, access.shape)
+    shapes = {target.name: whole_shape(access, target.module) for target in targets}
+    sizes = {target.name: _subnet_shape(target, shapes[target.name], config) for target in targets}
+    embeddings = {target.name: _tied_embedding(model, target) for target in targets}
+    trained_in_full = _trained_in_full(model, config, targets)
+    for target in targets:
+        _check_dtype(target, subnet_dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
-        embedding = _tied_embedding(model, target)
-        _adopt(target, sizes[target.name], config, read_block, weight_shape)
+        weight = target.module.weight
+        rows, columns = first_subnet(target.name, shapes[target.name], sizes[target.name], config.seed)
+        rows, columns = rows.to(weight.device), columns.to(weight.device)
+        values = read_subnet(access, target.module, rows, columns)
+        layer = SubnetLinear.adopt(
+            target.module,
+            name=target.name,
+            group_name=target.group_name,
+            is_output=target.is_output,
+            shape=shapes[target.name],
+            rows=rows,
+            columns=columns,
+            values=values if subnet_dtype is None else values.to(subnet_dtype),
+            asked_dtype=subnet_dtype,
+        )
+        embedding = embeddings[target.name]
         if embedding is not None:
-            assert isinstance(target.module, SubnetLinear)
-            TiedSubnetEmbedding.adopt(embedding, target.module)
-    _unfreeze(model, config)
+            TiedSubnetEmbedding.adopt(embedding, layer)
+    for parameter in trained_in_full:
+        parameter.requires_grad_(True)
+
+
+def first_subnet(name: str, shape: tuple[int, int], size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
+    """Random rows and columns of a layer's first subnet: int64 [r] and [c] on the CPU, sorted.
+
+    Seeded by name, so that which layers are targets does not change the subnet of any one of them.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    rows, columns = (
+        torch.randperm(total, generator=generator, device="cpu")[:kept].sort().values
+        for total, kept in zip(shape, size, strict=True)
+    )
+    return rows, columns
 
 
 def subnet_layers(model: nn.Module) -> list[SubnetLinear]:
@@ -57,71 +89,65 @@ def _subnet_shape(target: Target, shape: tuple[int, int], config: LoSiAConfig) -
         if chosen < 1:
             raise ConfigError(
                 f"{option}={factor} leaves layer {target.name!r} ({shape[0]} x {shape[1]}) no {what}: at least 1/{size} is "
-                f"needed. Raise {option}, or leave the layer out of target_modules."
+                f"needed. Raise {option}, leave the layer out of target_modules, or train it in full by modules_to_save."
             )
     return rows, columns
 
 
-def _adopt(
-    target: Target, size: tuple[int, int], config: LoSiAConfig, read_block: ReadBlock, weight_shape: WeightShape
-) -> None:
-    weight = target.module.weight
-    shape = weight_shape(weight)
-    # Seeded by name, so that which layers are targets does not change the subnet of any one of them.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{config.seed}/{target.name}".encode()))
-    rows, columns = (
-        torch.randperm(total, generator=generator)[:kept].sort().values.to(weight.device)
-        for total, kept in zip(shape, size, strict=True)
-    )
-    values = read_block(weight, rows, columns)
-    SubnetLinear.adopt(
-        target.module,
-        name=target.name,
-        group_name=target.group_name,
-        is_output=target.is_output,
-        shape=shape,
-        rows=rows,
-        columns=columns,
-        values=values,
-    )
+def _check_dtype(target: Target, subnet_dtype: torch.dtype | None) -> None:
+    dtype = target.module.weight.dtype
+    if subnet_dtype is None:
+        return
+    if not subnet_dtype.is_floating_point or torch.promote_types(dtype, subnet_dtype) != subnet_dtype:
+        raise ConfigError(
+            f"subnet_dtype={subnet_dtype}: {target.name!r} has {dtype} weights, which it cannot hold exactly. Use "
+            "torch.float32, or leave subnet_dtype out to keep the weight's dtype."
+        )
 
 
 def _tied_embedding(model: nn.Module, target: Target) -> nn.Embedding | None:
     """The embedding that shares the weight of an output layer that is about to train, or None."""
-    sharing = [m for m in model.modules() if m is not target.module and getattr(m, "weight", None) is target.module.weight]
+    sharing = {
+        name: module
+        for name, module in model.named_modules()
+        if module is not target.module and getattr(module, "weight", None) is target.module.weight
+    }
     if not sharing:
         return None
-    embedding = sharing[0]
-    if len(sharing) > 1 or type(embedding).forward is not nn.Embedding.forward:
-        kinds = ", ".join(type(module).__name__ for module in sharing)
+    embedding = next(iter(sharing.values()))
+    if len(sharing) > 1 or not target.is_output or not can_share_subnet(embedding):
+        kinds = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in sharing.items())
+        option = "output_rank_factor=null" if target.is_output else "target_modules"
         raise ConfigError(
-            f"the weight of {target.name!r} is shared with {kinds}; a subnet in a shared weight is supported for a plain "
-            "torch.nn.Embedding and the output layer only. Leave the layer out (output_rank_factor=null), or untie it."
+            f"the weight of {target.name!r} is shared with {kinds}; a subnet in a shared weight is supported for the output "
+            f"layer and a torch.nn.Embedding only. Leave the layer out ({option}), or give it a weight of its own."
         )
     assert isinstance(embedding, nn.Embedding)
     return embedding
 
 
-def _unfreeze(model: nn.Module, config: LoSiAConfig) -> None:
+def _trained_in_full(model: nn.Module, config: LoSiAConfig, targets: list[Target]) -> list[nn.Parameter]:
     names = dict(model.named_modules())
-    chosen = match_names([name for name in names if name], config.modules_to_save or [], "modules_to_save")
+    chosen = saved_modules(model, config)
     if config.train_norms:
         norms = [name for name, module in names.items() if "norm" in type(module).__name__.lower()]
         if not norms:
             raise ConfigError(f"train_norms=true, but {type(model).__name__} has no normalization layer.")
         chosen += norms
     if config.train_embeddings:
-        get_input = getattr(model, "get_input_embeddings", None)
+        get_input: Any = getattr(model, "get_input_embeddings", None)
         module = get_input() if callable(get_input) else None
         if module is None:
             raise ConfigError(f"train_embeddings=true, but {type(model).__name__} names no input embedding.")
         chosen += [name for name, candidate in names.items() if candidate is module]
-    frozen_weights = {id(layer.weight): layer.name for layer in subnet_layers(model)}
+    taken = {id(target.module.weight): target.name for target in targets}
+    parameters = []
     for name in dict.fromkeys(chosen):
         for parameter in names[name].parameters():
-            if id(parameter) in frozen_weights:
+            if id(parameter) in taken:
                 raise ConfigError(
                     f"module {name!r} is to be trained in full, but its weight already trains by a subnet (layer "
-                    f"{frozen_weights[id(parameter)]!r}). Choose one of the two."
+                    f"{taken[id(parameter)]!r}). Choose one of the two."
                 )
-            parameter.requires_grad_(True)
+            parameters.append(parameter)
+    return parameters

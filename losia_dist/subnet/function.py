@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def write_subnet(weight: Tensor, subnet: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
     """weight[R][:, C] = subnet, in place and unseen by autograd.
 
-    weight [m, n] whole, subnet [r, c] of any floating dtype, rows int64 [r], columns int64 [c]; None stands for all.
+    weight [m, n] whole (a transposed view will do), subnet [r, c] of any floating dtype, rows int64 [r], columns int64 [c];
+    None stands for all.
     """
     target, values = weight.data, subnet.data.to(weight.dtype)
     if rows is not None and columns is not None:
@@ -50,7 +51,8 @@ class SubnetLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLinear) -> Tensor:
         rows, columns = layer.rows, layer.columns
-        write_subnet(weight, subnet, rows, columns)
+        matrix = layer.as_rows(weight)
+        write_subnet(matrix, subnet, rows, columns)
         ctx.sink = layer.gradient_sink
         # Localizing needs the full gradient, hence all of x; everyone else keeps the subnet's columns alone.
         ctx.save_for_backward(x if columns is None or ctx.sink is not None else x.index_select(-1, columns))
@@ -58,18 +60,19 @@ class SubnetLinearFunction(torch.autograd.Function):
         # backward under the same object.
         ctx.weight, ctx.subnet, ctx.layer = weight, subnet, layer
         ctx.has_bias = bias is not None
-        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (saved,) = ctx.saved_tensors
         layer, weight, subnet = ctx.layer, ctx.weight, ctx.subnet
         rows, columns = layer.rows, layer.columns
+        matrix = layer.as_rows(weight)
         grad_x = grad_subnet = grad_bias = None
         if not layer.weight_is_resident and (ctx.needs_input_grad[0] or ctx.sink is not None):
-            write_subnet(weight, subnet, rows, columns)  # dx reads the weight, and so does the sink
+            write_subnet(matrix, subnet, rows, columns)  # dx reads the weight, and so does the sink
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ weight.to(grad_y.dtype)
+            grad_x = grad_y @ matrix.to(grad_y.dtype)
         flat_grad = grad_y.reshape(-1, grad_y.shape[-1])
         flat_saved = saved.reshape(-1, saved.shape[-1])
         if ctx.needs_input_grad[3]:
@@ -79,7 +82,7 @@ class SubnetLinearFunction(torch.autograd.Function):
             else:
                 full = flat_grad.t() @ flat_saved
                 grad_subnet = take_subnet(full, rows, columns)
-                ctx.sink(full, weight)
+                ctx.sink(full, matrix)
             grad_subnet = grad_subnet.to(subnet.dtype)
             if layer.gradient_witness is not None:
                 layer.gradient_witness(grad_subnet)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from losia_dist.fingerprint import loading_print
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
+from losia_dist.subnet.kinds import stores_transposed
 
 # Called in backward with the full gradient [m, n] of this micro-batch and the whole weight [m, n].
 GradientSink = Callable[[Tensor, Tensor], None]
@@ -20,11 +25,13 @@ class SubnetLinear(nn.Linear):
     its `weight`, and an unchanged checkpoint still loads.
 
     Attributes:
-        weight: [m, n], frozen. Holds the subnet's present values only while the module runs; `LoSiA.consolidate` writes
-            them for good.
+        weight: [m, n] ([n, m] in `SubnetConv1D`), frozen. Holds the subnet's present values only while the module runs;
+            `LoSiA.consolidate` writes them for good.
         subnet: [r, c], trainable, an ordinary `nn.Parameter` that any engine reduces, clips, shards and saves.
-        row_index, col_index: int64 buffers [r] and [c], sorted ascending.
+        row_index, col_index: int64 buffers [r] and [c], sorted ascending: output and input neurons of the subnet.
     """
+
+    weight_is_transposed = False
 
     subnet: nn.Parameter
     row_index: Tensor
@@ -35,6 +42,9 @@ class SubnetLinear(nn.Linear):
     is_output: bool
     takes_all_rows: bool
     takes_all_columns: bool
+    asked_dtype: torch.dtype | None  # what the subnet was asked to be kept in, whatever the engine casts
+    awaits_weights: bool  # converted on the meta device: the subnet is cut once the weights are there
+    converted_print: Tensor  # int64 scalar of the subnet's first values, to tell ranks that loaded different weights
     # True once an access object has established that the engine never re-gathers the weight between forward and
     # backward; until then backward writes the subnet again, which is always right.
     weight_is_resident: bool
@@ -44,7 +54,7 @@ class SubnetLinear(nn.Linear):
     @classmethod
     def adopt(
         cls,
-        linear: nn.Linear,
+        linear: Any,
         *,
         name: str,
         group_name: str,
@@ -53,20 +63,24 @@ class SubnetLinear(nn.Linear):
         rows: Tensor,
         columns: Tensor,
         values: Tensor,
+        asked_dtype: torch.dtype | None = None,
     ) -> SubnetLinear:
-        """Turn `linear` into a SubnetLinear in place and return it.
+        """Turn `linear` (an `nn.Linear`, or a `Conv1D` of Transformers) into a SubnetLinear in place and return it.
 
         shape is the whole weight's (m, n), given apart because a sharded weight reads as empty; rows int64 [r] and columns
         int64 [c] sorted; values [r, c], the weight's at those places, become the subnet's parameter.
         """
-        linear.__class__ = cls
+        linear.__class__ = _subnet_class(linear)
         assert isinstance(linear, cls)
+        linear.out_features, linear.in_features = shape  # Conv1D knows them by other names
         linear.weight.requires_grad_(False)
         linear.subnet = nn.Parameter(values)
         linear.register_buffer("row_index", rows)
         linear.register_buffer("col_index", columns)
         linear.name, linear.group_name, linear.is_output = name, group_name, is_output
         linear.takes_all_rows, linear.takes_all_columns = rows.numel() == shape[0], columns.numel() == shape[1]
+        linear.asked_dtype, linear.awaits_weights = asked_dtype, values.device.type == "meta"
+        linear.converted_print = loading_print(values)
         linear.weight_is_resident = False
         linear.gradient_sink = None
         linear.gradient_witness = None
@@ -82,6 +96,10 @@ class SubnetLinear(nn.Linear):
         """Column index, or None where all columns belong to the subnet."""
         return None if self.takes_all_columns else self.col_index
 
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """The whole weight as [m, n], output neurons first: itself, or a view."""
+        return weight.t() if self.weight_is_transposed else weight
+
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""
         device = input.device.type
@@ -96,6 +114,28 @@ class SubnetLinear(nn.Linear):
         return f"{super().extra_repr()}, subnet={rows}x{columns}"
 
 
+class SubnetConv1D(SubnetLinear):
+    """A SubnetLinear whose weight is stored [n, m], as Transformers' `Conv1D` (GPT-2) does.
+
+    Rows are output neurons and columns input neurons here too: `subnet` is [r, c], and only `weight` is the other way round.
+    """
+
+    weight_is_transposed = True
+
+
+def _subnet_class(module: nn.Module) -> type[SubnetLinear]:
+    if stores_transposed(module):
+        return SubnetConv1D
+    kind: Any = type(module)
+    return SubnetLinear if kind is nn.Linear else _with_methods_of(kind)
+
+
+@cache
+def _with_methods_of(kind: type[Any]) -> type[SubnetLinear]:
+    """For a subclass that computes as nn.Linear does: it keeps its other methods."""
+    return type(f"Subnet{kind.__name__}", (SubnetLinear, kind), {})
+
+
 class TiedSubnetEmbedding(nn.Embedding):
     """The input embedding of a model whose output layer shares its weight and trains a subnet of its rows.
 
@@ -107,8 +147,13 @@ class TiedSubnetEmbedding(nn.Embedding):
 
     @classmethod
     def adopt(cls, embedding: nn.Embedding, head: SubnetLinear) -> TiedSubnetEmbedding:
-        """Turn `embedding` in place into one that shares the head's subnet."""
-        embedding.__class__ = cls
+        """Turn `embedding` in place into one that shares the head's subnet.
+
+        A subclass with a forward of its own must call nn.Embedding's (`can_share_subnet`): that call is what changes here.
+        """
+        kind = type(embedding)
+        # Between the subclass and nn.Embedding, so that the subclass's scaling stays.
+        embedding.__class__ = cls if kind is nn.Embedding else type(f"TiedSubnet{kind.__name__}", (kind, cls), {})
         assert isinstance(embedding, cls)
         embedding.subnet = head.subnet  # registered here too, so that a sharded engine gathers it for this module
         embedding.__dict__["head"] = head  # not a submodule: the model's tree stays as it was
@@ -117,3 +162,11 @@ class TiedSubnetEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         head: SubnetLinear = self.__dict__["head"]
         return TiedEmbeddingFunction.apply(input, self.weight, self.subnet, head, self.padding_idx)
+
+
+def can_share_subnet(module: nn.Module) -> bool:
+    """Whether an embedding looks tokens up by nn.Embedding's forward, its own subclass's scaling aside."""
+    if not isinstance(module, nn.Embedding) or "forward" in vars(module):
+        return False
+    forward = inspect.unwrap(type(module).forward)
+    return forward is nn.Embedding.forward or "super" in forward.__code__.co_names

@@ -5,59 +5,81 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError
+from losia_dist.subnet.all_linear import Shape, all_linear, is_expert
+from losia_dist.subnet.kinds import is_linear, why_unusable
+
+
+def _plain_shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(parameter.shape)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer that gets a subnet."""
+    """One linear layer (`nn.Linear`, or `Conv1D` of Transformers) that gets a subnet."""
 
     name: str
-    module: nn.Linear
+    module: Any
     group_name: str
     is_output: bool
 
 
-def find_targets(model: nn.Module, config: LoSiAConfig) -> list[Target]:
+def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_shape) -> list[Target]:
     """Target layers in localization order: decoder layers as they stand in the model, the output layer last.
 
+    shape gives the whole shape of a parameter that an engine may have sharded.
+
     Raises:
-        ConfigError: no linear layer at all, a name that matches none (with the nearest ones), or a layer whose weight
-            is not an ordinary floating-point one.
+        ConfigError: no linear layer at all, a name that matches none (with the nearest ones), a layer that cannot hold a
+            subnet, an expert, or something that "all-linear" would leave frozen in silence.
     """
-    linears = {name: module for name, module in model.named_modules() if _is_plain_linear(module)}
-    if not linears:
+    aliases = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+    if not aliases:
         raise ConfigError(
-            f"{type(model).__name__} has no torch.nn.Linear layer, so there is nothing to train. Pass the model itself, "
-            "not a wrapper around it; LoSiA trains linear layers only."
+            f"{type(model).__name__} has no linear layer (torch.nn.Linear, or Conv1D of Transformers), so there is nothing to "
+            "train. Pass the model itself, not a wrapper around it; LoSiA trains linear layers only."
         )
+    first_name = {id(module): name for name, module in reversed(aliases.items())}
     output = output_layer_name(model)
-    names = _select(linears, config.target_modules, output)
+    # nn.MultiheadAttention reads its projections' weights without calling them: a subnet there would never train.
+    bypassed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    if config.target_modules == "all-linear":
+        usable = {n: m for n, m in aliases.items() if first_name[id(m)] == n and not _within(n, bypassed)}
+        names = all_linear(model, usable, output, saved_modules(model, config), shape)
+    else:
+        # A layer that several modules share is one target, under its first name, whichever of its names was given.
+        chosen = _chosen(aliases, config.target_modules, output)
+        names = list(dict.fromkeys(first_name[id(aliases[name])] for name in chosen))
+        _refuse_unusable(aliases, names, bypassed)
     if config.output_rank_factor is not None:
-        if output is None or output not in linears:
+        if output is None or output not in aliases:
             raise ConfigError(
                 f"output_rank_factor={config.output_rank_factor} asks for the output layer, but {type(model).__name__} names "
                 "none (get_output_embeddings). Remove output_rank_factor."
             )
+        _refuse_unusable(aliases, [output], bypassed)
         names = [name for name in names if name != output] + [output]
-    attention_parts = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    targets = []
-    for name in names:
-        if any(name.startswith(part) for part in attention_parts):
-            # nn.MultiheadAttention reads its projections' weights without calling them: a subnet there would never train.
-            if config.target_modules == "all-linear":
-                continue
-            raise ConfigError(f"{name!r} belongs to a torch.nn.MultiheadAttention, which bypasses it; leave it out.")
-        if not linears[name].weight.is_floating_point():
-            raise ConfigError(f"{name!r} has a {linears[name].weight.dtype} weight; LoSiA trains unquantized layers only.")
-        targets.append(Target(name, linears[name], name if name == output else group_of(name), name == output))
+    if not names:
+        raise ConfigError(
+            "target_modules='all-linear' leaves no layer to train: modules_to_save names all of them, or the only linear layer "
+            "is the output layer (output_rank_factor)."
+        )
+    targets = [Target(n, aliases[n], n if n == output else group_of(n), n == output) for n in names]
+    _refuse_shared_micro_batches(aliases, targets, config)
     # A group is re-localized as a whole, so its layers stand together; sorting is stable and keeps the model's order.
     order = {group: place for place, group in enumerate(dict.fromkeys(t.group_name for t in targets))}
     return sorted(targets, key=lambda target: (target.is_output, order[target.group_name]))
+
+
+def saved_modules(model: nn.Module, config: LoSiAConfig) -> list[str]:
+    """Full names of the modules that `modules_to_save` trains in full."""
+    names = [name for name, _ in model.named_modules() if name]
+    return match_names(names, config.modules_to_save or [], "modules_to_save")
 
 
 def group_of(name: str) -> str:
@@ -86,9 +108,7 @@ def match_names(available: list[str], wanted: list[str], option: str) -> list[st
     return [name for name in available if any(_name_matches(name, item) for item in wanted)]
 
 
-def _select(linears: dict[str, nn.Linear], wanted: str | list[str], output: str | None) -> list[str]:
-    if wanted == "all-linear":
-        return [name for name in linears if name != output]
+def _chosen(linears: dict[str, nn.Module], wanted: str | list[str], output: str | None) -> list[str]:
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)
@@ -110,9 +130,38 @@ def _select(linears: dict[str, nn.Linear], wanted: str | list[str], output: str 
     return names
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    # A subclass with a forward of its own (quantized layers, for example) computes something else.
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+def _refuse_unusable(linears: dict[str, nn.Module], names: list[str], bypassed: list[str]) -> None:
+    for name in names:
+        reason = why_unusable(linears[name])
+        if reason is not None:
+            raise ConfigError(
+                f"{name!r} {reason}, so it cannot hold a subnet. Load the model unquantized and without device_map, or leave "
+                "the layer out of target_modules."
+            )
+        if _within(name, bypassed):
+            raise ConfigError(f"{name!r} belongs to a torch.nn.MultiheadAttention, which bypasses it; leave it out.")
+        if is_expert(name):
+            raise ConfigError(
+                f"{name!r} is one expert of several: it runs only for batches that route a token to it, so ranks would wait "
+                "for each other's gradients. Leave the experts out of target_modules; they stay frozen."
+            )
+
+
+def _refuse_shared_micro_batches(linears: dict[str, nn.Module], targets: list[Target], config: LoSiAConfig) -> None:
+    if config.importance_accumulation != "micro_batch":
+        return
+    for target in targets:
+        names = [name for name, module in linears.items() if module is target.module]
+        if len(names) > 1:
+            raise ConfigError(
+                f"importance_accumulation='micro_batch' does not work with a layer that is used in several places "
+                f"({', '.join(names)}): its gradient comes in parts that must be added first. Use "
+                "importance_accumulation='step'."
+            )
+
+
+def _within(name: str, modules: list[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _name_matches(name: str, item: str) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.checkpoint.export import _gather, _unwrap
 from losia_dist.subnet.convert import subnet_layers
 from tests.reference.dense import DenseLoSiA
+from tests.support.families import decoder_layers, tiny_model
 from tests.support.models import batches, tiny_llama
 
 RATE, VOCABULARY = 1e-3, 96
@@ -31,7 +32,8 @@ class Run:
     accumulation: int = 1
     max_grad_norm: float = 0.0
     checkpointing: str = "off"
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # "mixed": fp32 parameters, computed in bf16 by FSDP2's MixedPrecisionPolicy
+    family: str = "llama"  # of tests.support.families; "llama" is tests.support.models.tiny_llama
     model: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=lambda: {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 5})
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -54,8 +56,12 @@ def global_batches(run: Run) -> list[list[dict[str, torch.Tensor]]]:
     )
 
 
+def build(run: Run) -> torch.nn.Module:
+    return tiny_llama(**run.model) if run.family == "llama" else tiny_model(run.family, **run.model)
+
+
 def prepared_model(run: Run) -> torch.nn.Module:
-    model = tiny_llama(**run.model)
+    model = build(run)
     if run.checkpointing != "off":
         kind = {"use_reentrant": run.checkpointing == "reentrant"}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)
@@ -65,18 +71,20 @@ def prepared_model(run: Run) -> torch.nn.Module:
 def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
     """The dense reference's losses, whole weights and selections. `ranks` matters to localization="rank_parallel" alone."""
     config = LoSiAConfig(**run.config)
-    converted = get_losia_model(tiny_llama(**run.model), config)
+    converted = get_losia_model(build(run), config)
     layers = subnet_layers(converted)
     groups: dict[str, list[str]] = {}
     for layer in layers:
         groups.setdefault(layer.group_name, []).append(f"{layer.name}.weight")
     subnets = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in layers}
     trained = [n for n, p in converted.named_parameters() if p.requires_grad and not n.endswith(".subnet")]
-    model = tiny_llama(**run.model)
+    # The oracle sees weights as they are stored; a Conv1D's rows are its columns there, and are named back below.
+    transposed = {f"{layer.name}.weight" for layer in layers if layer.weight_is_transposed}
+    model = build(run)
     dense = DenseLoSiA(
         model,
         list(groups.values()),
-        subnets,
+        _swapped(subnets, transposed),
         period=config.period,
         layers_per_slot=config.layers_per_slot,
         importance=config.importance,
@@ -91,7 +99,12 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
     )
     losses = [dense.step(micro_batches) for micro_batches in global_batches(run)]
     weights = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
-    return {"losses": losses, "weights": weights, "history": dense.history}
+    history = [(step, group, _swapped(chosen, transposed)) for step, group, chosen in dense.history]
+    return {"losses": losses, "weights": weights, "history": history}
+
+
+def _swapped(subnets: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: (places[::-1] if name in names else places) for name, places in subnets.items()}
 
 
 def train(engine: str, run: Run, inspect: Any = None) -> dict[str, Any]:
@@ -137,7 +150,7 @@ def _plain_loop(engine: str, model: torch.nn.Module, config: LoSiAConfig, run: R
     get_losia_model(model, config)
     if run.dtype == "bf16":
         model.to(torch.bfloat16)
-    wrapped = _wrap(engine, model)
+    wrapped = _wrap(engine, model, run.dtype)
     optimizer = LoSiAAdamW(losia_parameter_groups(wrapped, lr=RATE), lr=RATE)
     losia = LoSiA(wrapped, optimizer, config)
 
@@ -162,7 +175,7 @@ def _plain_loop(engine: str, model: torch.nn.Module, config: LoSiAConfig, run: R
     return losia, step, losia.detach
 
 
-def _wrap(engine: str, model: torch.nn.Module) -> torch.nn.Module:
+def _wrap(engine: str, model: torch.nn.Module, dtype: str) -> torch.nn.Module:
     """The model as this engine holds it: alone, DDP, FSDP2 in its forms, or HSDP on a 2 x N mesh."""
     if engine == "one":
         return model
@@ -174,7 +187,9 @@ def _wrap(engine: str, model: torch.nn.Module) -> torch.nn.Module:
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": engine != "fsdp2-noreshard"}
     if engine == "fsdp2-offload":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    for layer in model.model.layers:
+    if dtype == "mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
 

@@ -1,0 +1,84 @@
+"""Which modules are linear layers, and which way round each of them stores its weight.
+
+Everywhere in this package rows are output neurons (m) and columns are input neurons (n). `nn.Linear` stores [m, n];
+Transformers' `Conv1D` (GPT-2) computes the same layer and stores [n, m]. The difference is known here and in
+`SubnetConv1D`, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class BlockAccess(Protocol):
+    """The part of `sharding.interface.ParameterAccess` that subnets are cut with; indices follow the stored order."""
+
+    def shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        ...
+
+    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """weight[rows][:, columns] on every rank; called by all of them."""
+        ...
+
+    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        """weight[rows][:, columns] = values; called by all ranks."""
+        ...
+
+
+def is_linear(module: nn.Module) -> bool:
+    """An `nn.Linear` or a `Conv1D`, subclasses included, whether or not it can hold a subnet (`why_unusable`)."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored [n, m], input neurons first."""
+    return _is_conv1d(module) or bool(getattr(module, "weight_is_transposed", False))
+
+
+def why_unusable(module: Any) -> str | None:
+    """Why a linear layer cannot hold a subnet, as the end of a sentence ("it ..."), or None if it can."""
+    plain = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class()
+    if type(module).forward is not getattr(plain, "forward", None):
+        return f"computes by a forward of its own ({type(module).__name__})"
+    if "forward" in vars(module):
+        return "has its forward replaced on the object (device_map and offloading hooks do that)"
+    if "weight" not in module._parameters:
+        return "computes its weight from other tensors (a parametrization)"
+    if not module.weight.is_floating_point():
+        return f"has a {module.weight.dtype} weight (quantized)"
+    return None
+
+
+def whole_shape(access: BlockAccess, layer: Any) -> tuple[int, int]:
+    """(m, n) of a linear layer's whole weight, however it is stored or sharded."""
+    first, second = access.shape(layer.weight)
+    return (second, first) if stores_transposed(layer) else (first, second)
+
+
+def read_subnet(access: BlockAccess, layer: Any, rows: Tensor, columns: Tensor) -> Tensor:
+    """W[R][:, C] of a linear layer, [r, c] contiguous in the weight's dtype, on every rank; called by all of them."""
+    if stores_transposed(layer):
+        return access.read_block(layer.weight, columns, rows).t().contiguous()
+    return access.read_block(layer.weight, rows, columns)
+
+
+def write_back(access: BlockAccess, layer: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    """W[R][:, C] = values [r, c], into whatever part of the weight each rank keeps; called by all ranks."""
+    if stores_transposed(layer):
+        access.write_block(layer.weight, columns, rows, values.t().contiguous())
+    else:
+        access.write_block(layer.weight, rows, columns, values)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    kind = _conv1d_class()
+    return kind is not None and isinstance(module, kind)
+
+
+def _conv1d_class() -> type | None:
+    # A model that has such layers has loaded the module that defines them; nothing is imported for those that have not.
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
