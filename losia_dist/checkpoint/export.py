@@ -1,4 +1,4 @@
-"""A plain Transformers directory from a live run: no trace of subnets, loadable without this library."""
+"""A plain Transformers directory from a live run or a checkpoint: no trace of subnets, loadable without this library."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from losia_dist.checkpoint.model_directory import copy_tokenizer
+from losia_dist.checkpoint.offline import export_checkpoint
 from losia_dist.conductor import LoSiA
-from losia_dist.errors import ConfigError
+from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.sharding.resolve import resolve_parameters
 
 _LOSIA_ENTRIES = ("subnet", "row_index", "col_index")
+# What from_pretrained looks for, in one file or several.
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None) -> Path:
@@ -27,22 +31,49 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. They are
     gathered one parameter at a time; rank 0 holds the whole model in host memory while it writes.
 
+    From a checkpoint one weight is in memory at a time, and neither the model nor a GPU is needed.
+
     Args:
-        checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed).
+        checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed); or a directory that
+            checkpoints were saved to (the newest complete one counts), or one step's directory in it.
         directory: made if missing; files of the same name are replaced only after all were written.
-        base_model: for exports from a checkpoint, which this version does not have; must be None.
+        base_model: a model directory whose tokenizer is copied; None: none is.
 
     Returns:
         the directory.
 
     Raises:
-        ConfigError: not a live run, or the directory cannot be written (on every rank).
+        ConfigError: neither a conductor nor a path, or the directory cannot be written (on every rank).
+        CheckpointError: a checkpoint that is damaged or incomplete (on every rank).
     """
-    if not isinstance(checkpoint_or_losia, LoSiA) or base_model is not None:
-        raise ConfigError("export_model needs the conductor of a live run (LoSiA, or engine.losia) in this version.")
+    if isinstance(checkpoint_or_losia, str | Path):
+        return _export_checkpoint(checkpoint_or_losia, Path(directory), base_model)
+    if not isinstance(checkpoint_or_losia, LoSiA):
+        raise ConfigError(
+            f"export_model was given a {type(checkpoint_or_losia).__name__}: pass the conductor of a live run (LoSiA, or "
+            "engine.losia), or the directory of a checkpoint."
+        )
     losia = checkpoint_or_losia
     losia.consolidate()
-    return save_whole_model(losia.model, directory, losia.parameters)
+    written = save_whole_model(losia.model, directory, losia.parameters)
+    if base_model is not None and _rank() == 0:
+        copy_tokenizer(base_model, written)
+    return written
+
+
+def _export_checkpoint(checkpoint: str | Path, directory: Path, base_model: Any) -> Path:
+    failure: tuple[type[LoSiAError], str] | None = None
+    if _rank() == 0:
+        try:
+            export_checkpoint(checkpoint, directory, base_model)
+        except CheckpointError as error:
+            failure = (CheckpointError, str(error))
+        except OSError as error:
+            failure = (ConfigError, f"the model could not be written to {directory}: {error}")
+    failure = _from_rank_0(failure)
+    if failure:
+        raise failure[0](failure[1])
+    return directory
 
 
 def save_whole_model(model: nn.Module, directory: str | Path, access: ParameterAccess | None = None) -> Path:
@@ -53,8 +84,8 @@ def save_whole_model(model: nn.Module, directory: str | Path, access: ParameterA
     if _rank() == 0:
         try:
             _write(plain, state, directory)
-        except OSError as error:
-            failure = f"the model could not be written to {directory}: {error}"
+        except Exception as error:  # a full disk is an error of safetensors; the other ranks wait and must hear of any
+            failure = f"the model could not be written to {directory}: {type(error).__name__}: {error}"
     failure = _from_rank_0(failure)
     if failure:
         raise ConfigError(failure)
@@ -82,19 +113,33 @@ def _gather(model: nn.Module, access: ParameterAccess) -> dict[str, Tensor]:
 
 
 def _write(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
-    beside = directory.with_name(f".{directory.name}.incomplete")
+    """All files into a directory beside the target, or inside one that exists; then they take their places."""
+    is_new = not directory.exists()
+    beside = directory.with_name(f".{directory.name}.incomplete") if is_new else directory / ".incomplete"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save: Any = getattr(model, "save_pretrained", None)
-    if save is not None:
-        save(beside, state_dict=state)
-        _drop_quantization_note(beside / "config.json")
-    else:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(beside / "model.safetensors"))
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        save: Any = getattr(model, "save_pretrained", None)
+        if save is not None:
+            save(beside, state_dict=state)
+            _drop_quantization_note(beside / "config.json")
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(beside / "model.safetensors"))
+        if is_new:
+            os.rename(beside, directory)
+        else:
+            _replace_weights(beside, directory)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace_weights(beside: Path, directory: Path) -> None:
+    """Move files up. The old weights go first, also under names that the new ones do not have: a loader would take them."""
+    for pattern in _WEIGHTS:
+        for old in directory.glob(pattern):
+            old.unlink()
     for file in beside.iterdir():
         os.replace(file, directory / file.name)
-    beside.rmdir()
 
 
 def _drop_quantization_note(path: Path) -> None:
@@ -113,7 +158,7 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def _from_rank_0(message: str | None) -> str | None:
+def _from_rank_0(message: Any) -> Any:
     """What rank 0 says, on every rank, so that all of them stop together."""
     if dist.is_available() and dist.is_initialized():
         box = [message]

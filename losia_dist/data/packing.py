@@ -58,6 +58,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         """Tokens of a row: always `max_length`."""
         return self.max_length
 
+    def fingerprint(self) -> str:
+        """A hash of the examples, to compare between ranks; their rows follow from them."""
+        return self.examples.fingerprint()
+
     def report(self) -> Report:
         return replace(self.examples.report(), rows=len(self), row_tokens=len(self) * self.max_length)
 

@@ -9,6 +9,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from losia_dist.errors import ConfigError
+
+STOP_SECONDS = 20.0  # that a failed rank waits for the others to fail too, before it leaves them
+
 
 @dataclass(frozen=True)
 class Place:
@@ -27,12 +31,52 @@ def find_place() -> Place:
     return Place(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device)
 
 
-def start_process_group(place: Place) -> None:
-    """Join the other ranks: NCCL on GPUs, gloo on CPUs."""
+def start_process_group(place: Place, timeout_minutes: float) -> dist.ProcessGroup | None:
+    """Join the other ranks: NCCL for tensors on GPUs, gloo for those on CPUs. Called by all ranks, first of all.
+
+    Args:
+        timeout_minutes: that a rank waits for the others, here and in every later collective, before it gives up.
+
+    Returns:
+        a gloo group of all ranks for words among them (agreement on failures), apart from all other traffic; None for one
+        process.
+
+    Raises:
+        ConfigError: no such GPU, or the other ranks did not come.
+    """
     if place.device.type == "cuda":
+        if (place.device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {place.rank} is to use GPU {place.device.index}, but this machine shows {torch.cuda.device_count()}. "
+                "Start at most one process per GPU."
+            )
         torch.cuda.set_device(place.device)
-    if place.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    if place.world_size == 1:
+        return None
+    limit = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        # Both: with offloading, gradients are clipped where they are kept, on the CPU.
+        backend = "cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=limit)
+        except (dist.DistError, ValueError, RuntimeError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ConfigError(
+                f"rank {place.rank} did not meet the other {place.world_size - 1} at {address} within {timeout_minutes:g} "
+                f"minutes: {error}. Start as many processes as WORLD_SIZE says; check the address and the firewall."
+            ) from error
+    return dist.new_group(backend="gloo", timeout=limit)
+
+
+def all_stop(group: dist.ProcessGroup | None) -> bool:
+    """Called by a rank that stops with an error: whether all ranks came here, and can leave together."""
+    if group is None:
+        return True
+    try:
+        work = dist.barrier(group=group, async_op=True)
+        return bool(work is None or work.wait(timedelta(seconds=STOP_SECONDS)))
+    except RuntimeError:
+        return False
 
 
 def end_process_group() -> None:

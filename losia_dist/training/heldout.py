@@ -10,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from losia_dist.data import count_targets
+from losia_dist.training.engines import Engine
 
 
 @torch.no_grad()
-def held_out_loss(run: Any, loader: Iterable[dict[str, Tensor]]) -> float:
+def held_out_loss(run: Engine, loader: Iterable[dict[str, Tensor]]) -> float:
     """Mean loss per target token over the whole held-out set, in nats. Called by all ranks; equal on all of them."""
     was_training = run.model.training
     run.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=run.device)
     for batch in loader:
         totals[1] += count_targets(batch)
-        batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         totals[0] += run.evaluate(batch).double()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
@@ -29,7 +29,7 @@ def held_out_loss(run: Any, loader: Iterable[dict[str, Tensor]]) -> float:
 
 
 @torch.no_grad()
-def sample_answers(run: Any, dataset: Any, tokenizer: Any, count: int, max_tokens: int) -> list[dict[str, str]]:
+def sample_answers(run: Engine, dataset: Any, tokenizer: Any, count: int, max_tokens: int) -> list[dict[str, str]]:
     """Greedy answers to the first held-out prompts. Called by all ranks with the same data, so that shards gather."""
     was_training = run.model.training
     run.model.eval()
@@ -46,6 +46,7 @@ def sample_answers(run: Any, dataset: Any, tokenizer: Any, count: int, max_token
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_tokens,
             do_sample=False,
+            synced_gpus=run.is_sharded,  # a rank that ends early goes on calling the model, whose shards the others gather
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         texts = (prompt, output[0, start:].cpu(), target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,19 @@ class RunLog:
 
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+        for old in (directory / "tensorboard").glob("events.out.tfevents.*"):
+            old.unlink()  # of an earlier run in this directory: TensorBoard would draw both as one curve
         self._writer = SummaryWriter(str(directory / "tensorboard"))
-        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+        # In a log file every refresh would be a line; there, each record is one instead.
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._total = total_steps
         self._start = time.perf_counter()
 
     def advance(self, step: int, **values: Any) -> None:
-        """Move the bar to `step`; with values, log them (numbers also to TensorBoard)."""
+        """Step `step` is done; with values, log them (numbers also to TensorBoard)."""
         if not self.enabled:
             return
-        self._bar.update(step - self._bar.n)
+        self._bar.update(1)
         if values:
             self.record(step, **values)
 
@@ -51,6 +56,8 @@ class RunLog:
             else:
                 self._writer.add_text(name, str(value), step)
         self._bar.set_postfix({name: _short(value) for name, value in self.last.items()})
+        if self._bar.disable:
+            self.say(f"step {step}/{self._total}: " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -1,4 +1,4 @@
-"""Options of the training script, checked before a model is read or a rank is spoken to."""
+"""Options of the training script, checked before a model is read."""
 
 from __future__ import annotations
 
@@ -19,34 +19,55 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     model.add_argument("--model", required=True, help="directory or hub name of a causal language model")
     model.add_argument("--train_file", required=True, help=".jsonl or .json file, saved data set, or hub name[:split]")
     model.add_argument("--eval_file", help="held-out data in the same forms; without it, --validation_size is split off")
-    model.add_argument("--validation_size", type=_count_or_share, default=0.0, help="records (2 and more) or share held out")
+    model.add_argument(
+        "--validation_size", type=_count_or_share, default=0.0, help="held-out records (1 and more) or their share (0.05)"
+    )
     model.add_argument("--form", choices=("instruction", "chat", "text"), help="form of the records (default: detected)")
-    model.add_argument("--max_length", type=int, default=1024, help="tokens per example, or per packed row")
-    model.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate", help="longer records")
+    model.add_argument("--max_length", type=int, default=1024, help="tokens per example, or per packed row (1024)")
+    model.add_argument(
+        "--overlong",
+        choices=("truncate", "drop", "error"),
+        default="truncate",
+        help="what to do with longer records (truncate)",
+    )
     model.add_argument("--packing", action="store_true", help="fill rows of max_length with several records")
     model.add_argument("--attn_implementation", help="attention of Transformers, for example sdpa or flash_attention_2")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")
     add_config_arguments(parser)
+    engine = parser.add_argument_group("engine (default: one process, or DDP over all ranks; accelerate launch sets it too)")
+    engine.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed JSON configuration")
+    engine.add_argument(
+        "--sharding",
+        help="FSDP2: fsdp2, fsdp2-no-reshard (weights stay whole until backward), or hsdp:N (N ranks share one copy)",
+    )
+    engine.add_argument("--offload", action="store_true", help="with --sharding: keep shards and their state on the CPU")
+    engine.add_argument(
+        "--shard_layers", metavar="CLASS", help="with --sharding: class of the layers (default: decoder layers)"
+    )
+    engine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 if the DeepSpeed file says so or on a GPU")
+    engine.add_argument("--gradient_checkpointing", choices=CHECKPOINTING, help="recompute activations in backward (off)")
+    engine.add_argument(
+        "--timeout", type=float, default=30.0, metavar="MINUTES", help="that a rank waits for the others before it stops (30)"
+    )
     train = parser.add_argument_group("training")
-    train.add_argument("--output_dir", required=True, help="logs, summary.json and the trained model")
-    train.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed JSON configuration; without it: plain PyTorch, or DDP")
-    train.add_argument("--precision", choices=PRECISIONS, help="default: bf16 if the DeepSpeed file says so or on a GPU")
-    train.add_argument("--micro_batch", type=int, default=4, help="examples per rank and forward pass")
-    train.add_argument("--gradient_accumulation", type=int, default=1, help="micro-batches per optimizer step")
-    train.add_argument("--epochs", type=float, default=3.0, help="passes over the data (ignored with --max_steps)")
-    train.add_argument("--max_steps", type=int, help="optimizer steps")
-    train.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate")
-    train.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps with rising learning rate")
-    train.add_argument("--min_lr_ratio", type=float, default=0.1, help="share of the peak that the cosine ends at")
-    train.add_argument("--weight_decay", type=float, default=0.0)
-    train.add_argument("--max_grad_norm", type=float, default=1.0, help="global gradient norm to clip to; 0: off")
-    train.add_argument("--gradient_checkpointing", choices=CHECKPOINTING, default="off")
-    train.add_argument("--seed", type=int, default=0, help="of the data order and of dropout")
+    train.add_argument("--output_dir", required=True, help="for logs, summary.json and the trained model")
+    train.add_argument("--micro_batch", type=int, default=4, help="examples per rank and forward pass (4)")
+    train.add_argument("--gradient_accumulation", type=int, default=1, help="micro-batches per optimizer step (1)")
+    train.add_argument("--epochs", type=float, default=3.0, help="passes over the data, if --max_steps is not given (3)")
+    train.add_argument("--max_steps", type=int, help="optimizer steps; overrides --epochs")
+    train.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate (5e-5)")
+    train.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps with rising learning rate (0.1)")
+    train.add_argument("--min_lr_ratio", type=float, default=0.1, help="share of the peak that the cosine ends at (0.1)")
+    train.add_argument("--weight_decay", type=float, default=0.0, help="decoupled, of what trains (0)")
+    train.add_argument("--max_grad_norm", type=float, default=1.0, help="global gradient norm to clip to; 0: off (1.0)")
+    train.add_argument("--seed", type=int, default=0, help="of the data order and of dropout (0)")
     report = parser.add_argument_group("reporting")
-    report.add_argument("--eval_steps", type=int, default=0, help="optimizer steps between held-out losses; 0: ends only")
-    report.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between log lines")
-    report.add_argument("--samples", type=int, default=0, help="held-out prompts answered before and after training")
-    report.add_argument("--sample_tokens", type=int, default=128, help="longest such answer, in tokens")
+    report.add_argument(
+        "--eval_steps", type=int, default=0, help="optimizer steps between held-out losses; 0: at start and end only (0)"
+    )
+    report.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between log lines (10)")
+    report.add_argument("--samples", type=int, default=0, help="held-out prompts answered before and after training (0)")
+    report.add_argument("--sample_tokens", type=int, default=128, help="longest such answer, in tokens (128)")
     report.add_argument("--no_save", action="store_true", help="do not write the trained model")
     # The deepspeed launcher passes it; the environment has it too.
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
@@ -65,13 +86,16 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
         _at_least(options, name, 0)
     if options.max_steps is not None:
         _at_least(options, "max_steps", 1)
-    elif not options.epochs > 0:
-        raise ConfigError(f"--epochs {options.epochs}: more than 0 is needed, or --max_steps.")
-    if not options.learning_rate > 0:
-        raise ConfigError(f"--learning_rate {options.learning_rate}: more than 0 is needed.")
+    elif not 0 < options.epochs < float("inf"):
+        raise ConfigError(f"--epochs {options.epochs}: a number above 0 is needed, or --max_steps.")
+    for name in ("learning_rate", "timeout"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise ConfigError(f"--{name} {getattr(options, name)}: a number above 0 is needed.")
     for name in ("warmup_ratio", "min_lr_ratio"):
         if not 0 <= getattr(options, name) <= 1:
             raise ConfigError(f"--{name} {getattr(options, name)}: a share in [0, 1] is needed.")
+    _check_reporting(options)
+    _check_engine(options)
     if options.losia_config and not options.losia:
         raise ConfigError("--losia_config has no effect without --losia; add --losia, or leave it out.")
     if not options.losia:
@@ -79,10 +103,36 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     return LoSiAConfig.from_file(options.losia_config) if options.losia_config else LoSiAConfig()
 
 
+def _check_reporting(options: argparse.Namespace) -> None:
+    if not options.eval_file and not options.validation_size:
+        for name in ("eval_steps", "samples"):
+            if getattr(options, name):
+                raise ConfigError(
+                    f"--{name} {getattr(options, name)} needs held-out data: give --eval_file or --validation_size."
+                )
+    elif options.eval_file and options.validation_size:
+        raise ConfigError("--eval_file and --validation_size both name held-out data: give one of the two.")
+    if options.samples and options.packing:
+        raise ConfigError("--samples does not work with --packing, whose rows hold several prompts; leave one of them out.")
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    if options.deepspeed and options.sharding:
+        raise ConfigError("--deepspeed and --sharding are two engines: give one of them.")
+    if options.sharding:
+        return
+    for name in ("offload", "shard_layers"):
+        if getattr(options, name):
+            raise ConfigError(f"--{name} belongs to --sharding; with DeepSpeed, offloading stands in its own file.")
+
+
 def _at_least(options: argparse.Namespace, name: str, minimum: int) -> None:
-    if getattr(options, name) < minimum:
+    if not getattr(options, name) >= minimum:  # so that "nan" is refused too
         raise ConfigError(f"--{name} {getattr(options, name)}: at least {minimum} is needed.")
 
 
 def _count_or_share(text: str) -> int | float:
-    return float(text) if float(text) < 1 else int(text)
+    try:
+        return float(text) if float(text) < 1 else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of records nor a share below 1") from None

@@ -1,0 +1,125 @@
+"""FSDP2 and HSDP for the training script: the mesh, and `fully_shard` on every decoder layer and the whole model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from losia_dist.errors import ConfigError
+from losia_dist.training.environment import Place
+
+_GRAMMAR = re.compile(r"(fsdp2|hsdp)(-no-reshard)?(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which ranks share one copy of the model, and whether weights are let go between forward and backward.
+
+    ranks: that share a copy (HSDP: usually those of a node); None: all of them.
+    """
+
+    ranks: int | None
+    reshard: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Sharding:
+        """Read "fsdp2", "fsdp2-no-reshard", "hsdp:8" or "hsdp-no-reshard:8". Raises: ConfigError for anything else."""
+        match = _GRAMMAR.fullmatch(text)
+        if match is None or (match[1] == "hsdp") != (match[3] is not None):
+            raise ConfigError(
+                f"--sharding {text}: give fsdp2, fsdp2-no-reshard, or hsdp:N (or hsdp-no-reshard:N), N being the number of "
+                "ranks that share one copy of the model, usually the GPUs of a node."
+            )
+        return cls(int(match[3]) if match[3] else None, match[2] is None)
+
+    def check(self, world_size: int) -> None:
+        """Raises: ConfigError where these ranks cannot form the mesh."""
+        if world_size == 1:
+            raise ConfigError(
+                "--sharding needs at least two ranks, and this process runs alone: start it with torchrun or accelerate "
+                "launch, or leave --sharding out."
+            )
+        if self.ranks is not None and not (1 < self.ranks < world_size and world_size % self.ranks == 0):
+            raise ConfigError(
+                f"--sharding hsdp:{self.ranks} with {world_size} ranks: N must be at least 2, less than the number of ranks, "
+                "and divide it. With all ranks sharing one copy, use fsdp2."
+            )
+
+
+def shard(
+    model: Any, sharding: Sharding, place: Place, *, precision: str, offload: bool, layer_classes: tuple[str, ...] = ()
+) -> Any:
+    """`fully_shard` a model in place, unit by unit, with rank 0's values; returns it. Called by all ranks.
+
+    A rank never holds more than one whole unit on its device; on ranks other than 0 the model may be on the meta device.
+
+    Args:
+        precision: "bf16": gradients are reduced in fp32.
+        offload: shards, gradients and optimizer state stay on the CPU.
+        layer_classes: class names of the units; empty: the model's decoder layers.
+
+    Raises:
+        ConfigError: the model has no such layers.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    if sharding.ranks is None:
+        mesh = init_device_mesh(place.device.type, (place.world_size,), mesh_dim_names=("shard",))
+    else:
+        shape = (place.world_size // sharding.ranks, sharding.ranks)
+        mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": sharding.reshard}
+    if precision == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
+    holders = _holders(model)
+    for unit in [*_layers(model, layer_classes), model]:
+        _take_from_rank_0(unit, place, holders)
+        fully_shard(unit, **options)
+    return model
+
+
+def _layers(model: Any, layer_classes: tuple[str, ...]) -> list[nn.Module]:
+    names = layer_classes or tuple(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        found = sorted({type(module).__name__ for module in model.modules() if list(module.children())})
+        raise ConfigError(
+            f"--sharding: {type(model).__name__} has no layers of the class {' or '.join(names) or '(it names none)'}, so it "
+            f"would be gathered whole. Its modules: {', '.join(found)}. Name the decoder layer's class with --shard_layers."
+        )
+    return layers
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """id of a parameter or buffer -> where modules keep it; several places for a shared one."""
+    holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None:
+                    holders.setdefault(id(tensor), []).append((kept, name))
+    return holders
+
+
+@torch.no_grad()
+def _take_from_rank_0(unit: nn.Module, place: Place, holders: dict[int, list[tuple[dict[str, Any], str]]]) -> None:
+    """Replace whatever of a unit is still in `holders` by rank 0's values, on the device; what is shared stays shared."""
+    for module in unit.modules():
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is None or id(tensor) not in holders:
+                continue
+            values = torch.empty(tensor.shape, dtype=tensor.dtype, device=place.device)
+            if not tensor.is_meta:
+                values.copy_(tensor)
+            dist.broadcast(values, src=0)
+            filled = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+            for kept, name in holders.pop(id(tensor)):
+                kept[name] = filled

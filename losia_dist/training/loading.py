@@ -1,0 +1,131 @@
+"""What every rank reads for itself before training: tokenizer, data, model. No collectives in here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
+
+from losia_dist.config import LoSiAConfig
+from losia_dist.data import build_dataset, load_records, prepare_for_packing, train_validation_split
+from losia_dist.errors import ConfigError
+from losia_dist.model import get_losia_model
+from losia_dist.training.choice import EngineChoice
+from losia_dist.training.environment import Place
+
+
+@dataclass
+class Inputs:
+    """What a run starts from. flatten: whether packed rows must be laid end to end. use_cache: as the model came."""
+
+    tokenizer: Any
+    train: Any
+    held_out: Any | None
+    model: Any
+    flatten: bool
+    use_cache: bool
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Numbers that must be equal on all ranks, since each takes its slice of the same data."""
+        names = {"training": self.train, "held-out": self.held_out}
+        return {
+            f"{what} of the {name} examples": value
+            for name, dataset in names.items()
+            if dataset is not None
+            for what, value in (("count", len(dataset)), ("hash", dataset.fingerprint()))
+        }
+
+
+def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, place: Place) -> Inputs:
+    """Read everything, check that the output can be written, and convert the model.
+
+    Raises:
+        LoSiAError: something is missing, malformed, or does not fit.
+    """
+    if place.rank == 0:
+        _check_writable(Path(options.output_dir))
+    else:
+        disable_progress_bar()  # of reading the weights, which every rank would show
+    tokenizer, train, held_out = _load_data(options)
+    torch.manual_seed(options.seed)
+    model = _load_model(options, choice, place)
+    use_cache = model.config.use_cache
+    flatten = prepare_for_packing(model) if options.packing else True
+    if config is not None:
+        model = get_losia_model(model, config)
+    return Inputs(tokenizer, train, held_out, model, flatten, use_cache)
+
+
+def _check_writable(directory: Path) -> None:
+    probe = directory / f".probe-{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {directory} cannot be written: {error.strerror}. Give a directory that can be made or written."
+        ) from error
+
+
+def _load_data(options: argparse.Namespace) -> tuple[Any, Any, Any | None]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {options.model}: no model and tokenizer could be read: {error}") from error
+    records = load_records(options.train_file, form=options.form)
+    held_out = load_records(options.eval_file, form=options.form) if options.eval_file else None
+    if held_out is None and options.validation_size:
+        records, held_out = train_validation_split(records, options.validation_size, options.seed)
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    common = {"context_length": context, "overlong": options.overlong, "packing": options.packing}
+    train = build_dataset(records, tokenizer, options.max_length, **common)
+    return tokenizer, train, None if held_out is None else build_dataset(held_out, tokenizer, options.max_length, **common)
+
+
+def _load_model(options: argparse.Namespace, choice: EngineChoice, place: Place) -> Any:
+    arguments: dict[str, Any] = {
+        "dtype": torch.bfloat16 if choice.precision == "bf16" else torch.float32,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if options.attn_implementation:
+        arguments["attn_implementation"] = options.attn_implementation
+    try:
+        if choice.sharding is not None and place.rank != 0:
+            model = _without_weights(options.model, arguments)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(options.model, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"--model {options.model}: the model could not be loaded: {error}") from error
+    parameters = inspect.signature(model.forward).parameters.values()
+    if not any(p.name == "num_items_in_batch" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ConfigError(
+            f"--model {options.model}: {type(model).__name__}.forward takes no num_items_in_batch, which the mean loss over a "
+            "global batch needs. Use a model class of Transformers 5."
+        )
+    if choice.checkpointing != "off":
+        reentrant = choice.checkpointing == "reentrant"
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant and not options.losia:
+            model.enable_input_require_grads()
+    return model
+
+
+def _without_weights(name: str, arguments: dict[str, Any]) -> Any:
+    """The model on the meta device: `fsdp.shard` gives it rank 0's values, so that a machine need not hold it once a rank."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=arguments["trust_remote_code"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **arguments)
+    model.tie_weights()
+    with contextlib.suppress(OSError):  # a model need not bring one
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model

@@ -1,0 +1,111 @@
+"""The training loop: steps, held-out losses, logs, and the summary."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from losia_dist.errors import DivergenceError
+from losia_dist.training.engines import Engine
+from losia_dist.training.heldout import held_out_loss, sample_answers
+from losia_dist.training.logs import RunLog
+
+
+class Reporter:
+    """Held-out losses and sample answers of a run, into its log and its summary. Used by all ranks alike."""
+
+    def __init__(self, run: Engine, log: RunLog, summary: dict[str, Any], options: argparse.Namespace) -> None:
+        self.run, self.log, self.summary, self.options = run, log, summary, options
+        self.loader: Any | None = None
+        self.held_out: Any | None = None
+        self.tokenizer: Any = None
+
+    def hold_out(self, loader: Any, held_out: Any, tokenizer: Any) -> None:
+        """From here on report on this data; without it there is no report."""
+        self.loader, self.held_out, self.tokenizer = loader, held_out, tokenizer
+
+    def loss(self, step: int, key: str | None = None) -> None:
+        """Measure the held-out loss after `step` steps; keep it in the summary under `key`."""
+        if self.loader is None:
+            return
+        value = held_out_loss(self.run, self.loader)
+        self.log.record(step, held_out=value)
+        if key is not None:
+            self.summary[key] = value
+
+    def samples(self, key: str) -> None:
+        """Answer the first held-out prompts; keep the answers in the summary under `key`."""
+        answers: list[dict[str, str]] = []
+        if self.held_out is not None and self.options.samples:
+            answers = sample_answers(self.run, self.held_out, self.tokenizer, self.options.samples, self.options.sample_tokens)
+        self.summary[key] = answers
+        for answer in answers:
+            self.log.say(f"\nprompt: {answer['prompt']}\n\n{key.removeprefix('samples_')} training: {answer['answer']}\n")
+
+
+def train_steps(
+    run: Engine, options: argparse.Namespace, steps: int, loader: DataLoader[dict[str, Tensor]], reporter: Reporter
+) -> None:
+    """Train for `steps` optimizer steps, from wherever the model is. Called by all ranks.
+
+    Raises:
+        DivergenceError: the loss of a logged stretch is not finite (on every rank).
+    """
+    log, summary = reporter.log, reporter.summary
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    batches = _endless(loader)
+    seconds, tokens, logged = 0.0, 0, 0
+    loss_sum = torch.zeros((), device=run.device)
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        micro_batches = list(itertools.islice(batches, options.gradient_accumulation))
+        localizing = run.losia.localizing if run.losia is not None else None
+        rate = run.learning_rate()
+        loss_sum += run.train_step(micro_batches)
+        tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * world_size
+        values: dict[str, Any] = {}
+        if step % options.logging_steps == 0 or step == steps:
+            # The only point where the host waits for the device.
+            mean = loss_sum / (step - logged)
+            if world_size > 1:
+                dist.all_reduce(mean)
+                mean /= world_size
+            values = {"loss": mean.item(), "lr": rate}
+            loss_sum.zero_()
+            logged = step
+        seconds += time.perf_counter() - began
+        if values:
+            values["tokens_per_second"] = tokens / seconds
+            if run.grad_norm is not None:
+                values["grad_norm"] = float(run.grad_norm)
+            if localizing is not None:
+                values["localizing"] = localizing[0] if len(localizing) == 1 else f"{localizing[0]} .. {localizing[-1]}"
+            summary["train_loss"] = values["loss"]
+            _check_finite(values["loss"], step)
+        log.advance(step, **values)
+        if options.eval_steps and step % options.eval_steps == 0 and step < steps:
+            reporter.loss(step)
+    summary |= {"training_seconds": round(seconds, 2), "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergenceError(
+            f"the training loss is {loss} at step {step}: the run has diverged. Lower --learning_rate or --max_grad_norm, or "
+            "train in fp32 to see whether the dtype is to blame."
+        )
+
+
+def _endless(loader: Any) -> Iterator[dict[str, Tensor]]:
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        yield from loader

@@ -1,0 +1,95 @@
+"""launch/train.py under every launcher: one trajectory, one saved model, one log."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from losia_dist.data import build_dataset, load_records
+from tests.launch.conftest import EVERY_TIME, RUNS
+
+ENGINES = {
+    "one process": "one process",
+    "torchrun DDP": "ddp",
+    "deepspeed ZeRO-2": "deepspeed-zero2",
+    "deepspeed ZeRO-3": "deepspeed-zero3",
+    "accelerate FSDP2": "fsdp2",
+    "accelerate DDP": "ddp",
+    "accelerate ZeRO-2": "deepspeed-zero2",
+    "accelerate ZeRO-3": "deepspeed-zero3",
+    "accelerate one process": "one process",
+}
+LAUNCHES = [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_launcher_gives_the_losses_of_one_process(launched, name):
+    run, alone = launched(name), launched("one process")
+    assert run.summary["engine"] == ENGINES[name]
+    assert run.summary["ranks"] == (1 if "one process" in name else 2)
+    assert len(run.values("loss")) == 8
+    assert run.values("loss") == pytest.approx(alone.values("loss"), abs=1e-5)
+    assert run.values("grad_norm") == pytest.approx(alone.values("grad_norm"), rel=1e-4)
+    for key in ("held_out_loss_before", "held_out_loss_after"):
+        assert run.summary[key] == pytest.approx(alone.summary[key], abs=1e-5)
+    assert run.summary["held_out_loss_after"] < run.summary["held_out_loss_before"] - 0.1
+
+
+def loss_by_hand(material, directory) -> float:
+    """Mean loss per target token over the held-out records, one at a time and without the package's batches."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    dataset = build_dataset(load_records(material["instruction_heldout"]), tokenizer, 64)
+    total, count = 0.0, 0
+    for example in (dataset[index] for index in range(len(dataset))):
+        ids, labels = example["input_ids"], example["labels"]
+        with torch.no_grad():
+            chances = torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)
+        for place in range(1, len(ids)):
+            if labels[place] != -100:
+                total -= chances[place - 1, labels[place]].item()
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_saved_model_is_the_trained_one(launched, material, name):
+    run = launched(name)
+    assert loss_by_hand(material, run.directory / "model") == pytest.approx(run.summary["held_out_loss_after"], abs=1e-5)
+    assert not [path.name for path in run.directory.rglob("*incomplete*")]
+
+
+def test_held_out_losses_in_between_do_not_change_the_training(launched):
+    run, alone = launched("torchrun DDP"), launched("one process")
+    steps = [line["step"] for line in run.metrics if "held_out" in line]
+    assert steps == [0, 2, 4, 6, 8]
+    assert [line["step"] for line in alone.metrics if "held_out" in line] == [0, 8]
+    assert run.values("loss")[-1] == pytest.approx(alone.values("loss")[-1], abs=1e-5)
+
+
+def test_the_log_holds_every_step_and_tensorboard_shows_the_same(launched):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = launched("torchrun DDP")
+    lines = [line for line in run.metrics if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert set(line) == {"step", "seconds", "loss", "lr", "tokens_per_second", "grad_norm", "localizing"}
+    slots = ["model.layers.0 .. model.layers.1"] * 2 + ["model.layers.2 .. lm_head"] * 2
+    assert [line["localizing"] for line in lines] == slots * 2
+    # Linear warmup over a tenth of the steps, then a cosine: the rate that each step was taken with.
+    assert [line["lr"] for line in lines[:2]] == [0.0, pytest.approx(3e-3)]
+    events = EventAccumulator(str(run.directory / "tensorboard")).Reload()
+    shown = [event.value for event in events.Scalars("loss")]
+    assert shown == pytest.approx(run.values("loss"), rel=1e-6)
+    assert run.output.count("step 8/8: loss") == 1  # one rank reports
+
+
+def test_samples_are_answers_to_the_held_out_prompts(launched, material):
+    first = json.loads(material["instruction_heldout"].read_text().splitlines()[0])
+    for name, count in (("deepspeed ZeRO-3", 2), ("accelerate FSDP2", 1)):
+        summary = launched(name).summary
+        assert len(summary["samples_before"]) == len(summary["samples_after"]) == count
+        assert first["instruction"] in summary["samples_after"][0]["prompt"]
+        assert summary["samples_after"][0]["expected"] == first["output"]

@@ -1,0 +1,171 @@
+"""The script's engines and features on the pool's ranks, without a launcher: one trajectory, whatever holds the model."""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from losia_dist.errors import DivergenceError
+from losia_dist.training import run as script
+from losia_dist.training.environment import find_place
+from losia_dist.training.options import add_training_arguments
+from tests.support.launching import arguments
+
+
+def options_of(words):
+    return add_training_arguments(argparse.ArgumentParser()).parse_args(words)
+
+
+def train(words):
+    """One run on this pool's ranks, or on this process alone. Returns the summary, and how the weights were kept."""
+    words_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    place = find_place() if dist.is_initialized() else replace(find_place(), rank=0, world_size=1)
+    kept = {}
+    start = script._start
+
+    def watched(*args):
+        kept["before"] = {p.device.type for p in args[0].parameters()}
+        run = start(*args)
+        parameters = list(run.model.parameters())
+        kept["sharded"] = all(isinstance(p, DTensor) for p in parameters)
+        kept["local"] = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+        kept["whole"] = sum(p.numel() for p in parameters)
+        return run
+
+    script._start = watched
+    try:
+        summary = script.train(options_of(words), place, words_group)
+    finally:
+        script._start = start
+    return summary, kept
+
+
+@pytest.fixture(scope="module")
+def alone(material, tmp_path_factory):
+    """The run of one process with the same options."""
+    kept = {}
+
+    def of(**options):
+        key = json.dumps(options, default=str, sort_keys=True)
+        if key not in kept:
+            directory = tmp_path_factory.mktemp("alone")
+            kept[key] = (train(arguments(material, directory, **{"micro_batch": 4, **options}))[0], directory)
+        return kept[key]
+
+    return of
+
+
+def losses(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+FULL = {"losia": None, "losia_config": None, "learning_rate": 1e-3}
+CASES = {
+    "FSDP2 without resharding, accumulation": (
+        {"sharding": "fsdp2-no-reshard", "micro_batch": 1, "gradient_accumulation": 2},
+        {},
+    ),
+    "FSDP2, offload": ({"sharding": "fsdp2", "offload": True, "eval_steps": 3}, {}),
+    "FSDP2, checkpointing": ({"sharding": "fsdp2", "gradient_checkpointing": "non-reentrant"}, {}),
+    "DDP, reentrant checkpointing": ({"gradient_checkpointing": "reentrant"}, {}),
+    "full fine-tuning, FSDP2": ({"sharding": "fsdp2"}, FULL),
+    "full fine-tuning, FSDP2 without resharding": ({"sharding": "fsdp2-no-reshard", "eval_steps": 2}, FULL),
+    "full fine-tuning, DDP, reentrant": ({"gradient_checkpointing": "reentrant"}, FULL),
+    "packing": ({}, {"packing": True, "max_length": 96, "max_steps": 6}),
+    "packing, FSDP2": ({"sharding": "fsdp2"}, {"packing": True, "max_length": 96, "max_steps": 6}),
+}
+OFTEN = ("FSDP2 without resharding, accumulation", "full fine-tuning, FSDP2", "packing, FSDP2", "FSDP2, offload")
+PARAMETERS = [pytest.param(*case, id=name, marks=() if name in OFTEN else pytest.mark.slow) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("own, shared", PARAMETERS)
+def test_two_ranks_equal_one_process(ranks, alone, material, tmp_path, own, shared):
+    expected, directory = alone(**shared)
+    (summary, kept), (_, kept_by_other) = ranks(2, train, arguments(material, tmp_path, **shared, **own))
+    assert losses(tmp_path) == pytest.approx(losses(directory), abs=1e-5)
+    assert summary["method"] == ("full" if "losia" in shared else "losia")
+    assert summary["held_out_loss_after"] == pytest.approx(expected["held_out_loss_after"], abs=1e-5)
+    assert kept["sharded"] == ("sharding" in own)
+    if kept["sharded"]:
+        assert kept["local"] < 0.6 * kept["whole"]
+        assert (kept["before"], kept_by_other["before"]) == ({"cpu"}, {"meta"})  # one rank reads the weights
+    saved, reference = (AutoModelForCausalLM.from_pretrained(d / "model", dtype=torch.float32) for d in (tmp_path, directory))
+    assert saved.config.use_cache == reference.config.use_cache is True
+    for (name, weight), other in zip(saved.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=1e-5), name
+
+
+def test_a_tied_model_that_one_rank_reads_equals_one_process(ranks, alone, material, tmp_path):
+    shutil.copytree(material["model"], tmp_path / "tied")
+    settings = LlamaConfig.from_pretrained(material["model"], tie_word_embeddings=True)
+    torch.manual_seed(1)
+    LlamaForCausalLM(settings).save_pretrained(tmp_path / "tied")
+    _, directory = alone(model=tmp_path / "tied")
+    words = arguments(material, tmp_path, model=tmp_path / "tied", sharding="fsdp2", samples=1, sample_tokens=3)
+    (_, kept), _ = ranks(2, train, words)
+    assert kept["sharded"]
+    assert losses(tmp_path) == pytest.approx(losses(directory), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_hsdp_equals_one_process(ranks, alone, material, tmp_path):
+    _, directory = alone()
+    results = ranks(4, train, arguments(material, tmp_path, sharding="hsdp:2", micro_batch=1, samples=1, sample_tokens=3))
+    assert results[0][0]["engine"] == "hsdp:2"
+    assert losses(tmp_path) == pytest.approx(losses(directory), abs=1e-5)
+    assert all(kept["sharded"] and kept["local"] < 0.6 * kept["whole"] for _, kept in results)
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_the_other_forms_of_data_train(material, tmp_path, form):
+    words = arguments(
+        material,
+        tmp_path,
+        train_file=material[form],
+        eval_file=None,
+        validation_size=0.2,
+        max_steps=4,
+        micro_batch=4,
+        no_save=True,
+    )
+    summary, _ = train(words)
+    assert "32 examples" in summary["data"]
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_loss_is_the_mean_over_all_target_tokens(material, tmp_path):
+    """The first step's rate is 0, and it sees the whole file: its loss is the held-out loss of the same file."""
+    words = arguments(
+        material, tmp_path, eval_file=material["instruction"], micro_batch=8, gradient_accumulation=5, max_steps=1
+    )
+    summary, _ = train(words)
+    assert losses(tmp_path) == pytest.approx([summary["held_out_loss_before"]], abs=1e-5)
+
+
+def test_a_run_that_diverges_stops(material, tmp_path):
+    words = arguments(material, tmp_path, micro_batch=4, learning_rate=1e30, max_grad_norm=0, losia=None, losia_config=None)
+    with pytest.raises(DivergenceError, match=r"the training loss is nan at step \d"):
+        train(words)
+
+
+def test_epochs_and_accumulation_give_the_number_of_steps(material, tmp_path):
+    words = arguments(material, tmp_path, max_steps=None, epochs=1.5, micro_batch=4, gradient_accumulation=3, eval_file=None)
+    summary, _ = train(words)
+    assert summary["steps"] == 5  # 40 examples, 10 batches an epoch, 15 in all, 3 a step
+    assert "held_out_loss_after" not in summary
+
+
+def test_a_second_run_in_a_directory_replaces_the_first_ones_logs(material, tmp_path):
+    for _ in range(2):
+        train(arguments(material, tmp_path, max_steps=2, micro_batch=4, eval_file=None, no_save=True))
+    assert len(losses(tmp_path)) == 2
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
