@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError
+from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.sharding.interface import StateAccess
+from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.subnet.linear import SubnetLinear
 
 
@@ -38,23 +39,63 @@ def check_same_on_all_ranks(what: str, values: dict[str, Any], group: dist.Proce
             )
 
 
-def check_same_subnets(layers: list[SubnetLinear], collectives: RowCollectives) -> None:
-    """Compare the subnets' places over the ranks: one number per layer is exchanged.
+def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether the flag is set on some rank of the group; the same answer on all of them, who all call."""
+    if group is None or dist.get_world_size(group) == 1:
+        return flag
+    flags: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(flags, flag, group=group)
+    return any(flags)
+
+
+def subnet_prints(layer: SubnetLinear, *values: Tensor) -> Tensor:
+    """What `check_relocalized` compares of a layer: fingerprints [1 + len(values)] of its places and of whole tensors."""
+    places = fingerprint(layer.row_index) * 31 + fingerprint(layer.col_index)
+    return torch.stack([places, *(fingerprint(tensor).to(places.device) for tensor in values)])
+
+
+def check_relocalized(layers: list[SubnetLinear], prints: Tensor, collectives: RowCollectives) -> None:
+    """Compare re-localized subnets over the ranks: their places, the values left in the weights and those taken from them.
+
+    prints: [layers, 3], `subnet_prints` of each. One collective of that size; called by all ranks.
 
     Raises:
-        DivergenceError: with the names of the rank and of the layer, on every rank.
+        DivergenceError: on every rank, with the ranks that differ from most, the layers, and what differs in them.
+    """
+    parts = ("chosen places", "values left in the weight", "values read from the weight")
+    _check_agreement(layers, prints, parts, collectives)
+
+
+def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
+    """Compare all subnets over the ranks, places and present values: before the first step, and after a restart.
+
+    Where each rank keeps a part of every weight there is one whole only, and ranks that loaded different weights have mixed
+    them. That is seen by what each rank's own weights held when the model was converted: the whole must be what some rank
+    had then, unless all of them had the same (and it was loaded anew since).
+
+    Raises:
+        DivergenceError: as `check_relocalized`.
     """
     if collectives.world_size == 1:
         return
-    prints = torch.stack([_fingerprint(layer.row_index) * 31 + _fingerprint(layer.col_index) for layer in layers])
-    everyone = collectives.stack(prints).tolist()
-    for rank, theirs in enumerate(everyone):
-        for layer, first, other in zip(layers, everyone[0], theirs, strict=True):
-            if first != other:
-                raise DivergenceError(
-                    f"rank {rank} chose another subnet for {layer.name} than rank 0. The ranks have diverged (different "
-                    "data order is fine; different weights, code or hardware faults are not): resume from a checkpoint."
-                )
+    prints: list[Tensor] = []
+    rounded: list[Tensor] = []
+    for layer in layers:
+        values = parameters.read_whole(layer.subnet)  # one layer's at a time
+        prints.append(subnet_prints(layer, values))
+        rounded.append(loading_print(values).to(prints[0].device))
+    _check_agreement(layers, torch.stack(prints), ("places", "values"), collectives)
+    now = torch.stack(rounded)
+    unknown = torch.zeros_like(now[0])  # converted on the meta device
+    then = [unknown if layer.converted_print.is_meta else layer.converted_print.to(now.device) for layer in layers]
+    everyone = collectives.stack(torch.stack(then)).tolist()
+    for layer, whole, by_rank in zip(layers, now.tolist(), zip(*everyone, strict=True), strict=True):
+        if 0 not in by_rank and len(set(by_rank)) > 1 and whole not in by_rank:
+            raise DivergenceError(
+                f"the weights of {layer.name} are a mixture: ranks held different values when the model was converted, and now "
+                "each keeps its part of its own. Load the same checkpoint on every rank (or seed them alike) before the model "
+                "is sharded, or let one rank send its weights to the others."
+            )
 
 
 def check_finite(objectives: list[Tensor], layers: list[SubnetLinear]) -> None:
@@ -123,18 +164,46 @@ class EngagementCheck:
     def _fingerprints(self) -> Tensor:
         """One number per subnet, of the part of its master values that this rank keeps."""
         fragments = [self.state.master_fragment(layer.subnet) for layer in self.layers]
-        return torch.stack([torch.zeros((), dtype=torch.int64) if f is None else _fingerprint(f).cpu() for f in fragments])
+        return torch.stack([torch.zeros((), dtype=torch.int64) if f is None else fingerprint(f).cpu() for f in fragments])
 
 
-def _fingerprint(values: Tensor) -> Tensor:
-    """A 64-bit sum over the bits of a tensor, each weighted by its place; any change of an element changes it."""
-    values = values.detach().reshape(-1)
-    if values.dtype == torch.bfloat16:
-        values = values.view(torch.int16)
-    elif values.dtype == torch.float32:
-        values = values.view(torch.int32)
-    values = values.to(torch.int64)
-    return ((values + 1) * torch.arange(1, values.numel() + 1, device=values.device)).sum()
+def _check_agreement(layers: list[SubnetLinear], prints: Tensor, parts: tuple[str, ...], collectives: RowCollectives) -> None:
+    """prints [layers, parts]: raise on every rank unless all ranks hold the same."""
+    if collectives.world_size == 1:
+        return
+    everyone = collectives.stack(prints.reshape(-1)).view(collectives.world_size, *prints.shape).tolist()
+    if all(theirs == everyone[0] for theirs in everyone):
+        return
+    assert collectives.group is not None
+    ranks = dist.get_process_group_ranks(collectives.group)
+    camps: dict[str, list[int]] = {}  # group ranks that hold the same
+    for place, theirs in enumerate(everyone):
+        camps.setdefault(repr(theirs), []).append(place)
+    most, *others = sorted(camps.values(), key=len, reverse=True)
+    usual = everyone[most[0]]
+    if 2 * len(most) > len(ranks):
+        against = f"the other {len(most)} ranks" if len(others) == 1 else f"most ranks ({_ranks(most, ranks)})"
+    else:
+        against = f"{_ranks(most, ranks)} (no majority: either may be wrong)"
+    findings = []
+    for camp in others[:3]:
+        found: dict[str, list[str]] = {}
+        for layer, mine, theirs in zip(layers, everyone[camp[0]], usual, strict=True):
+            for part, one, other in zip(parts, mine, theirs, strict=True):
+                if one != other:
+                    found.setdefault(part, []).append(layer.name)
+        what = "; ".join(f"{part} of {_some(names)}" for part, names in found.items())
+        findings.append(f"{_ranks(camp, ranks)}: {what}")
+    raise DivergenceError(
+        f"ranks hold different subnets. Differing from {against}, {'. '.join(findings)}. Different data on each rank is fine; "
+        "different weights, different code or faulty memory are not. Start every rank from the same checkpoint; if they were "
+        "the same at the start, resume from an earlier checkpoint, and test the memory of that rank's machine."
+    )
+
+
+def _ranks(places: list[int], ranks: list[int]) -> str:
+    names = [str(ranks[place]) for place in places]
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {_some(names)}"
 
 
 def _some(names: list[str]) -> str:

@@ -6,6 +6,7 @@ from torch import nn
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
+from losia_dist.fingerprint import fingerprint
 
 
 class TwoBranches(nn.Module):
@@ -126,3 +127,29 @@ def test_a_call_without_an_optimizer_step_changes_nothing():
     losia = train_once(TwoBranches(use_both=True), config=LoSiAConfig(rank_factor=0.5, period=3))
     assert losia.step() is False
     assert losia.steps == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])
+def test_a_fingerprint_tells_any_change_of_one_number_and_any_exchange_of_two(dtype):
+    values = torch.arange(1, 31).view(5, 6).to(dtype)
+    original, seen = fingerprint(values), {fingerprint(values).item()}
+    for place in range(30):
+        changed = values.clone()
+        bits = changed.view(-1).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
+        bits[place] ^= 1
+        seen.add(fingerprint(changed).item())
+        exchanged = values.clone().view(-1)
+        exchanged[[place, (place + 7) % 30]] = exchanged[[(place + 7) % 30, place]]
+        assert fingerprint(exchanged) != original
+    assert len(seen) == 31
+
+
+def test_a_fingerprint_is_a_copys_too_and_changes_nothing(monkeypatch):
+    for values in (torch.randperm(1000), torch.randn(1000)):
+        before = values.clone()
+        whole = fingerprint(values)
+        assert torch.equal(values, before)
+        assert fingerprint(values.view(10, 100).t().contiguous().t()) == whole
+        monkeypatch.setattr("losia_dist.fingerprint._PIECE", 37)  # as a large tensor, piece by piece
+        assert fingerprint(values) == whole
+        monkeypatch.undo()
