@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,14 +11,25 @@ from torch import Tensor, nn
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.guard import EngagementCheck, check_finite, check_same_on_all_ranks, check_same_subnets
+from losia_dist.guard import (
+    EngagementCheck,
+    any_rank,
+    check_finite,
+    check_relocalized,
+    check_same_on_all_ranks,
+    check_same_subnets,
+    subnet_prints,
+)
+from losia_dist.liveness import join_watch
+from losia_dist.liveness import settings as liveness_settings
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.modes import LOCALIZATIONS, Localization, SlotGroup
 from losia_dist.localization.slots import SlotClock
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
-from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.convert import first_subnet, group_names, subnet_layers
+from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
 
@@ -51,9 +63,15 @@ class LoSiA:
         if not self.layers:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
         _refuse_fp16(self.layers)
+        _refuse_cast_subnets(self.layers)
         group = _own_group(process_group)
         check_same_on_all_ranks("the LoSiA configuration", config.to_dict(), group)
         check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
+        check_same_on_all_ranks("the environment", liveness_settings(), group)
+        self._watch = join_watch(group)
+        self._watch_hook = None
+        if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
+            self._watch_hook = model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
         self.collectives = RowCollectives(group)
         self.parameters = resolve_parameters(model)
         check_asked_sharding(model, self.collectives.world_size)
@@ -74,15 +92,30 @@ class LoSiA:
         self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
         self._refuse_tied_micro_batches()
-        check_same_subnets(self.layers, self.collectives)
+        self._cut_awaited(group)
+        check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
+        # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
+        self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
+        # Further objects (state_dict, load_state_dict; plain values) that checkpoints carry: an engine's own counters.
+        self.carried: dict[str, Any] = {}
         self._open_slot()
 
     @property
     def steps(self) -> int:
         """Optimizer steps done."""
         return self.clock.step
+
+    @property
+    def accumulators(self) -> dict[SubnetLinear, ImportanceAccumulator]:
+        """What collects importance on this rank in the slot in progress; between steps it may be read and filled."""
+        return self._accumulators
+
+    @property
+    def in_mid_step(self) -> bool:
+        """Whether micro-batches of an optimizer step were run that `step()` has not seen the end of, on this rank."""
+        return self.rewarming.stepped or any(accumulator.in_mid_step for accumulator in self._accumulators.values())
 
     @property
     def localizing(self) -> list[str]:
@@ -106,8 +139,7 @@ class LoSiA:
         if not self.rewarming.stepped:
             return False  # an accumulation step under a wrapper that holds the optimizer back
         self.rewarming.stepped = False
-        if self._engagement is not None or self.clock.in_last_step:
-            self.parameters.settle()
+        self.parameters.settle()
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
         for accumulator in self._accumulators.values():
@@ -118,12 +150,35 @@ class LoSiA:
         self.clock.advance(relocalized)
         if relocalized:
             self._open_slot()
+        if self._watch is not None:
+            self._watch.step_done()
         return bool(relocalized)
 
     def discard_step(self) -> None:
         """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
         for accumulator in self._accumulators.values():
             accumulator.discard_step()
+
+    def progress(self) -> dict[str, Any]:
+        """Where the run stands, in plain values and the same on every rank: for a checkpoint, between steps."""
+        return {
+            "clock": self.clock.state(),
+            "applied": [[name, rate] for name, rate in self.rewarming.applied.items()],
+            "engaged": self._engagement is None,
+        }
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Go on from what `progress` gave, after subnets and optimizer state were put back. Called by all ranks.
+
+        The importance of the slot in progress starts empty: fill `accumulators` afterwards.
+        """
+        self.clock.restore(progress["clock"])
+        self.rewarming.restore(dict(progress["applied"]))
+        for layer in self.layers:
+            layer.gradient_witness = None
+        self._engagement = None if progress["engaged"] else EngagementCheck(self.layers, self.state, self.collectives)
+        check_same_subnets(self.layers, self.parameters, self.collectives)
+        self._open_slot()
 
     def consolidate(self) -> None:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving."""
@@ -132,8 +187,15 @@ class LoSiA:
             self._write_back(layer)
 
     def detach(self) -> None:
-        """Take the conductor off the model and the optimizer; the subnets' values stay where they are."""
+        """Take the conductor off the model and the optimizer; the subnets' values stay where they are.
+
+        This rank then counts as having left the training: another that goes on to a later step is ended with that message.
+        """
         self.rewarming.remove()
+        if self._watch is not None and self._watch_hook is not None:
+            self._watch_hook.remove()
+            self._watch.release()
+            self._watch = self._watch_hook = None
         for layer in self.layers:
             layer.gradient_sink = layer.gradient_witness = None
         self._accumulators = {}
@@ -164,15 +226,43 @@ class LoSiA:
             choices.append((rows, columns))
             objectives.append(objective)
         check_finite(objectives, layers)
+        prints: list[Tensor] = []
         for layer, (rows, columns) in zip(layers, choices, strict=True):
-            self._write_back(layer)
-            layer.row_index.copy_(rows)
-            layer.col_index.copy_(columns)
-            values = self.parameters.read_block(layer.weight, rows, columns)
-            self.parameters.write_whole(layer.subnet, values)
-            self.state.write_master(layer.subnet, values.to(torch.float32))
-        check_same_subnets(layers, self.collectives)
+            left = self._write_back(layer)
+            for told in self.on_retire:
+                told(layer, left)
+            taken = self._cut(layer, rows, columns)
+            prints.append(subnet_prints(layer, left, taken))
+        check_relocalized(layers, torch.stack(prints), self.collectives)
         self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+
+    @torch.no_grad()
+    def _cut(self, layer: SubnetLinear, rows: Tensor, columns: Tensor) -> Tensor:
+        """Place a subnet; its values, in the model and in the optimizer, become those that the weight has there: [r, c]."""
+        layer.row_index.copy_(rows)
+        layer.col_index.copy_(columns)
+        values = read_subnet(self.parameters, layer, rows, columns)
+        self.parameters.write_whole(layer.subnet, values)
+        self.state.write_master(layer.subnet, values.to(torch.float32))
+        return values
+
+    def _cut_awaited(self, group: dist.ProcessGroup | None) -> None:
+        """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
+
+        Where one rank alone had the weights (the others receive them from it), all ranks cut again, to the same values.
+        """
+        if not any_rank(any(layer.awaits_weights for layer in self.layers), group):
+            return
+        if any_rank(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index)), group):
+            raise ConfigError(
+                "the model is still on the meta device: after get_losia_model (and fully_shard) call "
+                "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
+            )
+        for layer in self.layers:
+            size, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
+            rows, columns = first_subnet(layer.name, self._shape(layer), size, self.config.seed)
+            self._cut(layer, rows.to(device), columns.to(device))
+            layer.awaits_weights = False
 
     def _refuse_tied_micro_batches(self) -> None:
         tied = any(isinstance(module, TiedSubnetEmbedding) for module in self.model.modules())
@@ -182,13 +272,13 @@ class LoSiA:
                 "its gradient comes in two parts that must be added first. Use importance_accumulation='step'."
             )
 
-    def _write_back(self, layer: SubnetLinear) -> None:
+    def _write_back(self, layer: SubnetLinear) -> Tensor:
         values = self.parameters.read_whole(layer.subnet)
-        self.parameters.write_block(layer.weight, layer.row_index, layer.col_index, values)
+        write_back(self.parameters, layer, layer.row_index, layer.col_index, values)
+        return values
 
     def _shape(self, layer: SubnetLinear) -> tuple[int, int]:
-        rows, columns = self.parameters.shape(layer.weight)
-        return rows, columns
+        return whole_shape(self.parameters, layer)
 
 
 def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -204,4 +294,14 @@ def _refuse_fp16(layers: list[SubnetLinear]) -> None:
         if torch.float16 in (layer.subnet.dtype, layer.weight.dtype):
             raise UnsupportedError(
                 f"{layer.name} is in fp16: the gradient scale would enter the importance. Load the model in bf16 or fp32."
+            )
+
+
+def _refuse_cast_subnets(layers: list[SubnetLinear]) -> None:
+    for layer in layers:
+        if layer.asked_dtype not in (None, layer.subnet.dtype):
+            raise UnsupportedError(
+                f"the subnet of {layer.name} was asked for in {layer.asked_dtype} (subnet_dtype) and is in "
+                f"{layer.subnet.dtype}: model.to(...) or the engine cast it. Cast the model before get_losia_model; with "
+                "DeepSpeed leave subnet_dtype out (it keeps fp32 master values itself)."
             )

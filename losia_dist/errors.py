@@ -23,3 +23,7 @@ class EngagementError(LoSiAError, RuntimeError):
 
 class DivergenceError(LoSiAError, RuntimeError):
     """Ranks that disagree, or values that are no longer finite."""
+
+
+class CheckpointError(LoSiAError, RuntimeError):
+    """A checkpoint that cannot be written, or that is damaged, incomplete or not this run's."""

@@ -16,6 +16,7 @@ from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.guard import check_same_on_all_ranks
+from losia_dist.integrations.deepspeed_checkpoint import attach_checkpoints
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.convert import subnet_layers
@@ -91,8 +92,9 @@ def initialize(
         get_losia_model(model, losia_config)
     arguments: dict[str, Any] = dict(kwargs)
     if in_config is not None:
-        rate = in_config.get("params", {}).get("lr", lr)
-        arguments["model_parameters"] = losia_parameter_groups(model, lr=rate)
+        named = in_config.get("params", {})
+        groups = losia_parameter_groups(model, lr=named.get("lr", lr), weight_decay=named.get("weight_decay", 0.0))
+        arguments["model_parameters"] = groups  # a group's own values go before the optimizer's
     else:
         arguments["optimizer"] = optimizer or LoSiAAdamW(losia_parameter_groups(model, lr=lr), lr=lr)
         _admit_own_optimizer(settings)
@@ -168,7 +170,7 @@ def _check_stage(engine: Any, settings: dict[str, Any]) -> None:
 
 
 def _drive(engine: Any) -> None:
-    """Let `engine.step()` move the conductor at every accumulation boundary."""
+    """Let `engine.step()` move the conductor at every accumulation boundary, and its checkpoints carry the conductor."""
     engine_step = engine.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -181,11 +183,5 @@ def _drive(engine: Any) -> None:
                 engine.losia.discard_step()
         return result
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedError(
-            "DeepSpeed checkpoints do not carry LoSiA's state in this version, so a resumed run would silently differ; use "
-            "losia_dist.export_model(engine.losia, directory) to keep the trained model."
-        )
-
     engine.step = step
-    engine.save_checkpoint = engine.load_checkpoint = refuse
+    attach_checkpoints(engine)

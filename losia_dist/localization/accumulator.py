@@ -44,6 +44,7 @@ class ImportanceAccumulator:
         self.gradient = None if per_micro_batch else torch.zeros_like(self.mean)
         self.weight_rows: Tensor | None = None
         self.pending: PendingRows | None = None
+        self.in_mid_step = False  # a micro-batch came since the last optimizer step ended
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, weight: Tensor) -> None:
@@ -52,6 +53,7 @@ class ImportanceAccumulator:
         One transfer of a layer is under way at a time: the next one first waits for the one before it.
         """
         self._drain()
+        self.in_mid_step = True
         self.pending = self.collectives.reduce_scatter_rows(gradient)
         rows = weight.detach()[self.start : self.stop]
         alone = self.collectives.world_size == 1
@@ -98,3 +100,4 @@ class ImportanceAccumulator:
         if self.gradient is not None:
             self.gradient.zero_()
         self.weight_rows = None
+        self.in_mid_step = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot_of
 
 
@@ -41,3 +43,11 @@ class SlotClock:
         """Learning rate factor of a group in the step in progress; 1 for parameters outside the subnets (None)."""
         since = self.relocalized_at.get(name) if name is not None else None
         return rewarm_scale(None if since is None else self.step - since, self.rewarm_steps)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that `restore` takes back."""
+        return {"step": self.step, "relocalized_at": dict(self.relocalized_at)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where another clock over the same groups stood."""
+        self.step, self.relocalized_at = state["step"], dict(state["relocalized_at"])

@@ -36,6 +36,10 @@ class Rewarming:
         for handle in self._handles:
             handle.remove()
 
+    def restore(self, applied: dict[str | None, float]) -> None:
+        """Take over the rates of a resumed run's latest step; no step has been taken since."""
+        self.applied, self.stepped = dict(applied), False
+
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._scheduled = [(group, group["lr"]) for group in optimizer.param_groups]
         for group, lr in self._scheduled:

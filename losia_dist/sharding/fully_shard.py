@@ -39,7 +39,8 @@ class FullyShardParameters:
         _refuse_unsharded(model)
 
     def settle(self) -> None:
-        # An evaluation leaves units that do not reshard after forward gathered; their modules then hold plain tensors.
+        # An evaluation leaves units that do not reshard after forward gathered: their modules hold plain tensors, which
+        # the next forward pass would take as they are, without what the optimizer has changed since.
         for unit in self._units:
             unit.reshard()
 
@@ -69,12 +70,7 @@ class FullyShardParameters:
 
     @torch.no_grad()
     def read_whole(self, parameter: Any) -> Tensor:
-        if not isinstance(parameter, DTensor):
-            return parameter.detach().clone()
-        # Offloaded to the CPU, a shard is out of reach of the mesh's backend.
-        local = local_part(parameter).to(parameter.device_mesh.device_type)
-        mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
-        return DTensor.from_local(local, mesh, placements, shape=shape, stride=parameter.stride()).full_tensor()
+        return whole_of(parameter)
 
     @torch.no_grad()
     def write_whole(self, parameter: Any, values: Tensor) -> None:
@@ -83,6 +79,8 @@ class FullyShardParameters:
 
 class FullyShardState:
     """`StateAccess` for a torch optimizer whose parameters are the model's DTensors."""
+
+    one_scalar_per_group = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -98,11 +96,30 @@ class FullyShardState:
         holder = self._whole.master_fragment(parameter)
         return None if holder is None else local_part(holder)
 
+    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {key: whole_of(tensor) for key, tensor in self._whole.read_state(parameter).items()}
+
+    @torch.no_grad()
+    def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        self.write_master(parameter, state["value"])
+        self._whole.store_entries(parameter, state, lambda entry, values: local_part(entry).copy_(cut_like(entry, values)))
+
     def clear(self, group_name: str, restart_bias_correction: bool) -> None:
         self._whole.clear(group_name, restart_bias_correction)
 
     def state_tensors(self) -> list[Tensor]:
         return [local_part(tensor) for tensor in self._whole.state_tensors()]
+
+
+@torch.no_grad()
+def whole_of(tensor: Tensor) -> Tensor:
+    """A DTensor's whole values on every rank, on the mesh's device; a copy of any other tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    # Offloaded to the CPU, a shard is out of reach of the mesh's backend.
+    local = local_part(tensor).to(tensor.device_mesh.device_type)
+    whole = DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
+    return whole.full_tensor()
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ Every method is called on all ranks, with the same arguments, in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -45,6 +47,8 @@ class StateAccess(Protocol):
     """Reads and writes the optimizer's side of the subnets."""
 
     optimizer: Optimizer  # the one that holds the state and whose step the engine calls
+    # The parameters of one optimizer group share their scalars (ZeRO flattens them into one vector with one step count).
+    one_scalar_per_group: bool
 
     def write_master(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Set the values that the optimizer updates; `values` has the parameter's whole shape."""
@@ -54,6 +58,19 @@ class StateAccess(Protocol):
         """This rank's part of the values the optimizer updates (a view, flat or not), or None if it keeps none."""
         ...
 
+    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimizer keeps for a parameter, whole and on every rank: for checkpoints.
+
+        "value" holds what the optimizer updates (the fp32 master, or the parameter itself), the parameter's shape; the other
+        names are the optimizer's own ("exp_avg", ...): whole tensors, and scalars [] (a whole number as int64).
+        """
+        ...
+
+    def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """Put back what `read_state` gave, on any engine; what it does not name is cleared. The engine's model copy of the
+        parameter is `ParameterAccess.write_whole`'s."""
+        ...
+
     def clear(self, group_name: str, restart_bias_correction: bool) -> None:
         """Zero the moments of a group; with `restart_bias_correction` its step counts too."""
         ...
@@ -61,6 +78,43 @@ class StateAccess(Protocol):
     def state_tensors(self) -> list[Tensor]:
         """Every floating-point tensor of optimizer state, and every master copy, that this rank holds."""
         ...
+
+
+def as_tensor(value: Any) -> Tensor | None:
+    """An entry of optimizer state as a tensor; None for what is neither a tensor nor a number."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.tensor(value) if isinstance(value, int | float) else None
+
+
+def store_state(
+    kept: dict[str, Any], state: dict[str, Tensor], like: Tensor, store: Callable[[Tensor, Tensor], None], optimizer: Optimizer
+) -> None:
+    """Put whole tensors into an optimizer's state for one holder, in place wherever something is there already.
+
+    Args:
+        kept: the optimizer's entries for the holder; its "master" is left alone.
+        state: as `StateAccess.read_state` gives it; "value" is left to the caller.
+        like: the holder; entries that the optimizer has not made yet are made in its form.
+        store: (entry, whole values): writes the part of the values that the entry stands for.
+        optimizer: whose state it is.
+    """
+    # torch's optimizers keep step counts on the host, unless a fused or captured step reads them on the device.
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    scalars = like.device if on_device else torch.device("cpu")
+    for key in kept.keys() - state.keys() - {"master"}:
+        kept[key] = kept[key].zero_() if isinstance(kept[key], Tensor) else 0
+    for key, values in state.items():
+        if key == "value":
+            continue
+        if values.dim() == 0 and not isinstance(kept.get(key), Tensor):
+            kept[key] = values.to(scalars, copy=True) if values.is_floating_point() else int(values)
+        elif values.dim() == 0:
+            kept[key].copy_(values)
+        else:
+            if key not in kept:
+                kept[key] = torch.zeros_like(like, dtype=values.dtype)
+            store(kept[key], values)
 
 
 def clear_state(optimizer: Optimizer, holders: list[Any], restart_bias_correction: bool) -> None:

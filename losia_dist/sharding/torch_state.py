@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from losia_dist.sharding.interface import clear_state
+from losia_dist.sharding.interface import as_tensor, clear_state, store_state
 from losia_dist.subnet.groups import GROUP_KEY
 
 
@@ -17,6 +20,8 @@ class TorchState:
         optimizer: holds the state.
         masters: model parameter -> the fp32 copy that the optimizer updates; None: the parameters themselves.
     """
+
+    one_scalar_per_group = False
 
     def __init__(self, optimizer: Optimizer, masters: dict[nn.Parameter, Tensor] | None = None) -> None:
         self.optimizer = optimizer
@@ -32,6 +37,28 @@ class TorchState:
         if self._masters is not None:
             return self._masters[parameter]
         return self.optimizer.state.get(parameter, {}).get("master", parameter)
+
+    def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        found = {"value": self.master_fragment(parameter), **self._entries(parameter)}
+        tensors = {key: as_tensor(value) for key, value in found.items() if key != "master"}
+        return {key: tensor.detach() for key, tensor in tensors.items() if tensor is not None}
+
+    @torch.no_grad()
+    def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        self.write_master(parameter, state["value"])
+        self.store_entries(parameter, state, lambda entry, values: entry.copy_(values))
+
+    def store_entries(self, parameter: nn.Parameter, state: dict[str, Tensor], store: Callable[[Tensor, Tensor], Any]) -> None:
+        """`write_state` without the master: `store(entry, whole values)` cuts the values as the entry is cut."""
+        holder = self._holder(parameter)
+        store_state(self.optimizer.state[holder], state, holder, store, self.optimizer)
+
+    def _holder(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor under which the optimizer keeps its entries."""
+        return parameter if self._masters is None else self._masters[parameter]
+
+    def _entries(self, parameter: nn.Parameter) -> dict[str, Any]:
+        return self.optimizer.state.get(self._holder(parameter), {})
 
     def clear(self, group_name: str, restart_bias_correction: bool) -> None:
         for group in self.optimizer.param_groups:

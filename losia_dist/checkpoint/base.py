@@ -1,0 +1,205 @@
+"""The weights that a run's checkpoints share: a base that is written once, and a journal of what changed in it since.
+
+Frozen weights change only where a subnet was: when it moves on, the values it leaves behind go to the journal, and no other
+element ever changes. So a checkpoint costs its subnets, not the model.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_dist.checkpoint import files, layout
+from losia_dist.checkpoint.agreement import Agreement
+from losia_dist.checkpoint.names import Contents
+from losia_dist.errors import CheckpointError
+from losia_dist.sharding.interface import ParameterAccess
+from losia_dist.subnet.linear import SubnetLinear
+
+
+@dataclass
+class Retired:
+    """A subnet that moved on: rows int64 [r], columns int64 [c], values [r, c] in the weight's dtype, in host memory."""
+
+    layer: str
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(t.numel() * t.element_size() for t in (self.rows, self.columns, self.values))
+
+
+@dataclass
+class Chain:
+    """Base and journal of one directory, as the run in this process continues them. Each rank holds its part of `pending`.
+
+    Attributes:
+        run: identity of the run, written into the base.
+        base_crc32: checksum of the base's manifest.
+        journal: journal files on the disk that lead from the base to the last save, in order, with size and CRC-32.
+        pending: what this rank has to add to them at the next save.
+    """
+
+    directory: Path
+    run: str
+    base_crc32: int
+    journal: dict[str, list[int]] = field(default_factory=dict)
+    pending: list[Retired] = field(default_factory=list)
+
+    def check_still_there(self) -> None:
+        """Refuse to go on in a directory that another run has taken over.
+
+        Raises:
+            CheckpointError: its base is missing or another run's.
+        """
+        base = self.directory / layout.BASE
+        if layout.read_manifest(base, self.base_crc32)["run"] != self.run:
+            raise CheckpointError(f"{base} belongs to another run: save into another directory.")
+
+
+def watch(
+    chains: dict[Path, Chain], layers: list[SubnetLinear], agreement: Agreement
+) -> Callable[[SubnetLinear, Tensor], None]:
+    """A hook for `LoSiA.on_retire` that adds to every chain. Layers are dealt out to the ranks, to share the memory."""
+    owner = {layer: place % agreement.world_size for place, layer in enumerate(layers)}
+
+    def retire(layer: SubnetLinear, values: Tensor) -> None:
+        if owner[layer] == agreement.rank and chains:
+            kept = [layer.row_index, layer.col_index, values.to(layer.weight.dtype)]
+            rows, columns, values = (tensor.detach().to("cpu", copy=True) for tensor in kept)
+            for chain in chains.values():
+                chain.pending.append(Retired(layer.name, rows, columns, values))
+
+    return retire
+
+
+def write_journal(path: Path, retired: list[Retired]) -> files.FileRecord:
+    """Write one journal file."""
+    tensors: dict[str, Tensor] = {}
+    for place, entry in enumerate(retired):
+        tensors[f"{place}/{entry.layer}/rows"] = entry.rows
+        tensors[f"{place}/{entry.layer}/columns"] = entry.columns
+        tensors[f"{place}/{entry.layer}/values"] = entry.values
+    return files.write_tensors(path, tensors)
+
+
+def base_entries(contents: Contents, access: ParameterAccess) -> dict[str, files.Entry]:
+    """What a base holds, in the order in which it is gathered: wider dtypes first, then as the model has them."""
+    entries = {name: files.Entry(p.dtype, tuple(access.shape(p))) for name, p in contents.weights.items()}
+    return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def write_base(
+    directory: Path, contents: Contents, access: ParameterAccess, agreement: Agreement, description: dict[str, Any]
+) -> Chain:
+    """Write every weight that does not train, one at a time: gathered on all ranks, written by one of them.
+
+    Called by all ranks, after `LoSiA.consolidate`. Needs memory for one weight beside the model, on each rank.
+
+    Raises:
+        CheckpointError: not enough space, or a write failed on any rank; nothing is left behind.
+    """
+    entries = base_entries(contents, access)
+    total = sum(entry.size for entry in entries.values())
+    beside, run = agreement.gather((directory / f"{layout.BASE}.tmp-{uuid.uuid4().hex}", uuid.uuid4().hex))[0]
+    try:
+        agreement.attempt(f"saving to {directory}", lambda: files.check_space(directory, total))
+        agreement.on_first(f"saving to {directory}", lambda: beside.mkdir())
+        owner = _deal(entries, agreement.world_size)
+        mine = {name: entry for name, entry in entries.items() if owner[name] == agreement.rank}
+        record = _stream(beside, mine, entries, contents, access, agreement)
+        records = {name: r for part in agreement.gather(record) for name, r in part.items()}
+
+        def publish() -> int:
+            written = {
+                name: {"file": _file_name(owner[name]), "dtype": _dtype_name(e.dtype), "shape": list(e.shape)}
+                for name, e in entries.items()
+            }
+            content = {"run": run, "files": records, "weights": written, "aliases": contents.aliases, **description}
+            manifest = layout.write_manifest(beside, content)
+            files.remove(directory / layout.BASE)  # of a run that never completed a checkpoint here
+            files.remove(directory / layout.JOURNAL)
+            files.rename_directory(beside, directory / layout.BASE)
+            return manifest.crc32
+
+        return Chain(directory, run, agreement.on_first(f"saving to {directory}", publish))
+    finally:
+        if agreement.rank == 0:
+            files.remove(beside)
+
+
+def _stream(
+    beside: Path,
+    mine: dict[str, files.Entry],
+    entries: dict[str, files.Entry],
+    contents: Contents,
+    access: ParameterAccess,
+    agreement: Agreement,
+) -> dict[str, list[int]]:
+    """Gather weight after weight and write this rank's; after a failed write go on gathering, as the others wait for it.
+
+    A thread writes one weight while the next ones are gathered, so that all ranks write at the same time.
+    """
+    name_of_file = _file_name(agreement.rank)
+    failure: BaseException | None = None
+    writer: files.TensorWriter | None = None
+    record: files.FileRecord | None = None
+    try:
+        writer = files.TensorWriter(beside / name_of_file, mine) if mine else None
+    except OSError as error:
+        failure = error
+    thread = ThreadPoolExecutor(max_workers=1)
+    writing: Future[None] | None = None
+    for name in entries:
+        whole = access.read_whole(contents.weights[name])
+        if writer is not None and failure is None and name in mine:
+            failure = _failure_of(writing)
+            writing = thread.submit(writer.write, name, whole.cpu()) if failure is None else None
+        del whole
+    failure = failure or _failure_of(writing)
+    thread.shutdown()
+
+    def finish() -> files.FileRecord | None:
+        if failure is not None:
+            raise failure
+        return writer.close() if writer is not None else None
+
+    try:
+        record = agreement.attempt(f"writing {beside.with_suffix('') / name_of_file}", finish)
+    finally:
+        if writer is not None:
+            writer.abandon()
+    return {} if record is None else {f"{layout.BASE}/{name_of_file}": [record.size, record.crc32]}
+
+
+def _failure_of(writing: Future[None] | None) -> BaseException | None:
+    return None if writing is None else writing.exception()
+
+
+def _deal(entries: dict[str, files.Entry], ranks: int) -> dict[str, int]:
+    """Which rank writes which weight: about as many bytes each."""
+    load = [0] * ranks
+    owner = {}
+    for name in sorted(entries, key=lambda name: -entries[name].size):
+        rank = load.index(min(load))
+        owner[name] = rank
+        load[rank] += entries[name].size
+    return owner
+
+
+def _file_name(rank: int) -> str:
+    return f"weights-{rank:05d}.safetensors"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

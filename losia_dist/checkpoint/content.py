@@ -1,0 +1,135 @@
+"""What a run's state is made of, engine by engine the same: out of a live run, and back into one.
+
+Names of tensors in a step's files: `state/<parameter>/<entry>`, `rows/<layer>`, `columns/<layer>`,
+`importance/<layer>/<first row>/mean` and `/deviation`, `buffer/<name>`, `value/<number>`, `random/<number>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_dist.checkpoint import values
+from losia_dist.checkpoint.names import Contents
+from losia_dist.checkpoint.reader import Reader
+from losia_dist.conductor import LoSiA
+from losia_dist.subnet.groups import GROUP_KEY
+
+_NOT_SETTINGS = ("params", "param_names", GROUP_KEY)
+
+
+@torch.no_grad()
+def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int) -> dict[str, Tensor]:
+    """This rank's share of the run's tensors, copied to host memory. Called by all ranks.
+
+    Parameters are gathered one at a time and dealt out to the ranks in turn; importance stays where its rows are.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        tensors[name] = tensor.detach().to("cpu", copy=True)
+
+    for place, (name, parameter) in enumerate(contents.trained.items()):
+        state = losia.state.read_state(parameter)
+        if place % world_size == rank:
+            for key, tensor in state.items():
+                keep(f"state/{name}/{key}", tensor)
+    for place, (name, layer) in enumerate(contents.layers.items()):
+        if place % world_size == rank:
+            keep(f"rows/{name}", layer.row_index)
+            keep(f"columns/{name}", layer.col_index)
+    for layer, accumulator in losia.accumulators.items():
+        if accumulator.stop > accumulator.start:
+            keep(f"importance/{layer.name}/{accumulator.start}/mean", accumulator.mean)
+            keep(f"importance/{layer.name}/{accumulator.start}/deviation", accumulator.deviation)
+    if rank == 0:
+        for name, buffer in contents.buffers.items():
+            keep(f"buffer/{name}", buffer)
+    return tensors
+
+
+def read_values(losia: LoSiA, scheduler: Any, extra: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The run's plain values as JSON; tensors among them are added to `tensors`."""
+    carried = {name: thing.state_dict() for name, thing in losia.carried.items()}
+    found = {
+        "progress": losia.progress(),
+        "groups": [[group[GROUP_KEY], _settings(group)] for group in losia.state.optimizer.param_groups],
+        "scheduler": None if scheduler is None else {"class": scheduler_name(scheduler), "state": scheduler.state_dict()},
+        "carried": carried,
+        "extra": extra,
+    }
+    return {name: values.encode(value, tensors, "value", name) for name, value in found.items()}
+
+
+@torch.no_grad()
+def write_weights(losia: LoSiA, contents: Contents, reader: Reader) -> None:
+    """Put the saved weights and buffers into the model, one at a time, each rank what it keeps. Called by all ranks."""
+    losia.parameters.settle()
+    for name, parameter in contents.weights.items():
+        losia.parameters.write_whole(parameter, reader.weight(name, with_subnet=False))
+    for name, buffer in contents.buffers.items():
+        buffer.copy_(reader.tensor(f"buffer/{name}"))
+
+
+@torch.no_grad()
+def write_state(losia: LoSiA, contents: Contents, reader: Reader) -> None:
+    """Put subnets, other trained parameters and optimizer state back. Called by all ranks."""
+    for name, layer in contents.layers.items():
+        layer.row_index.copy_(reader.tensor(f"rows/{name}"))
+        layer.col_index.copy_(reader.tensor(f"columns/{name}"))
+    for name, parameter in contents.trained.items():
+        state = reader.state(name)
+        losia.parameters.write_whole(parameter, state["value"].to(parameter.dtype))
+        losia.state.write_state(parameter, state)
+
+
+def write_values(losia: LoSiA, saved: dict[str, Any], scheduler: Any) -> None:
+    """Put clock, learning rates, importance's place, scheduler and engine counters back. Called by all ranks."""
+    losia.restore_progress(saved["progress"])
+    groups: dict[str | None, list[dict[str, Any]]] = {}
+    for key, settings in saved["groups"]:
+        groups.setdefault(key, []).append(settings)
+    for group in losia.state.optimizer.param_groups:
+        group.update(groups[group[GROUP_KEY]].pop(0))
+    if scheduler is not None:
+        scheduler.load_state_dict(saved["scheduler"]["state"])
+    for name, thing in losia.carried.items():
+        thing.load_state_dict(saved["carried"].get(name), losia.steps)
+
+
+@torch.no_grad()
+def write_importance(losia: LoSiA, reader: Reader) -> None:
+    """Fill the averages of the slot in progress: each rank reads its rows, however they were cut when saved."""
+    for layer, accumulator in losia.accumulators.items():
+        for kind, target in (("mean", accumulator.mean), ("deviation", accumulator.deviation)):
+            for first, piece in reader.importance(layer.name, kind):
+                start, stop = max(first, accumulator.start), min(first + piece.get_shape()[0], accumulator.stop)
+                if start < stop:
+                    target[start - accumulator.start : stop - accumulator.start].copy_(piece[start - first : stop - first])
+
+
+def group_keys(losia: LoSiA) -> list[str | None]:
+    """Names of the optimizer's parameter groups, as often as each occurs, sorted."""
+    return sorted((group[GROUP_KEY] for group in losia.state.optimizer.param_groups), key=str)
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """Class of a scheduler; Accelerate's wrapper counts as what it wraps."""
+    return type(getattr(scheduler, "scheduler", scheduler)).__name__
+
+
+def uneven_scalars(losia: LoSiA, contents: Contents, reader: Reader) -> Iterator[str]:
+    """Parameters whose saved scalars differ from those of their group's first one."""
+    key_of = {id(layer.subnet): layer.group_name for layer in losia.layers}
+    first: dict[str | None, dict[str, Any]] = {}
+    for name, parameter in contents.trained.items():
+        scalars = {key: tensor.item() for key, tensor in reader.state(name).items() if tensor.dim() == 0 and key != "value"}
+        if scalars != first.setdefault(key_of.get(id(parameter)), scalars):
+            yield name
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _NOT_SETTINGS}

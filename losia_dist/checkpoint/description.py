@@ -1,0 +1,165 @@
+"""What a checkpoint says of the model it belongs to, and whether a live run fits it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from losia_dist.checkpoint import content
+from losia_dist.checkpoint.names import Contents, unwrap
+from losia_dist.checkpoint.reader import Reader
+from losia_dist.conductor import LoSiA
+from losia_dist.config import LoSiAConfig
+from losia_dist.errors import CheckpointError
+from losia_dist.subnet.kinds import stores_transposed, whole_shape
+
+_FREE_TO_DIFFER = ("seed", "init")  # they decide about a run's first subnets only
+
+
+def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
+    """For the base: what an exported directory needs besides the weights."""
+    plain: Any = unwrap(model)
+    return {
+        "model_class": type(plain).__name__.removeprefix("FSDP"),
+        "config": _config_of(getattr(plain, "config", None), type(plain).__name__.removeprefix("FSDP"), contents),
+        "generation_config": _generation_config_of(plain),
+        "renamed_on_disk": _is_renamed_on_disk(plain),
+    }
+
+
+def describe_parts(losia: LoSiA, contents: Contents) -> dict[str, Any]:
+    """For a step's manifest: what must be the same in a run that loads it."""
+    access = losia.parameters
+    return {
+        "trained": {name: _describe(access.shape(p), p.dtype) for name, p in contents.trained.items()},
+        "subnets": {
+            name: {
+                "weight": contents.weight_of[name],
+                "of": list(whole_shape(access, layer)),
+                "transposed": stores_transposed(layer),
+            }
+            for name, layer in contents.layers.items()
+        },
+        "buffers": {name: _describe(buffer.shape, buffer.dtype) for name, buffer in contents.buffers.items()},
+    }
+
+
+def check_fits(losia: LoSiA, contents: Contents, reader: Reader, world_size: int) -> None:
+    """Refuse, before anything is changed, a checkpoint that is not this model's or this configuration's.
+
+    Raises:
+        CheckpointError: the first difference, with both values and the fix.
+    """
+    saved, path = reader.manifest, reader.path
+    _check_config(losia.config, saved["losia_config"], path)
+    here = {name: _describe(losia.parameters.shape(p), p.dtype) for name, p in contents.weights.items()}
+    there = {name: {"shape": entry["shape"], "dtype": entry["dtype"]} for name, entry in reader.base["weights"].items()}
+    _compare("weight", there, here, path)
+    parts = describe_parts(losia, contents)
+    shapes = [{name: {"shape": entry["shape"]} for name, entry in d["trained"].items()} for d in (saved, parts)]
+    _compare("trained parameter", shapes[0], shapes[1], path)
+    _compare("subnet", saved["subnets"], parts["subnets"], path)
+    _compare("buffer", saved["buffers"], parts["buffers"], path)
+    optimizer = type(losia.state.optimizer).__name__
+    if saved["optimizer"] != optimizer:
+        raise CheckpointError(
+            f"{path} was saved with {saved['optimizer']}, and this run has {optimizer}: use the same optimizer."
+        )
+    groups = sorted((key for key, _ in saved["values"]["groups"]), key=str)
+    if groups != content.group_keys(losia):
+        raise CheckpointError(f"{path} has other optimizer parameter groups: build them with losia_parameter_groups.")
+    if losia.state.one_scalar_per_group:
+        uneven = next(content.uneven_scalars(losia, contents, reader), None)
+        if uneven is not None:
+            raise CheckpointError(
+                f"{uneven} has taken another number of optimizer steps than the rest of its group, which this engine (ZeRO) "
+                f"cannot hold. Resume {path} under DDP or FSDP2."
+            )
+    _check_place(losia, reader, world_size)
+
+
+def check_scheduler(scheduler: Any, reader: Reader) -> None:
+    """Refuse to resume a schedule without its scheduler, or the other way round.
+
+    Raises:
+        CheckpointError: with what the checkpoint holds and what was passed.
+    """
+    kept = reader.manifest["values"]["scheduler"]
+    name = None if scheduler is None else content.scheduler_name(scheduler)
+    if (None if kept is None else kept["class"]) != name:
+        there_is = "no scheduler" if kept is None else f"a {kept['class']}"
+        raise CheckpointError(
+            f"{reader.path} holds {there_is}, and {name or 'none'} was passed: pass scheduler=... as when saving."
+        )
+
+
+def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None:
+    defaults = LoSiAConfig().to_dict()
+    for field in fields(LoSiAConfig):
+        here, there = config.to_dict()[field.name], saved.get(field.name, defaults[field.name])
+        if here != there and field.name not in _FREE_TO_DIFFER:
+            raise CheckpointError(
+                f"{path} was saved with {field.name}={there!r}, and this run has {field.name}={here!r}: use the saved "
+                "configuration, or start a new run from an exported model."
+            )
+
+
+def _check_place(losia: LoSiA, reader: Reader, world_size: int) -> None:
+    step = reader.manifest["values"]["progress"]["clock"]["step"]
+    ranks = reader.manifest["world_size"]
+    inside = step % losia.config.period != 0
+    if losia.config.localization == "rank_parallel" and inside and ranks != world_size:
+        raise CheckpointError(
+            f"{reader.path} lies inside a time slot in which each of {ranks} ranks localizes a layer of its own "
+            f"(rank_parallel), and this run has {world_size} ranks. Resume on {ranks} ranks, or "
+            f"from a checkpoint whose step is a multiple of the period ({losia.config.period})."
+        )
+
+
+def _compare(what: str, there: dict[str, Any], here: dict[str, Any], path: Any) -> None:
+    for name in [*there, *here]:
+        if there.get(name) != here.get(name):
+            ours, theirs = ("has none of that name" if d.get(name) is None else f"has {d[name]}" for d in (here, there))
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model, rank factor or precision: {what} {name!r}: the checkpoint {theirs}, "
+                f"the model {ours}. Load it with the model and configuration it was saved with."
+            )
+
+
+def _describe(shape: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _config_of(config: Any, class_name: str, contents: Contents) -> dict[str, Any] | None:
+    to_json: Any = getattr(config, "to_json_string", None)
+    if to_json is None:
+        return None
+    found: dict[str, Any] = json.loads(to_json(use_diff=True))
+    found["architectures"] = [class_name]
+    found.pop("quantization_config", None)  # a model read from a quantized file trains, and is exported, dequantized
+    name = "torch_dtype" if "torch_dtype" in found else "dtype"
+    first = next((p for p in contents.weights.values() if p.is_floating_point()), None)
+    if first is not None:
+        found[name] = str(first.dtype).removeprefix("torch.")
+    return found
+
+
+def _generation_config_of(model: Any) -> dict[str, Any] | None:
+    config = getattr(model, "generation_config", None)
+    to_json: Any = getattr(config, "to_json_string", None)
+    return None if to_json is None else json.loads(to_json(use_diff=True))
+
+
+def _is_renamed_on_disk(model: Any) -> bool:
+    """Whether Transformers writes this model's weights under other names, or fused, than they have in memory."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None and hasattr(model, "save_pretrained"):
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # releases before 5 write what is in memory
+            return False
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return bool(conversions)

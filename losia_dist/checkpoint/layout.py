@@ -1,0 +1,178 @@
+"""Where a run's checkpoints lie in their directory, which of them are complete, and what their manifests say.
+
+    base/                    every weight that does not train, as it stood when the run first saved here: written once
+    journal/*.safetensors    subnets that moved on since: the values they left in the weights, a file a save and rank
+    step-00000100/           state-<rank>.safetensors, manifest.json, and COMPLETE once all of it is durable
+    latest                   name of the newest complete one, for people and tools
+
+base + the journal files that a manifest lists, in their order, + its subnets = the whole weights, exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from losia_dist.checkpoint import files
+from losia_dist.errors import CheckpointError
+
+FORMAT = 1
+BASE, JOURNAL, LATEST = "base", "journal", "latest"
+MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+_LEFTOVER = re.compile(r".*\.(tmp|replaced)-[0-9a-f]+")
+_KIND = "losia_dist checkpoint"
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A checkpoint whose COMPLETE marker is there. `sequence` grows with every save into the directory."""
+
+    path: Path
+    sequence: int
+    is_latest: bool  # False: saved with the wish not to be the one that is resumed by default
+    manifest_crc32: int
+
+
+def step_name(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def complete_checkpoints(directory: Path) -> list[Complete]:
+    """Complete checkpoints of a directory, oldest first; whatever is half written or not a checkpoint is passed over."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in directory.iterdir():
+            marker = None if ".tmp-" in path.name else _read_marker(path)
+            # One that is being replaced counts only for as long as its successor does not.
+            replaced = path.name.partition(".replaced-")
+            if marker is not None and (not replaced[1] or _read_marker(directory / replaced[0]) is None):
+                found.append(marker)
+    return sorted(found, key=lambda complete: complete.sequence)
+
+
+def find(directory: Path, step: int | None = None, name: str | None = None) -> Complete:
+    """The newest complete checkpoint, or the one of a step or name.
+
+    Raises:
+        CheckpointError: there is none, with those that there are.
+    """
+    found = complete_checkpoints(directory)
+    if step is None and name is None:
+        wanted = [complete for complete in found if complete.is_latest]
+    else:
+        wanted = [
+            complete for complete in found if complete.path.name.partition(".replaced-")[0] == (name or step_name(step or 0))
+        ]
+    if not wanted:
+        what = "complete checkpoint" if step is None and name is None else f"complete checkpoint {name or step_name(step or 0)}"
+        there = ", ".join(complete.path.name for complete in found[-5:]) or "none at all"
+        why = "" if directory.is_dir() else " (the directory does not exist)"
+        raise CheckpointError(f"no {what} in {directory}{why}: complete there: {there}. Check the path, or start anew.")
+    return wanted[-1]
+
+
+def next_sequence(directory: Path) -> int:
+    """Number of the next save into the directory."""
+    return max((complete.sequence for complete in complete_checkpoints(directory)), default=0) + 1
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is that of something a save did not finish, or was replacing."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> files.FileRecord:
+    """Write a manifest of this format into a directory."""
+    return files.write_text(path / MANIFEST, json.dumps({"kind": _KIND, "format": FORMAT, **content}, indent=1) + "\n")
+
+
+def mark_complete(path: Path, manifest: files.FileRecord, sequence: int, is_latest: bool) -> None:
+    """The last write of a save: from here on the checkpoint counts."""
+    marker = {"sequence": sequence, "latest": is_latest, "manifest_crc32": manifest.crc32}
+    files.write_text(path / COMPLETE, json.dumps(marker) + "\n")
+
+
+def read_manifest(path: Path, crc32: int | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint or of a base.
+
+    Raises:
+        CheckpointError: missing, damaged, not this package's, or of a newer format.
+    """
+    file = path / MANIFEST
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing: {path} is not a checkpoint of this package, or was damaged.") from None
+    if crc32 is not None and zlib.crc32(data) != crc32:
+        raise CheckpointError(
+            f"{file} is damaged: its checksum is not the one that was saved. Restore it, or load another step."
+        )
+    try:
+        content = json.loads(data)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise CheckpointError(f"{file} is not a manifest of this package: {path} is foreign, or damaged. Check the path.")
+    if content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {content['format']}; this version reads up to {FORMAT}. Upgrade losia_dist (it was "
+            f"saved by {content.get('versions', {}).get('losia_dist', 'a newer version')})."
+        )
+    return content
+
+
+def check_files(directory: Path, records: dict[str, list[int]], mine: slice) -> None:
+    """Every file that a manifest lists (path in the directory -> size and CRC-32) is there and whole.
+
+    Sizes are compared for all of them, checksums for this rank's share `mine`.
+
+    Raises:
+        CheckpointError: the first file that is missing, truncated or damaged.
+    """
+    for name, (size, _) in records.items():
+        try:
+            found = os.stat(directory / name).st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{directory / name} is missing. Restore it, or load another step.") from None
+        if found != size:
+            raise CheckpointError(f"{directory / name} has {found} bytes instead of {size}: truncated or overwritten.")
+    for name in sorted(records)[mine]:
+        if files.checksum(directory / name) != records[name][1]:
+            raise CheckpointError(f"{directory / name} is damaged: its checksum differs. Restore it, or load another step.")
+
+
+def remove_unneeded(directory: Path, keep_last: int | None) -> None:
+    """Take out older steps beyond `keep_last`, what unfinished saves left, and journal files that no manifest lists."""
+    found = complete_checkpoints(directory)
+    steps = [complete.path for complete in found if complete.path.name.startswith("step-")]
+    for path in steps[:-keep_last] if keep_last else []:
+        (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
+        files.remove(path)
+    for path in list(directory.iterdir()):
+        if is_leftover(path.name):
+            files.remove(path)
+    needed = set()
+    for complete in complete_checkpoints(directory):
+        try:
+            needed |= set(read_manifest(complete.path)["journal"])
+        except CheckpointError:
+            return  # what a damaged manifest needs is unknown
+    for path in (directory / JOURNAL).glob("*"):
+        if f"{JOURNAL}/{path.name}" not in needed:
+            files.remove(path)
+
+
+def _read_marker(path: Path) -> Complete | None:
+    try:
+        marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        return Complete(path, marker["sequence"], marker["latest"], marker["manifest_crc32"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

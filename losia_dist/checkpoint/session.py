@@ -1,0 +1,93 @@
+"""What one conductor's run remembers of its checkpoints: the directories it saves to, and a save that is under way."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from losia_dist.checkpoint.agreement import Agreement
+from losia_dist.checkpoint.base import Chain, watch
+from losia_dist.checkpoint.names import unwrap
+from losia_dist.conductor import LoSiA
+from losia_dist.errors import ConfigError
+
+_sessions: weakref.WeakKeyDictionary[LoSiA, Session] = weakref.WeakKeyDictionary()
+
+
+class Session:
+    """Made by all ranks together, at a conductor's first save or load.
+
+    Attributes:
+        agreement: speaks for all ranks of the run.
+        chains: directory -> the base and journal that this run continues there.
+    """
+
+    def __init__(self, losia: LoSiA) -> None:
+        self.agreement = Agreement(losia.collectives.group)
+        self.chains: dict[Path, Chain] = {}
+        losia.on_retire.append(watch(self.chains, losia.layers, self.agreement))
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Run `write` in a thread; the interpreter does not end before it has."""
+
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=run, name="losia-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any, and raise what it failed with (the same on every rank)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+
+def session_of(losia: LoSiA, model: Any, optimizer: Any) -> Session:
+    """The conductor's session, after a check that model and optimizer are the conductor's own. Called by all ranks.
+
+    Raises:
+        ConfigError: they belong to another run.
+    """
+    check_conductor(losia)
+    if unwrap(model) is not unwrap(losia.model):
+        raise ConfigError("model is not the one that this conductor drives: pass the model that LoSiA(...) was given.")
+    inner: Any = optimizer
+    while inner is not None and inner is not losia.state.optimizer:
+        inner = getattr(inner, "optimizer", None)
+    if inner is None:
+        raise ConfigError("optimizer is not the one that this conductor drives: pass the optimizer that LoSiA(...) was given.")
+    if losia not in _sessions:
+        _sessions[losia] = Session(losia)
+    return _sessions[losia]
+
+
+def check_conductor(losia: Any) -> None:
+    """Refuse what is no conductor.
+
+    Raises:
+        ConfigError: with what it is.
+    """
+    if not isinstance(losia, LoSiA):
+        raise ConfigError(f"losia={type(losia).__name__}: pass the conductor (LoSiA(...), or engine.losia under DeepSpeed).")
+
+
+def wait_for_saving(losia: LoSiA) -> None:
+    """Wait until an asynchronous save is complete. Called by all ranks; at the latest before destroy_process_group.
+
+    Raises:
+        CheckpointError: it failed; the checkpoint before it is whole.
+    """
+    if losia in _sessions:
+        _sessions[losia].wait()
