@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -33,13 +34,15 @@ class LoSiACallback(TrainerCallback):
 
     Raises:
         ConfigError: (when training begins) no configuration, or what `LoSiA` refuses.
-        UnsupportedError: (when training begins) a plain Trainer that saves checkpoints.
+        UnsupportedError: (when training begins) a plain Trainer that saves checkpoints, or resumes from one.
     """
 
     def __init__(self, losia_config: LoSiAConfig | None = None) -> None:
         self.losia_config = losia_config
         self.losia: LoSiA | None = None
-        self.saves_plain_models = False  # set by a trainer that exports instead of saving its state dict
+        # Set by a trainer that exports instead of saving its state dict, and resumes once the conductor is there.
+        self.saves_plain_models = False
+        self.when_made: Callable[[LoSiA], None] | None = None
         self._localized: list[str] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,6 +54,11 @@ class LoSiACallback(TrainerCallback):
                 f"save_strategy={saving!r}: a plain Trainer with LoSiACallback would save weights without their subnets' "
                 "values. Use LoSiATrainer (or LoSiATrainerMixin), or save_strategy='no' and export_model(callback.losia, ...)."
             )
+        if not self.saves_plain_models and state.global_step > 0:
+            raise UnsupportedError(
+                f"a plain Trainer with LoSiACallback cannot resume (it is at step {state.global_step}): its checkpoints hold "
+                "no subnets. Use LoSiATrainer (or LoSiATrainerMixin), or take resume_from_checkpoint out."
+            )
         if self.losia is not None:  # train() called again
             self.losia.detach()
         optimizer = kwargs["optimizer"]
@@ -58,6 +66,8 @@ class LoSiACallback(TrainerCallback):
             optimizer = optimizer.optimizer
         self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config)
         self._localized = []
+        if self.when_made is not None:
+            self.when_made(self.losia)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.losia is not None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate.utils import DummyOptim
 from torch.optim import Optimizer
 from transformers import Trainer
@@ -20,13 +20,13 @@ from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.integrations.best_model import check_restorable, load_plain_weights
 from losia_dist.integrations.callback import LoSiACallback
+from losia_dist.integrations.deepspeed_checkpoint import EngineCounters
+from losia_dist.integrations.trainer_checkpoint import TrainerCheckpoints
 from losia_dist.integrations.trainer_checks import refuse_arguments, refuse_engine
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.convert import subnet_layers
 from losia_dist.subnet.groups import GROUP_KEY, losia_parameter_groups
-
-logger = logging.getLogger(__name__)
 
 
 class LoSiATrainerMixin:
@@ -42,8 +42,11 @@ class LoSiATrainerMixin:
     - Importance comes from the gradient that trains: the mean over ranks and micro-batches as the Trainer scales the loss,
       before clipping. `max_grad_norm` clips the subnets' gradients (and whatever else trains).
     - Logs carry each group's true learning rate and the localizing group (`LoSiACallback.metrics`).
-    - `save_model` and checkpoints hold a plain Transformers model. Checkpoints hold no LoSiA state in this version:
-      `load_best_model_at_end` works, `resume_from_checkpoint` is refused.
+    - `save_model` and checkpoints hold a plain Transformers model. `output_dir/_losia_state` holds what resuming needs
+      besides, for all checkpoints of the run (the base once); it is rotated with them.
+    - `train(resume_from_checkpoint=True)`, or a path of a `checkpoint-N`, goes on bit for bit on the same engine and ranks, to
+      rounding on others. Make the trainer as for the first start, from the base model. `save_only_model` checkpoints cannot
+      be resumed from.
 
     Args:
         losia_config: keyword only; the same on every rank. Everything else is the trainer's.
@@ -57,9 +60,11 @@ class LoSiATrainerMixin:
     model_wrapped: Any
     accelerator: Any
     optimizer: Any
+    lr_scheduler: Any
     processing_class: Any
     data_collator: Any
     state: Any
+    control: Any
     is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, losia_config: LoSiAConfig, **kwargs: Any) -> None:
@@ -73,6 +78,8 @@ class LoSiATrainerMixin:
         self.losia_config = losia_config
         self.losia_callback = LoSiACallback(losia_config)
         self.losia_callback.saves_plain_models = True
+        self.losia_callback.when_made = self._start
+        self._checkpoints = TrainerCheckpoints(group)
         self._add_own_callback()
         if not subnet_layers(self.model):
             get_losia_model(self.model, losia_config)
@@ -82,34 +89,25 @@ class LoSiATrainerMixin:
         """The conductor, from the beginning of training on."""
         return self.losia_callback.losia
 
-    # The seam to checkpoints that a run can be resumed from.
-
-    def save_training_state(self, directory: str) -> None:
-        """Called on every rank for each checkpoint, after the model was written, to add what a resume needs.
-
-        This version adds nothing: a checkpoint holds the plain model, the Trainer's state and the random states.
-        """
-
-    def load_training_state(self, directory: str | bool) -> None:
-        """Called on every rank when training is to resume from a checkpoint (True: the newest one).
-
-        Raises:
-            UnsupportedError: in this version, always.
-        """
-        raise UnsupportedError(
-            f"resume_from_checkpoint={directory!r}: checkpoints of this version hold the model and not LoSiA's optimizer and "
-            "subnets, so a resumed run would silently differ. Start a new run from the checkpoint's model with from_pretrained."
-        )
-
     # What the Trainer calls.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `resume_from_checkpoint` is refused in this version."""
-        if resume_from_checkpoint:
-            self.load_training_state(resume_from_checkpoint)
-        if self.args.save_strategy != "no" and self.args.should_save:
-            logger.warning("Checkpoints hold the trained model; this version cannot resume a run from them.")
-        return super().train(None, *args, **kwargs)  # type: ignore[misc]
+        """As `Trainer.train`; True resumes from the newest checkpoint that is complete. Called on all ranks.
+
+        Raises:
+            CheckpointError: on every rank, before the first step: the checkpoint lacks LoSiA's state, is damaged, or another
+                model's or configuration's; or `output_dir` holds another run's checkpoints.
+        """
+        if resume_from_checkpoint and not hasattr(Trainer, "_prepare_for_training"):
+            raise UnsupportedError(
+                f"resume_from_checkpoint needs Transformers 5.3 or later; this is {transformers.__version__}. Upgrade it."
+            )
+        saving = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+        saves = saving != "no" and not self.args.save_only_model
+        resume_from_checkpoint = self._checkpoints.choose(self.args.output_dir, resume_from_checkpoint, saves)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        self._checkpoints.remove_rotated(at_the_end=True)
+        return result
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """`LoSiAAdamW` in groups, or the groups for the optimizer that the DeepSpeed configuration names."""
@@ -151,8 +149,40 @@ class LoSiATrainerMixin:
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
 
+    # Checkpoints: LoSiA's state is saved in the place of optimizer, scheduler and random states, and loaded when the conductor
+    # is there; the Trainer's own loading, which knows no subnets, is left out.
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self._checkpoints.remove_rotated()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.save_training_state(output_dir)
+        assert self.losia is not None
+        self._checkpoints.save(output_dir, self.losia, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        pass
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # a finished run was resumed; the Trainer would add a step to it
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._checkpoints.restore_random_state()
+
+    def _start(self, losia: LoSiA) -> None:
+        if self.is_deepspeed_enabled:
+            losia.carried["deepspeed"] = EngineCounters(self.model_wrapped)
+        self._checkpoints.resume(losia, self.lr_scheduler, goes_on_saving=not self.args.save_only_model)
 
     def _load_best_model(self) -> None:
         assert self.losia is not None

@@ -41,6 +41,7 @@ def refuse_arguments(trainer: type, arguments: dict[str, Any], losia_config: Any
     for name, instead in _REFUSED_ARGUMENTS:
         if getattr(args, name, None):
             raise UnsupportedError(f"{name}={getattr(args, name)!r} is not supported with LoSiA: {instead}.")
+    _refuse_hub_strategy(args)
     if getattr(args, "fsdp", None):
         _refuse_fsdp1(int((args.fsdp_config or {}).get("version", 2)))
     if arguments.get("optimizer_cls_and_kwargs") is not None:
@@ -52,6 +53,16 @@ def refuse_arguments(trainer: type, arguments: dict[str, Any], losia_config: Any
         raise UnsupportedError(
             f"optim={optim!r} is not supported with LoSiA, whose optimizer needs one group per decoder layer: use "
             "optim='adamw_torch' (LoSiAAdamW), or pass optimizers=(optimizer, None) built from losia_parameter_groups(model)."
+        )
+
+
+def _refuse_hub_strategy(args: Any) -> None:
+    strategy = getattr(args, "hub_strategy", None)
+    strategy = str(getattr(strategy, "value", strategy))
+    if getattr(args, "push_to_hub", False) and strategy in ("checkpoint", "all_checkpoints"):
+        raise UnsupportedError(
+            f"hub_strategy={strategy!r} would upload checkpoints that cannot be resumed from: LoSiA's state lies beside them. "
+            "Use hub_strategy='every_save' or 'end', which upload the model."
         )
 
 

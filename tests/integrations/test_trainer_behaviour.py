@@ -16,7 +16,7 @@ from losia_dist import (
     get_losia_model,
     losia_parameter_groups,
 )
-from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.errors import ConfigError
 from losia_dist.integrations import best_model
 from tests.support import training
 from tests.support.compare import assert_same_run
@@ -236,12 +236,3 @@ def test_training_twice_goes_on_from_the_trained_weights(tmp_path):
     assert trainer.losia is not first
     assert trainer.losia.steps == SHORT.steps == len(again)
     assert again[0] < losses[-1]  # one sequence of falling losses over both
-
-
-@pytest.mark.parametrize("value", [True, "checkpoint-3"])
-def test_resuming_is_refused_with_the_fix(tmp_path, value):
-    with fresh_accelerate():
-        args = arguments(str(tmp_path), SHORT)
-        trainer = LoSiATrainer(tiny_llama(), args, train_dataset=examples(SHORT), losia_config=LoSiAConfig(rank_factor=0.25))
-        with pytest.raises(UnsupportedError, match="resume_from_checkpoint=.*from_pretrained"):
-            trainer.train(resume_from_checkpoint=value)
