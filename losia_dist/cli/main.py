@@ -26,10 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `losia-dist`; returns the exit code."""
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
     commands = parser.add_subparsers(dest="command", required=True)
+    from losia_dist.cli.export import add_apply_arguments, add_export_arguments, run_apply, run_export
     from losia_dist.training.options import add_training_arguments
 
     add_training_arguments(commands.add_parser("train", help="fine-tune a causal language model"))
-    return run_training(parser.parse_args(arguments))
+    add_export_arguments(commands.add_parser("export", help="write a checkpoint's model as a plain directory, or as a delta"))
+    add_apply_arguments(commands.add_parser("apply", help="rebuild a model from its base model and a delta"))
+    options = parser.parse_args(arguments)
+    if options.command == "train":
+        return run_training(options)
+    try:
+        written = run_export(options) if options.command == "export" else run_apply(options)
+    except LoSiAError as error:
+        _print_error(str(error))
+        return REFUSED
+    print(f"written: {written}")
+    return 0
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
@@ -41,14 +53,23 @@ def train_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    """Join the other ranks, train, leave; what the package refuses becomes one line, from rank 0, and exit code 2."""
+    """Join the other ranks, train, leave; what the package refuses becomes one line, from rank 0, and exit code 2.
+
+    Returns 143 where SIGTERM ended the run and a checkpoint was saved: whatever is to follow a finished run must not.
+    """
     from losia_dist.training.environment import all_stop, end_process_group, find_place, start_process_group
+    from losia_dist.training.interruption import EXIT_CODE, Interrupted
     from losia_dist.training.run import train
 
     place, words = find_place(), None
     try:
         words = start_process_group(place, options.timeout)
         train(options, place, words)
+    except Interrupted as stop:
+        if place.rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+        end_process_group()
+        return EXIT_CODE
     except LoSiAError as error:
         if place.rank == 0:
             _print_error(str(error))

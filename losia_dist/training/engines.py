@@ -40,6 +40,10 @@ class Engine(Protocol):
         """The scheduled learning rate (rewarming of single groups not included)."""
         ...
 
+    def checkpoint_parts(self) -> dict[str, Any]:
+        """What `save_checkpoint` and `load_checkpoint` take, with LoSiA."""
+        ...
+
 
 class PlainRun:
     """One process, DDP over all ranks, or a model that `fully_shard` was applied to."""
@@ -89,6 +93,9 @@ class PlainRun:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def checkpoint_parts(self) -> dict[str, Any]:
+        return {"model": self.wrapped, "optimizer": self.optimizer, "losia": self.losia, "scheduler": self.scheduler}
+
 
 class DeepSpeedRun:
     """A DeepSpeed engine, which owns accumulation, clipping and the scheduler."""
@@ -118,6 +125,10 @@ class DeepSpeedRun:
 
     def learning_rate(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    def checkpoint_parts(self) -> dict[str, Any]:
+        engine = self.engine
+        return {"model": engine, "optimizer": engine.optimizer, "losia": self.losia, "scheduler": engine.lr_scheduler}
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

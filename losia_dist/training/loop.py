@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from losia_dist.errors import DivergenceError
+from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.engines import Engine
 from losia_dist.training.heldout import held_out_loss, sample_answers
+from losia_dist.training.interruption import Interrupted, Interruption
 from losia_dist.training.logs import RunLog
+from losia_dist.training.trajectory import Progress
 
 
 class Reporter:
@@ -53,48 +56,76 @@ class Reporter:
 
 
 def train_steps(
-    run: Engine, options: argparse.Namespace, steps: int, loader: DataLoader[dict[str, Tensor]], reporter: Reporter
+    run: Engine,
+    options: argparse.Namespace,
+    steps: int,
+    loader: DataLoader[dict[str, Tensor]],
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    begun: Progress,
 ) -> None:
-    """Train for `steps` optimizer steps, from wherever the model is. Called by all ranks.
+    """Train until `steps` optimizer steps are done, from `begun`, where the engine stands. Called by all ranks.
 
     Raises:
-        DivergenceError: the loss of a logged stretch is not finite (on every rank).
+        DivergenceError: the loss of a logged or saved stretch is not finite (on every rank).
+        CheckpointError: a save failed (on every rank).
+        Interrupted: SIGTERM came, and a checkpoint has been saved (on every rank).
     """
     log, summary = reporter.log, reporter.summary
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    batches = _endless(loader)
-    seconds, tokens, logged = 0.0, 0, 0
-    loss_sum = torch.zeros((), device=run.device)
-    for step in range(1, steps + 1):
-        began = time.perf_counter()
-        micro_batches = list(itertools.islice(batches, options.gradient_accumulation))
-        localizing = run.losia.localizing if run.losia is not None else None
-        rate = run.learning_rate()
-        loss_sum += run.train_step(micro_batches)
-        tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * world_size
-        values: dict[str, Any] = {}
-        if step % options.logging_steps == 0 or step == steps:
-            # The only point where the host waits for the device.
-            mean = loss_sum / (step - logged)
-            if world_size > 1:
-                dist.all_reduce(mean)
-                mean /= world_size
-            values = {"loss": mean.item(), "lr": rate}
-            loss_sum.zero_()
-            logged = step
-        seconds += time.perf_counter() - began
-        if values:
-            values["tokens_per_second"] = tokens / seconds
-            if run.grad_norm is not None:
-                values["grad_norm"] = float(run.grad_norm)
-            if localizing is not None:
-                values["localizing"] = localizing[0] if len(localizing) == 1 else f"{localizing[0]} .. {localizing[-1]}"
-            summary["train_loss"] = values["loss"]
-            _check_finite(values["loss"], step)
-        log.advance(step, **values)
-        if options.eval_steps and step % options.eval_steps == 0 and step < steps:
-            reporter.loss(step)
+    batches = _endless(loader, begun.step * options.gradient_accumulation)
+    seconds, tokens, logged = begun.seconds, begun.tokens, begun.logged
+    loss_sum = torch.full((), begun.loss_sum, device=run.device)
+    interruption = Interruption(checkpoints.saves, options.timeout)
+    with interruption.watched():
+        for step in range(begun.step + 1, steps + 1):
+            began = time.perf_counter()
+            interruption.begin_step()
+            micro_batches = list(itertools.islice(batches, options.gradient_accumulation))
+            localizing = run.losia.localizing if run.losia is not None else None
+            rate = run.learning_rate()
+            loss_sum += run.train_step(micro_batches)
+            tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * _world_size()
+            values: dict[str, Any] = {}
+            if step % options.logging_steps == 0 or step == steps:
+                # Here, and where a checkpoint is saved, the host waits for the device; nowhere else.
+                values = {"loss": _over_ranks(loss_sum) / (step - logged), "lr": rate}
+                loss_sum.zero_()
+                logged = step
+            seconds += time.perf_counter() - began
+            if values:
+                values["tokens_per_second"] = tokens / seconds
+                if run.grad_norm is not None:
+                    values["grad_norm"] = float(run.grad_norm)
+                if localizing is not None:
+                    values["localizing"] = localizing[0] if len(localizing) == 1 else f"{localizing[0]} .. {localizing[-1]}"
+                summary["train_loss"] = values["loss"]
+                _check_finite(values["loss"], step)
+            log.advance(step, **values)
+            if options.eval_steps and step % options.eval_steps == 0 and step < steps:
+                reporter.loss(step)
+            stops = interruption.end_step()
+            if stops or checkpoints.are_due(step, steps):
+                pending = _over_ranks(loss_sum)
+                _check_finite(pending, step)  # what has diverged must not replace a checkpoint that has not
+                reached = Progress(step, logged, pending, seconds, log.elapsed(), tokens)
+                saved = checkpoints.save(run, reached, summary)
+                if stops and step < steps:
+                    checkpoints.wait(run)
+                    raise Interrupted(f"SIGTERM after step {step} of {steps}: saved {saved}. Go on from it with --resume.")
     summary |= {"training_seconds": round(seconds, 2), "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _over_ranks(value: Tensor) -> float:
+    """The mean of a scalar over the ranks. Called by all of them; waits for the device."""
+    mean = value.detach().clone()
+    if _world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= _world_size()
+    return mean.item()
 
 
 def _check_finite(loss: float, step: int) -> None:
@@ -105,7 +136,14 @@ def _check_finite(loss: float, step: int) -> None:
         )
 
 
-def _endless(loader: Any) -> Iterator[dict[str, Tensor]]:
-    for epoch in itertools.count():
+def _endless(loader: Any, done: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of one epoch after the other, without the first `done`, of which no example is read."""
+    first, done = divmod(done, len(loader))
+    for epoch in itertools.count(first):
         loader.sampler.set_epoch(epoch)
-        yield from loader
+        if done:
+            rest = list(itertools.islice(loader.batch_sampler, done, None))
+            yield from DataLoader(loader.dataset, batch_sampler=rest, collate_fn=loader.collate_fn, generator=loader.generator)
+            done = 0
+        else:
+            yield from loader

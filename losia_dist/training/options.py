@@ -61,6 +61,24 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     train.add_argument("--weight_decay", type=float, default=0.0, help="decoupled, of what trains (0)")
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="global gradient norm to clip to; 0: off (1.0)")
     train.add_argument("--seed", type=int, default=0, help="of the data order and of dropout (0)")
+    saving = parser.add_argument_group("checkpoints (in output_dir/checkpoints; with --losia)")
+    saving.add_argument(
+        "--save_steps",
+        type=int,
+        default=0,
+        help="optimizer steps between checkpoints; also at the end and at SIGTERM; 0: off (0)",
+    )
+    saving.add_argument("--keep_last", type=int, metavar="K", help="delete all but the newest K checkpoints (all are kept)")
+    saving.add_argument("--async_save", action="store_true", help="write checkpoints in the background")
+    saving.add_argument(
+        "--resume",
+        nargs="?",
+        const="newest",
+        default="never",
+        metavar="auto|never|DIRECTORY",
+        help="go on from the newest checkpoint in output_dir, or from that of DIRECTORY (a run's, or one step's); auto: start "
+        "anew where there is none, for jobs that are queued again with the same command (never)",
+    )
     report = parser.add_argument_group("reporting")
     report.add_argument(
         "--eval_steps", type=int, default=0, help="optimizer steps between held-out losses; 0: at start and end only (0)"
@@ -82,7 +100,7 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     """
     for name in ("micro_batch", "gradient_accumulation", "logging_steps", "sample_tokens"):
         _at_least(options, name, 1)
-    for name in ("eval_steps", "samples", "seed", "weight_decay", "max_grad_norm"):
+    for name in ("eval_steps", "samples", "seed", "weight_decay", "max_grad_norm", "save_steps"):
         _at_least(options, name, 0)
     if options.max_steps is not None:
         _at_least(options, "max_steps", 1)
@@ -96,6 +114,7 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
             raise ConfigError(f"--{name} {getattr(options, name)}: a share in [0, 1] is needed.")
     _check_reporting(options)
     _check_engine(options)
+    _check_checkpoints(options)
     if options.losia_config and not options.losia:
         raise ConfigError("--losia_config has no effect without --losia; add --losia, or leave it out.")
     if not options.losia:
@@ -124,6 +143,24 @@ def _check_engine(options: argparse.Namespace) -> None:
     for name in ("offload", "shard_layers"):
         if getattr(options, name):
             raise ConfigError(f"--{name} belongs to --sharding; with DeepSpeed, offloading stands in its own file.")
+
+
+def _check_checkpoints(options: argparse.Namespace) -> None:
+    if options.keep_last is not None:
+        _at_least(options, "keep_last", 1)
+    given = {
+        "--keep_last": options.keep_last is not None,
+        "--async_save": options.async_save,
+        "--resume auto": options.resume == "auto",
+    }
+    for name, there in given.items():
+        if there and not options.save_steps:
+            raise ConfigError(f"{name} has no effect without --save_steps: add it, or leave {name} out.")
+    if not options.losia and (options.save_steps or options.resume != "never"):
+        name = "--save_steps" if options.save_steps else "--resume"
+        raise ConfigError(
+            f"{name} works with --losia only: checkpoints hold subnets and their state. Add --losia, or leave {name} out."
+        )
 
 
 def _at_least(options: argparse.Namespace, name: str, minimum: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -18,19 +19,22 @@ from losia_dist.compat import DDP_KEEPS_BUFFERS
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.training.agreement import on_all_ranks
+from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.training.environment import Place
 from losia_dist.training.fsdp import shard
+from losia_dist.training.interruption import Interrupted
 from losia_dist.training.loading import load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
+from losia_dist.training.trajectory import describe, warmup_steps
 
 
 def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -41,6 +45,7 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
 
     Raises:
         LoSiAError: for every bad input, the same on all ranks, before any other collective.
+        Interrupted: SIGTERM came, and a checkpoint has been saved (on all ranks).
     """
 
     def prepare() -> tuple[LoSiAConfig | None, EngineChoice]:
@@ -50,14 +55,19 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     check_same_on_all_ranks("the options", _comparable(options), words)
     check_same_on_all_ranks("the LoSiA configuration", config.to_dict() if config else {}, words)
     check_same_on_all_ranks("the engine's settings", asdict(choice), words)
+    checkpoints = Checkpoints(options, words)
+    checkpoints.choose()
     inputs = on_all_ranks(lambda: load(options, config, choice, place), words)
     check_same_on_all_ranks("the data", inputs.fingerprint(), words)
 
     where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
     steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
+    checkpoints.check(describe(options, choice.precision, inputs.fingerprint(), len(inputs.train), steps, place.world_size))
     run = _start(inputs.model, config, choice, options, place, steps)
-    log = RunLog(Path(options.output_dir), steps, enabled=place.rank == 0)
+    begun, source = checkpoints.load(run), checkpoints.source
+    continues = source is not None and source.is_own
+    log = RunLog(Path(options.output_dir), steps, enabled=place.rank == 0, begun=begun, continues=continues)
     summary: dict[str, Any] = {
         "method": "losia" if run.losia is not None else "full",
         "engine": run.name,
@@ -75,9 +85,19 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     if inputs.held_out is not None:
         evaluation = make_evaluation_loader(inputs.held_out, inputs.tokenizer, options.micro_batch, **where)
         reporter.hold_out(evaluation, inputs.held_out, inputs.tokenizer)
-    reporter.loss(0, "held_out_loss_before")
-    reporter.samples("samples_before")
-    train_steps(run, options, steps, loader, reporter)
+    if source is None:
+        reporter.loss(0, "held_out_loss_before")
+        reporter.samples("samples_before")
+    else:
+        summary |= {"resumed_from_step": begun.step, **source.extra["summary"]}
+        log.say(f"going on from {source.path}, after step {begun.step} of {steps}")
+    try:
+        train_steps(run, options, steps, loader, reporter, checkpoints, begun)
+    except (LoSiAError, Interrupted):
+        log.close()
+        with contextlib.suppress(LoSiAError):  # the first error counts; a save under way must end before the ranks part
+            checkpoints.wait(run)
+        raise
     reporter.loss(steps, "held_out_loss_after")
     reporter.samples("samples_after")
     if inputs.held_out is not None:
@@ -92,6 +112,7 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         else:
             save_whole_model(run.model, target)
         on_all_ranks(lambda: _save_tokenizer(inputs.tokenizer, target) if place.rank == 0 else None, words)
+    checkpoints.wait(run)
     if run.losia is not None:
         run.losia.detach()
     return summary
@@ -104,7 +125,7 @@ def _start(
     rate, decay = options.learning_rate, options.weight_decay
 
     def schedule(optimizer: Any) -> Any:
-        warmup = round(options.warmup_ratio * steps)
+        warmup = warmup_steps(options, steps)
         return get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, warmup, max(steps, warmup + 1), min_lr_rate=options.min_lr_ratio
         )
