@@ -31,9 +31,16 @@ def gradients_held(engine) -> list[torch.Tensor]:
     return [buffer] + [t for t in held if t.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr()]
 
 
+def live_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_floating_point() and o.numel()]
+
+
 def count(engine_name: str, dtype: str) -> dict[str, int]:
     """Bytes on this rank, seen at the second step; and every tensor whose shape is a target weight's."""
     seen: dict[str, int] = {}
+    others = live_tensors()  # what earlier tests left on this rank; held, so that no number is given twice
+    older = {id(tensor) for tensor in others}
 
     def inspect(stage, losia, engine):
         if losia.steps < 1:
@@ -51,9 +58,7 @@ def count(engine_name: str, dtype: str) -> dict[str, int]:
         seen["parameters"] = len(losia.layers)
         shapes = {losia.parameters.shape(layer.weight) for layer in losia.layers}
         weights = {p.data_ptr() for p in engine.module.parameters()}
-        gc.collect()
-        live = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.is_floating_point()]
-        full = [t for t in live if tuple(t.shape) in shapes and t.data_ptr() not in weights and t.numel()]
+        full = [t for t in live_tensors() if tuple(t.shape) in shapes and t.data_ptr() not in weights and id(t) not in older]
         seen["full_size"] = len(full)
 
     train(engine_name, variant(RUN, dtype=dtype), inspect)

@@ -29,6 +29,7 @@ def accumulator() -> ImportanceAccumulator:
         collectives=RowCollectives(None),
         importance="param_mix",
         betas=(0.85, 0.85),
+        per_micro_batch=False,
         weight_is_resident=True,
     )
 
