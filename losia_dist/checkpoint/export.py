@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from losia_dist.checkpoint.model_directory import copy_tokenizer
+from losia_dist.checkpoint.names import plain_entries, unwrap
 from losia_dist.checkpoint.offline import export_checkpoint
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.sharding.resolve import resolve_parameters
 
-_LOSIA_ENTRIES = ("subnet", "row_index", "col_index")
 # What from_pretrained looks for, in one file or several.
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -78,7 +78,7 @@ def _export_checkpoint(checkpoint: str | Path, directory: Path, base_model: Any)
 
 def save_whole_model(model: nn.Module, directory: str | Path, access: ParameterAccess | None = None) -> Path:
     """Write any model, sharded or not, as a plain directory. Called by all ranks; rank 0 writes."""
-    plain = _unwrap(model)
+    plain = unwrap(model)
     state = _gather(plain, access or resolve_parameters(plain))
     directory, failure = Path(directory), None
     if _rank() == 0:
@@ -95,16 +95,9 @@ def save_whole_model(model: nn.Module, directory: str | Path, access: ParameterA
 @torch.no_grad()
 def _gather(model: nn.Module, access: ParameterAccess) -> dict[str, Tensor]:
     """Every tensor of the state dict but LoSiA's own, on rank 0's CPU. Tied names share one tensor."""
-    wanted = set(model.state_dict(keep_vars=True))
-    entries = [
-        (name, tensor)
-        for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        for name, tensor in source
-        if name in wanted and name.rsplit(".", 1)[-1] not in _LOSIA_ENTRIES
-    ]
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
-    for name, tensor in entries:
+    for name, tensor in plain_entries(model):
         if id(tensor) not in gathered:
             whole = access.read_whole(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
             gathered[id(tensor)] = whole.cpu() if _rank() == 0 else torch.empty(0)
@@ -147,11 +140,6 @@ def _drop_quantization_note(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.pop("quantization_config", None) is not None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "module", None)  # DDP, DeepSpeedEngine
-    return _unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def _rank() -> int:

@@ -56,8 +56,14 @@ def load_from(
     step: int | None = None,
     name: str | None = None,
     skip_scheduler: bool = False,
+    saves_on: bool = True,
 ) -> tuple[Path, Any]:
-    """`load_checkpoint`, of a name of the caller's choice; also says which was loaded. `skip_scheduler`: leave it as it is."""
+    """`load_checkpoint`, of a name of the caller's choice; also says which was loaded.
+
+    Args:
+        skip_scheduler: leave the scheduler as it is.
+        saves_on: whether later saves continue the directory's base; if not, nothing is collected for them.
+    """
     directory = Path(directory).absolute()
     session = session_of(losia, model, optimizer)
     session.wait()
@@ -89,6 +95,7 @@ def load_from(
     # Later saves here continue this base; chains of other directories ended with the weights they knew.
     run, crc32, journal = (reader.manifest[key] for key in ("run", "base_crc32", "journal"))
     session.chains.clear()
-    session.chains[directory] = Chain(directory, run, crc32, dict(journal))
+    if saves_on:
+        session.chains[directory] = Chain(directory, run, crc32, dict(journal))
     agreement.gather(None)  # no rank saves over files that another still reads
     return chosen.path, saved["extra"]

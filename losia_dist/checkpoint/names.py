@@ -12,6 +12,7 @@ from losia_dist.subnet.linear import SubnetLinear
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 _INDICES = ("row_index", "col_index")
+_OWN = ("subnet", *_INDICES)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ def contents_of(losia: LoSiA) -> Contents:
     buffers = _persistent_buffers(model)
     weight_of = {name: first[id(layer.weight)] for name, layer in layers.items()}
     return Contents(weights, trained, buffers, layers, weight_of, aliases)
+
+
+def plain_entries(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Tensors of a plain model's state dict but this package's own, under all of their names; the same order on every rank."""
+    wanted = set(model.state_dict(keep_vars=True))
+    return [
+        (name, tensor)
+        for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, tensor in source
+        if name in wanted and name.rsplit(".", 1)[-1] not in _OWN
+    ]
 
 
 def plain_name(name: str) -> str:

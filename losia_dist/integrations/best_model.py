@@ -12,12 +12,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from losia_dist.checkpoint.names import plain_entries, unwrap
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.kinds import read_subnet
 
 INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
-_LOSIA_ENTRIES = ("subnet", "row_index", "col_index")
 Result = TypeVar("Result")
 
 
@@ -72,15 +72,9 @@ def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
 
 def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
     """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank."""
-    inner = getattr(model, "module", None)  # DDP, DeepSpeedEngine
-    while isinstance(inner, nn.Module):
-        model, inner = inner, getattr(inner, "module", None)
-    wanted = set(model.state_dict(keep_vars=True))
     entries: dict[Tensor, list[str]] = {}
-    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in source:
-            if name in wanted and name.rsplit(".", 1)[-1] not in _LOSIA_ENTRIES:
-                entries.setdefault(tensor, []).append(name)
+    for name, tensor in plain_entries(unwrap(model)):
+        entries.setdefault(tensor, []).append(name)
     return entries
 
 

@@ -22,7 +22,6 @@ from losia_dist.checkpoint import files, layout, random_state
 from losia_dist.checkpoint.agreement import Agreement
 from losia_dist.checkpoint.load import load_from
 from losia_dist.checkpoint.save import save_as
-from losia_dist.checkpoint.session import session_of
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import CheckpointError
 
@@ -79,14 +78,17 @@ class TrainerCheckpoints:
         if self._name is None:
             return
         before = random_state.read()
-        parts = _parts(losia)
-        load_from(self._source / STATE_DIRECTORY, **parts, scheduler=scheduler, name=self._name)
+        load_from(
+            self._source / STATE_DIRECTORY,
+            **_parts(losia),
+            scheduler=scheduler,
+            name=self._name,
+            saves_on=goes_on_saving and self._source == self._output,
+        )
         # The Trainer restores random states only once the data loader has been wound forward.
         self._random = random_state.read()
         random_state.restore(before)
         self._newest = self._name
-        if not goes_on_saving or self._source != self._output:
-            session_of(**parts).chains.clear()  # or it would collect for ever what no save takes
 
     def restore_random_state(self) -> None:
         """Random numbers go on from where the checkpoint was saved."""

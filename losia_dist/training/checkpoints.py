@@ -13,7 +13,7 @@ from losia_dist.checkpoint import layout
 from losia_dist.checkpoint.load import load_from
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.save import save_checkpoint
-from losia_dist.checkpoint.session import session_of, wait_for_saving
+from losia_dist.checkpoint.session import wait_for_saving
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.training import trajectory
 from losia_dist.training.agreement import on_all_ranks
@@ -86,10 +86,8 @@ class Checkpoints:
         """
         if self.source is None:
             return Progress()
-        parts = run.checkpoint_parts()
-        load_from(self.source.directory, **parts, name=self.source.name)
-        if not (self.saves and self.source.is_own):  # what moves would be kept for a save that never comes
-            session_of(**{name: part for name, part in parts.items() if name != "scheduler"}).chains.clear()
+        saves_on = self.saves and self.source.is_own
+        load_from(self.source.directory, **run.checkpoint_parts(), name=self.source.name, saves_on=saves_on)
         return Progress(**self.source.extra["progress"])
 
     def are_due(self, step: int, steps: int) -> bool:

@@ -16,6 +16,7 @@ from losia_dist import (
     get_losia_model,
     losia_parameter_groups,
 )
+from losia_dist.checkpoint.names import plain_entries
 from losia_dist.errors import ConfigError
 from losia_dist.integrations import best_model
 from tests.support import training
@@ -72,7 +73,11 @@ def test_a_checkpoint_with_other_names_is_reported_at_the_first_save_not_at_the_
         "eval_steps": 2,
         "load_best_model_at_end": True,
     }
-    monkeypatch.setattr(best_model, "_LOSIA_ENTRIES", ())  # as if the model had weights that saving renames
+
+    def with_subnets(model):  # as if the model had weights that saving renames
+        return plain_entries(model) + [entry for entry in model.named_parameters() if entry[0].endswith(".subnet")]
+
+    monkeypatch.setattr(best_model, "plain_entries", with_subnets)
     with pytest.raises(ConfigError, match=r"does not hold .*\.subnet .*set load_best_model_at_end=False"):
         train_with_trainer(str(tmp_path), "one", SHORT, **saving)
     assert not (tmp_path / "checkpoint-6").exists()

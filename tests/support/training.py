@@ -13,7 +13,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
-from losia_dist.checkpoint.export import _gather, _unwrap
+from losia_dist.checkpoint.export import _gather
+from losia_dist.checkpoint.names import unwrap
 from losia_dist.subnet.convert import subnet_layers
 from tests.reference.dense import DenseLoSiA
 from tests.support.families import decoder_layers, tiny_model
@@ -136,7 +137,7 @@ def train(engine: str, run: Run, inspect: Any = None) -> dict[str, Any]:
         dist.all_reduce(total)
         total /= world
     losia.consolidate()
-    plain = _unwrap(losia.model)
+    plain = unwrap(losia.model)
     weights = {n: losia.parameters.read_whole(p).float() for n, p in plain.named_parameters(remove_duplicate=False)}
     weights = {n: w for n, w in weights.items() if not n.endswith(".subnet")}
     assert _gather(plain, losia.parameters).keys() >= weights.keys()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups
-from losia_dist.checkpoint import export
+from losia_dist.checkpoint.names import unwrap
 from losia_dist.errors import ConfigError
 from tests.support.models import tiny_llama
 from tests.support.training import Run, _deepspeed_loop, _plain_loop, global_batches, prepared_model
@@ -31,7 +31,7 @@ def train_and_export(engine: str, run: Run, directory: str) -> tuple[dict[str, t
     with torch.no_grad():
         logits = model(input_ids=torch.arange(12).unsqueeze(0), use_cache=False).logits
     losia.consolidate()
-    plain = export._unwrap(losia.model)
+    plain = unwrap(losia.model)
     names = [name for name, _ in plain.named_parameters() if not name.endswith(".subnet")]
     weights = {name: losia.parameters.read_whole(plain.get_parameter(name)).float().clone() for name in names}
     close()
