@@ -20,6 +20,7 @@ from losia_dist.guard import (
     check_same_subnets,
     subnet_prints,
 )
+from losia_dist.kernels.switch import VARIABLE, check_kernels, kernel_choice
 from losia_dist.liveness import join_watch
 from losia_dist.liveness import settings as liveness_settings
 from losia_dist.localization.accumulator import ImportanceAccumulator
@@ -31,6 +32,7 @@ from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters
 from losia_dist.subnet.convert import first_subnet, group_names, subnet_layers
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
+from losia_dist.subnet.operator import make_findable
 
 
 class LoSiA:
@@ -68,7 +70,8 @@ class LoSiA:
         group = _own_group(process_group)
         check_same_on_all_ranks("the LoSiA configuration", config.to_dict(), group)
         check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
-        check_same_on_all_ranks("the environment", liveness_settings(), group)
+        check_kernels()
+        check_same_on_all_ranks("the environment", {**liveness_settings(), VARIABLE: kernel_choice()}, group)
         self._watch = join_watch(group)
         self._watch_hook = None
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
@@ -82,6 +85,7 @@ class LoSiA:
             create_state()
         for layer in self.layers:
             layer.weight_is_resident = self.parameters.weight_is_resident
+        make_findable(self.layers)
         self.localization: Localization = LOCALIZATIONS[config.localization](
             self.collectives,
             importance=config.importance,
@@ -139,6 +143,7 @@ class LoSiA:
         if not self.rewarming.stepped:
             return False  # an accumulation step under a wrapper that holds the optimizer back
         self.rewarming.stepped = False
+        self._note_changes()
         self.parameters.settle()
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
@@ -172,6 +177,7 @@ class LoSiA:
 
         The importance of the slot in progress starts empty: fill `accumulators` afterwards.
         """
+        self._note_changes()
         self.clock.restore(progress["clock"])
         self.rewarming.restore(dict(progress["applied"]))
         for layer in self.layers:
@@ -199,6 +205,10 @@ class LoSiA:
         for layer in self.layers:
             layer.gradient_sink = layer.gradient_witness = None
         self._accumulators = {}
+
+    def _note_changes(self) -> None:
+        for layer in self.layers:
+            layer.note_change()
 
     def _open_slot(self) -> None:
         """Let the groups of the slot in progress accumulate, and no other."""

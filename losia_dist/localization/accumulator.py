@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from losia_dist.localization.collectives import PendingRows, RowCollectives
-from losia_dist.localization.importance import importance_, update_averages_
+from losia_dist.localization.importance import fold_importance_
 
 
 class ImportanceAccumulator:
     """Receives the full gradient of every micro-batch in backward, and turns it into importance.
 
-    State on each rank for the length of one slot: fp32 blocks [ceil(m / world size), n] for Ibar and Ubar, and one for the
-    sum of the gradient, unless importance is taken from every micro-batch.
+    State on each rank for the length of one slot: fp32 blocks [ceil(m / world size), n] for Ibar and Ubar. Until an optimizer
+    step ends, this rank's rows of the gradient too: as they came from a single micro-batch, summed in fp32 from several;
+    none where importance is taken from every micro-batch.
 
     Args:
         shape: (m, n) of the whole weight.
@@ -41,14 +42,16 @@ class ImportanceAccumulator:
         block = (self.stop - self.start, shape[1])
         self.mean = torch.zeros(block, dtype=torch.float32, device=device)
         self.deviation = torch.zeros_like(self.mean)
-        self.gradient = None if per_micro_batch else torch.zeros_like(self.mean)
+        self.per_micro_batch = per_micro_batch
+        self.gradient: Tensor | None = None  # of the optimizer step in progress
         self.weight_rows: Tensor | None = None
         self.pending: PendingRows | None = None
         self.in_mid_step = False  # a micro-batch came since the last optimizer step ended
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, weight: Tensor) -> None:
-        """Called in backward with the full gradient [m, n] of one micro-batch; returns while the transfer runs.
+        """Called in backward with the full gradient [m, n] of one micro-batch, which it keeps and uses up; returns while the
+        transfer runs.
 
         One transfer of a layer is under way at a time: the next one first waits for the one before it.
         """
@@ -58,9 +61,9 @@ class ImportanceAccumulator:
         rows = weight.detach()[self.start : self.stop]
         alone = self.collectives.world_size == 1
         # Alone and with no sum to wait for, the weight is read at once.
-        self.weight_rows = rows if self.weight_is_resident or (alone and self.gradient is None) else rows.clone()
+        self.weight_rows = rows if self.weight_is_resident or (alone and self.per_micro_batch) else rows.clone()
         if alone:
-            self._drain()  # nothing to overlap with; do not keep the whole gradient
+            self._drain()  # nothing to overlap with
 
     def end_step(self) -> None:
         """Fold this optimizer step's gradient into the averages. The gradient has not been clipped."""
@@ -86,18 +89,18 @@ class ImportanceAccumulator:
             return
         rows = self.pending.wait()
         self.pending = None
-        if self.gradient is not None:
-            self.gradient.add_(rows)
-        else:
-            self._fold(rows.to(torch.float32))
+        if self.per_micro_batch:
+            self._fold(rows)
             self.weight_rows = None
+        elif self.gradient is None:
+            self.gradient = rows
+        else:
+            self.gradient = self.gradient.to(torch.float32).add_(rows)
 
     def _fold(self, gradient: Tensor) -> None:
         assert self.weight_rows is not None
-        update_averages_(self.mean, self.deviation, importance_(gradient, self.weight_rows, self.kind), self.betas)
+        fold_importance_(gradient, self.weight_rows, self.mean, self.deviation, kind=self.kind, betas=self.betas)
 
     def _forget(self) -> None:
-        if self.gradient is not None:
-            self.gradient.zero_()
-        self.weight_rows = None
+        self.gradient = self.weight_rows = None
         self.in_mid_step = False

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from losia_dist.errors import ConfigError
 
+_FUSED = ("cpu", "cuda")  # devices that torch.optim.AdamW(fused=True) runs on in every supported release
+
 
 class LoSiAAdamW(Optimizer):
     """AdamW (decoupled weight decay) with fp32 moments, and fp32 master values where a parameter is not fp32 itself.
@@ -113,8 +115,29 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update in place of fp32 lists, a tensor at a time elementwise; `steps` counts from 1 (Adam, algorithm 1)."""
+    """One AdamW update in place of fp32 lists; `steps` counts from 1 (Adam, algorithm 1).
+
+    One pass over memory, by torch's fused kernel, where the device has one; elsewhere step by step over the whole list.
+    """
     first, second = betas
+    if values[0].device.type in _FUSED:
+        on_device = {step: torch.full((), step, device=values[0].device) for step in set(steps)}  # filled without a copy
+        torch._fused_adamw_(
+            values,
+            gradients,
+            means,
+            squares,
+            [],
+            [on_device[step] for step in steps],
+            lr=lr,
+            beta1=first,
+            beta2=second,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        return
     if weight_decay:
         torch._foreach_mul_(values, 1 - lr * weight_decay)
     torch._foreach_lerp_(means, gradients, 1 - first)

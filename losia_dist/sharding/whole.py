@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losia_dist.subnet.function import take_subnet, write_subnet
+from losia_dist.subnet.blocks import take_subnet, write_subnet
 
 
 class WholeParameters:
@@ -31,4 +31,4 @@ class WholeParameters:
 
     @torch.no_grad()
     def write_whole(self, parameter: Tensor, values: Tensor) -> None:
-        parameter.data.copy_(values)
+        parameter.copy_(values)  # not through .data: a version that goes up tells the layer to write it again

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from losia_dist import compat
-from losia_dist.subnet.function import write_subnet
+from losia_dist.subnet.blocks import write_subnet
 
 
 class Zero3Parameters:
@@ -66,7 +66,8 @@ class Zero3Parameters:
         if self._is_gathered(parameter):
             parameter.data.copy_(values)
 
-    def _shard(self, parameter: Any) -> tuple[Tensor, int, int]:
+    @staticmethod
+    def _shard(parameter: Any) -> tuple[Tensor, int, int]:
         """This rank's flat shard and the range of elements it stands for, padding excluded."""
         shard = parameter.ds_tensor.data
         start = min(parameter.ds_numel, dist.get_rank(parameter.ds_process_group) * shard.numel())
@@ -79,3 +80,13 @@ class Zero3Parameters:
     @staticmethod
     def _is_gathered(parameter: Any) -> bool:
         return parameter.ds_status == ZeroParamStatus.AVAILABLE
+
+
+@torch.no_grad()
+def own_range(tensor: Any) -> tuple[Tensor, int]:
+    """What this rank keeps of a partitioned parameter: flat, sharing its memory, and the number of elements before it in the
+    whole. All of a tensor that is not partitioned. No communication."""
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach().view(-1), 0
+    shard, start, stop = Zero3Parameters._shard(tensor)
+    return shard[: stop - start], start

@@ -4,6 +4,9 @@ Dimensions in names: m output neurons, n input neurons, r and c rows and columns
 
 The subnet's values are written into the frozen weight, where the engine has it whole anyway; y = x W^T and dx = dy W then
 run as one dense matmul each, so the step sits at the FLOP floor. Only x[..., C] is kept for backward.
+
+`subnet_forward` and `subnet_backward` compute; the autograd Function here calls them in eager mode, and
+`losia_dist.subnet.operator` under torch.compile.
 """
 
 from __future__ import annotations
@@ -14,35 +17,54 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from losia_dist.subnet.blocks import subnet_gradient, take_last, take_subnet, write_subnet
+
 if TYPE_CHECKING:
-    from losia_dist.subnet.linear import SubnetLinear
+    from losia_dist.subnet.linear import GradientSink, SubnetLinear
 
 
-@torch.no_grad()
-def write_subnet(weight: Tensor, subnet: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
-    """weight[R][:, C] = subnet, in place and unseen by autograd.
+def subnet_forward(layer: SubnetLinear, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
+    """y = x W^T + b with the subnet's present values in W; x [..., n] -> [..., m], in the dtype of x."""
+    matrix = layer.as_rows(weight)
+    if layer.must_write(weight, subnet):
+        write_subnet(matrix, subnet, layer.rows, layer.columns)
+    return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    weight [m, n] whole (a transposed view will do), subnet [r, c] of any floating dtype, rows int64 [r], columns int64 [c];
-    None stands for all.
+
+def subnet_backward(
+    layer: SubnetLinear,
+    grad_y: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    subnet: Tensor,
+    sink: GradientSink | None,
+    *,
+    needs_x: bool,
+    needs_subnet: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [..., n] and dS [r, c] (in the subnet's dtype), each None where it is not needed.
+
+    kept: all of x [..., n] if there is a sink to take the full gradient (the layer localizes), else x[..., C].
     """
-    target, values = weight.data, subnet.data.to(weight.dtype)
-    if rows is not None and columns is not None:
-        target.index_put_((rows[:, None], columns[None, :]), values)
-    elif rows is not None:
-        target.index_copy_(0, rows, values)
-    elif columns is not None:
-        target.index_copy_(1, columns, values)
-    else:
-        target.copy_(values)
-
-
-def take_subnet(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """matrix[R][:, C] for a whole [m, n] matrix; None stands for all. A copy, unless both are None."""
-    if rows is not None:
-        matrix = matrix.index_select(0, rows)
-    if columns is not None:
-        matrix = matrix.index_select(1, columns)
-    return matrix
+    rows, columns = layer.rows, layer.columns
+    matrix = layer.as_rows(weight)
+    grad_x = grad_subnet = None
+    if not layer.weight_is_resident and (needs_x or sink is not None):
+        write_subnet(matrix, subnet, rows, columns)  # dx reads the weight, and so does the sink
+    if needs_x:
+        grad_x = grad_y @ matrix.to(grad_y.dtype)
+    if needs_subnet:
+        flat_grad, flat_kept = grad_y.reshape(-1, grad_y.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        if sink is None:
+            grad_subnet = subnet_gradient(flat_grad, flat_kept, rows)
+        else:
+            full = flat_grad.t() @ flat_kept
+            grad_subnet = take_subnet(full, rows, columns)
+            sink(full.clone() if grad_subnet is full else full, matrix)  # the sink uses it up
+        grad_subnet = grad_subnet.to(subnet.dtype)
+        if layer.gradient_witness is not None:
+            layer.gradient_witness(grad_subnet)
+    return grad_x, grad_subnet
 
 
 class SubnetLinearFunction(torch.autograd.Function):
@@ -50,45 +72,61 @@ class SubnetLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLinear) -> Tensor:
-        rows, columns = layer.rows, layer.columns
-        matrix = layer.as_rows(weight)
-        write_subnet(matrix, subnet, rows, columns)
         ctx.sink = layer.gradient_sink
         # Localizing needs the full gradient, hence all of x; everyone else keeps the subnet's columns alone.
-        ctx.save_for_backward(x if columns is None or ctx.sink is not None else x.index_select(-1, columns))
+        ctx.save_for_backward(x if ctx.sink is not None else take_last(x, layer.columns))
         # References, not saved tensors: a sharded engine empties the weight after forward and gathers it again before
         # backward under the same object.
         ctx.weight, ctx.subnet, ctx.layer = weight, subnet, layer
         ctx.has_bias = bias is not None
-        return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return subnet_forward(layer, x, weight, bias, subnet)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
-        layer, weight, subnet = ctx.layer, ctx.weight, ctx.subnet
-        rows, columns = layer.rows, layer.columns
-        matrix = layer.as_rows(weight)
-        grad_x = grad_subnet = grad_bias = None
-        if not layer.weight_is_resident and (ctx.needs_input_grad[0] or ctx.sink is not None):
-            write_subnet(matrix, subnet, rows, columns)  # dx reads the weight, and so does the sink
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ matrix.to(grad_y.dtype)
-        flat_grad = grad_y.reshape(-1, grad_y.shape[-1])
-        flat_saved = saved.reshape(-1, saved.shape[-1])
-        if ctx.needs_input_grad[3]:
-            if ctx.sink is None:
-                chosen = flat_grad if rows is None else flat_grad.index_select(1, rows)
-                grad_subnet = chosen.t() @ flat_saved
-            else:
-                full = flat_grad.t() @ flat_saved
-                grad_subnet = take_subnet(full, rows, columns)
-                ctx.sink(full, matrix)
-            grad_subnet = grad_subnet.to(subnet.dtype)
-            if layer.gradient_witness is not None:
-                layer.gradient_witness(grad_subnet)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = flat_grad.sum(0)
+        (kept,) = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_subnet, _ = ctx.needs_input_grad
+        grad_x, grad_subnet = subnet_backward(
+            ctx.layer, grad_y, kept, ctx.weight, ctx.subnet, ctx.sink, needs_x=needs_x, needs_subnet=needs_subnet
+        )
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None
         return grad_x, None, grad_bias, grad_subnet, None
+
+
+def embedding_forward(head: SubnetLinear, tokens: Tensor, weight: Tensor, subnet: Tensor) -> Tensor:
+    """Rows of a weight that the output layer shares, with its subnet's present values: int64 [...] -> [..., n]."""
+    if head.must_write(weight, subnet):
+        write_subnet(weight, subnet, head.rows, head.columns)
+    return functional.embedding(tokens, weight)
+
+
+def embedding_backward(
+    head: SubnetLinear,
+    grad_y: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    subnet: Tensor,
+    sink: GradientSink | None,
+    padding_index: int | None,
+) -> Tensor:
+    """dS [r, n] of the look-up, in the subnet's dtype; tokens equal to padding_index give none."""
+    flat_tokens = tokens.reshape(-1)
+    flat_grad = grad_y.reshape(-1, grad_y.shape[-1])
+    if padding_index is not None:
+        flat_grad = flat_grad * (flat_tokens != padding_index).unsqueeze(1)
+    if sink is not None:
+        if not head.weight_is_resident:
+            write_subnet(weight, subnet, head.rows, head.columns)  # the sink reads the weight
+        full = flat_grad.new_zeros(weight.shape).index_add_(0, flat_tokens, flat_grad)
+        grad_subnet = take_subnet(full, head.rows, head.columns)
+        sink(full.clone() if grad_subnet is full else full, weight)  # the sink uses it up
+    elif head.rows is None:
+        grad_subnet = flat_grad.new_zeros(subnet.shape).index_add_(0, flat_tokens, flat_grad)
+    else:
+        # Position of each token among the sorted subnet rows; tokens outside contribute zeros (no host sync).
+        position = torch.searchsorted(head.rows, flat_tokens).clamp_(max=head.rows.numel() - 1)
+        inside = (head.rows[position] == flat_tokens).unsqueeze(1)
+        grad_subnet = flat_grad.new_zeros(subnet.shape).index_add_(0, position, flat_grad * inside)
+    return grad_subnet.to(subnet.dtype)
 
 
 class TiedEmbeddingFunction(torch.autograd.Function):
@@ -98,36 +136,12 @@ class TiedEmbeddingFunction(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, weight: Tensor, subnet: Tensor, head: SubnetLinear, padding_index: int | None
     ) -> Tensor:
-        write_subnet(weight, subnet, head.rows, head.columns)
         ctx.save_for_backward(tokens)
-        ctx.weight, ctx.subnet, ctx.head, ctx.padding_index, ctx.sink = (
-            weight,
-            subnet,
-            head,
-            padding_index,
-            head.gradient_sink,
-        )
-        return functional.embedding(tokens, weight)
+        ctx.weight, ctx.subnet, ctx.head, ctx.padding_index, ctx.sink = weight, subnet, head, padding_index, head.gradient_sink
+        return embedding_forward(head, tokens, weight, subnet)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
-        head, subnet = ctx.head, ctx.subnet
-        flat_tokens = tokens.reshape(-1)
-        flat_grad = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.padding_index is not None:
-            flat_grad = flat_grad * (flat_tokens != ctx.padding_index).unsqueeze(1)
-        if ctx.sink is not None:
-            if not head.weight_is_resident:
-                write_subnet(ctx.weight, subnet, head.rows, head.columns)  # the sink reads the weight
-            full = flat_grad.new_zeros(ctx.weight.shape).index_add_(0, flat_tokens, flat_grad)
-            grad_subnet = take_subnet(full, head.rows, head.columns)
-            ctx.sink(full, ctx.weight)
-        elif head.rows is None:
-            grad_subnet = flat_grad.new_zeros(subnet.shape).index_add_(0, flat_tokens, flat_grad)
-        else:
-            # Position of each token among the sorted subnet rows; tokens outside contribute zeros (no host sync).
-            position = torch.searchsorted(head.rows, flat_tokens).clamp_(max=head.rows.numel() - 1)
-            inside = (head.rows[position] == flat_tokens).unsqueeze(1)
-            grad_subnet = flat_grad.new_zeros(subnet.shape).index_add_(0, position, flat_grad * inside)
-        return None, None, grad_subnet.to(subnet.dtype), None, None
+        grad_subnet = embedding_backward(ctx.head, grad_y, tokens, ctx.weight, ctx.subnet, ctx.sink, ctx.padding_index)
+        return None, None, grad_subnet, None, None

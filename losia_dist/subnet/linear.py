@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from losia_dist.fingerprint import loading_print
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed
+from losia_dist.subnet.operator import compiled_embedding, compiled_linear
 
 # Called in backward with the full gradient [m, n] of this micro-batch and the whole weight [m, n].
 GradientSink = Callable[[Tensor, Tensor], None]
@@ -48,7 +49,9 @@ class SubnetLinear(nn.Linear):
     # True once an access object has established that the engine never re-gathers the weight between forward and
     # backward; until then backward writes the subnet again, which is always right.
     weight_is_resident: bool
+    written: tuple[int, int] | None  # versions of weight and subnet when the one was last written into the other
     gradient_sink: GradientSink | None  # set while the group localizes
+    kept_inputs: dict[int, Tensor]  # under torch.compile: inputs of this step that await their backward, while it localizes
     gradient_witness: Callable[[Tensor], None] | None  # set until the subnet was seen to train
 
     @classmethod
@@ -82,7 +85,9 @@ class SubnetLinear(nn.Linear):
         linear.asked_dtype, linear.awaits_weights = asked_dtype, values.device.type == "meta"
         linear.converted_print = loading_print(values)
         linear.weight_is_resident = False
+        linear.written = None
         linear.gradient_sink = None
+        linear.kept_inputs = {}
         linear.gradient_witness = None
         return linear
 
@@ -100,14 +105,38 @@ class SubnetLinear(nn.Linear):
         """The whole weight as [m, n], output neurons first: itself, or a view."""
         return weight.t() if self.weight_is_transposed else weight
 
+    def must_write(self, weight: Tensor, subnet: Tensor) -> bool:
+        """Whether the weight may lack the subnet's present values; the caller then writes them.
+
+        Where the engine keeps the weight, once per optimizer step is enough: further micro-batches find it written. Versions
+        show what was changed in place since, and `note_change` tells of the rest (ZeRO updates memory behind a parameter).
+        Evaluation always writes, for weights that were swapped through `.data`, as averages of weights often are.
+        """
+        if not self.weight_is_resident:
+            return True
+        versions = (weight._version, subnet._version)
+        known = self.training and self.written == versions
+        self.written = versions if self.training else None
+        return not known
+
+    def note_change(self) -> None:
+        """An optimizer step ended: the subnet or its place may have changed in a way that no version shows."""
+        self.written = None
+        self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
+
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
             with torch.autocast(device, enabled=False):
-                return SubnetLinearFunction.apply(input, self.weight, self.bias, self.subnet, self)
-        return SubnetLinearFunction.apply(input, self.weight, self.bias, self.subnet, self)
+                return self._compute(input)
+        return self._compute(input)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return compiled_linear(self, x)
+        return SubnetLinearFunction.apply(x, self.weight, self.bias, self.subnet, self)
 
     def extra_repr(self) -> str:
         rows, columns = self.row_index.numel(), self.col_index.numel()
@@ -161,6 +190,8 @@ class TiedSubnetEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         head: SubnetLinear = self.__dict__["head"]
+        if torch.compiler.is_compiling():
+            return compiled_embedding(head, input, self.weight, self.subnet, self.padding_idx)
         return TiedEmbeddingFunction.apply(input, self.weight, self.subnet, head, self.padding_idx)
 
 

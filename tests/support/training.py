@@ -108,13 +108,16 @@ def _swapped(subnets: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: (places[::-1] if name in names else places) for name, places in subnets.items()}
 
 
-def train(engine: str, run: Run, inspect: Any = None) -> dict[str, Any]:
+def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> dict[str, Any]:
     """Train on an engine of tests.support.matrix; called on every rank. Same keys as `reference` on every rank.
 
-    `inspect(stage, losia, engine)`, if given, is called "before" and "after" every optimizer step.
+    `inspect(stage, losia, engine)`, if given, is called "before" and "after" every optimizer step; `prepare(model)` once,
+    on the plain model.
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     model, config = prepared_model(run), LoSiAConfig(**run.config)
+    if prepare:
+        prepare(model)
     loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
     losia, stepper, close = loop(engine, model, config, run)
     losses, history = [], []

@@ -1,0 +1,66 @@
+"""What the subnet linear does to memory: write a subnet into its weight, take parts of matrices, form its gradient.
+
+Dimensions in names: m output neurons, n input neurons, r and c rows and columns of the subnet, t tokens. Indices are sorted,
+so that neighbouring reads share cache lines; None stands for all rows or all columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losia_dist.kernels import switch
+
+
+@torch.no_grad()
+def write_subnet(weight: Tensor, subnet: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    """weight[R][:, C] = subnet, in place and unseen by autograd.
+
+    weight [m, n] whole (a transposed view will do), subnet [r, c] of any floating dtype, rows int64 [r], columns int64 [c];
+    None stands for all.
+    """
+    if switch.is_on("write", weight):
+        from losia_dist.kernels.write import write_subnet as kernel
+
+        kernel(weight.data, subnet.data, rows, columns)
+        return
+    target, values = weight.data, subnet.data.to(weight.dtype)
+    if rows is not None and columns is not None:
+        target.index_put_((rows[:, None], columns[None, :]), values)
+    elif rows is not None:
+        target.index_copy_(0, rows, values)
+    elif columns is not None:
+        target.index_copy_(1, columns, values)
+    else:
+        target.copy_(values)
+
+
+def take_subnet(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """matrix[R][:, C] for a whole [m, n] matrix; None stands for all. A copy, unless both are None."""
+    if rows is not None:
+        matrix = matrix.index_select(0, rows)
+    if columns is not None:
+        matrix = matrix.index_select(1, columns)
+    return matrix
+
+
+def take_last(matrix: Tensor, index: Tensor | None) -> Tensor:
+    """matrix[..., index], contiguous; the matrix itself for None. matrix [..., k], index int64."""
+    if index is None:
+        return matrix
+    if matrix.device.type == "cpu":
+        # index_select along the last dimension is three to five times slower than gather on the CPU.
+        return torch.gather(matrix, -1, index.expand(*matrix.shape[:-1], -1))
+    return matrix.index_select(-1, index)
+
+
+def subnet_gradient(grad_y: Tensor, kept: Tensor, rows: Tensor | None) -> Tensor:
+    """dS = dy[..., R]^T x[..., C] (paper section 3.4): [r, c] in the dtype of grad_y.
+
+    grad_y [t, m]; kept = x[..., C], [t, c].
+    """
+    if switch.is_on("gradient", grad_y):
+        from losia_dist.kernels.gradient import subnet_gradient as kernel
+
+        return kernel(grad_y, kept, rows)
+    return take_last(grad_y, rows).t() @ kept
