@@ -11,6 +11,7 @@ from losia_dist.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
+LOSSES = ("plain", "chunked", "liger")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -60,6 +61,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     train.add_argument("--min_lr_ratio", type=float, default=0.1, help="share of the peak that the cosine ends at (0.1)")
     train.add_argument("--weight_decay", type=float, default=0.0, help="decoupled, of what trains (0)")
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="global gradient norm to clip to; 0: off (1.0)")
+    train.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="plain",
+        help="plain: the model's own. For large vocabularies, without all logits at once: chunked (some tokens at a time, "
+        "computed again in backward), or liger (fused kernel, needs a GPU and liger-kernel) (plain)",
+    )
+    train.add_argument(
+        "--loss_chunk", type=int, metavar="TOKENS", help="with --loss chunked: tokens at a time (as many as give 2**26 logits)"
+    )
     train.add_argument("--seed", type=int, default=0, help="of the data order and of dropout (0)")
     saving = parser.add_argument_group("checkpoints (in output_dir/checkpoints; with --losia)")
     saving.add_argument(
@@ -112,6 +123,10 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     for name in ("warmup_ratio", "min_lr_ratio"):
         if not 0 <= getattr(options, name) <= 1:
             raise ConfigError(f"--{name} {getattr(options, name)}: a share in [0, 1] is needed.")
+    if options.loss_chunk is not None:
+        _at_least(options, "loss_chunk", 1)
+        if options.loss != "chunked":
+            raise ConfigError("--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out.")
     _check_reporting(options)
     _check_engine(options)
     _check_checkpoints(options)

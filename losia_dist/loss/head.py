@@ -1,0 +1,47 @@
+"""An output layer that can be asked for the loss instead of the logits."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from losia_dist.loss.chunked import chunked_cross_entropy
+from losia_dist.loss.liger import liger_cross_entropy
+from losia_dist.loss.logits import LogitsRule
+
+
+class LossHead(nn.Module):
+    """A module that maps hidden states [..., n] to logits [..., V], and given targets to their summed cross-entropy.
+
+    The loss is computed in the module's own call, where every engine has its weight whole; see `chunked_cross_entropy`.
+
+    Attributes:
+        chunk: tokens of one chunk; None: all of them at once, by Liger's kernel.
+    """
+
+    chunk: int | None
+    rule: LogitsRule
+
+    @classmethod
+    def adopt(cls, head: Any, chunk: int | None, rule: LogitsRule) -> LossHead:
+        """Turn an output layer in place into one that can; its class, parameters and names stay what they were otherwise."""
+        kind: Any = type(head)
+        head.__class__ = _with_loss(kind)
+        head.chunk, head.rule = chunk, rule
+        return head
+
+    def forward(self, input: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+        """Logits without targets; with targets (int64, one per hidden state) the fp32 sum of their losses."""
+        project: Any = super().forward
+        if targets is None:
+            return project(input)
+        if self.chunk is None:
+            return liger_cross_entropy(self, input, targets, self.rule, ignore_index)
+        return chunked_cross_entropy(self, project, input, targets, chunk=self.chunk, rule=self.rule, ignore_index=ignore_index)
+
+
+@cache
+def _with_loss(kind: type[nn.Module]) -> type[LossHead]:
+    return type(f"Loss{kind.__name__}", (LossHead, kind), {})
