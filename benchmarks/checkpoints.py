@@ -1,6 +1,6 @@
-"""Sizes and times of checkpoints, and the memory of an export, measured for a model on this machine and computed for 70B.
+"""Sizes and times of checkpoints, and the memory of exports, measured for a model on this machine and computed for 70B.
 
-    python benchmarks/checkpoints.py [--layers 30 --hidden 576 ...] [--steps 4] [--json FILE]
+    python -m benchmarks.checkpoints [--layers 30 --hidden 576 ...] [--steps 4] [--json FILE]
 
 The measured model has SmolLM2-135M's shape and random bf16 weights. A subnet is moved on at every step, so that the journal
 shows its price.
@@ -13,33 +13,41 @@ import gc
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import header, table, write_json
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, load_checkpoint, losia_parameter_groups, save_checkpoint
+from benchmarks.common import header, table, write_json
+from losia_dist import (
+    LoSiA,
+    LoSiAAdamW,
+    LoSiAConfig,
+    export_model,
+    get_losia_model,
+    load_checkpoint,
+    losia_parameter_groups,
+    save_checkpoint,
+)
 from losia_dist.checkpoint.delta import apply_delta, save_delta
-from losia_dist.formulas import subnet_size
+from losia_dist.formulas import (
+    full_checkpoint_bytes,
+    importance_checkpoint_bytes,
+    journal_bytes,
+    step_checkpoint_bytes,
+    subnet_size,
+)
 
 LLAMA_70B = {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "vocab": 32000, "tied": False}
-_PEAK = """
-import sys, threading, time
-import losia_dist.checkpoint.offline as offline
-def held():  # anonymous memory: what is mapped from files is the page cache's
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
-start, peak, done = held(), [0], []
-def watch():
-    while not done:
-        peak[0] = max(peak[0], held()); time.sleep(0.002)
-thread = threading.Thread(target=watch); thread.start()
-offline.export_checkpoint(sys.argv[1], sys.argv[2])
-done.append(1); thread.join()
-print(peak[0] - start)
+_EXPORT_ALONE = """
+import sys
+from benchmarks.checkpoints import peak_of
+from losia_dist.checkpoint.offline import export_checkpoint
+print(peak_of(lambda: export_checkpoint(sys.argv[1], sys.argv[2])))
 """
 
 
@@ -90,10 +98,10 @@ def sizes(shape: dict[str, Any], factor: float, bytes_of_weight: int = 2) -> dic
     largest = max(m * n for m, n in linears)
     return {
         "base, once": whole * bytes_of_weight,
-        "step: masters, moments, indices": shape["layers"] * (12 * elements + 8 * indices),
-        "step: importance of one layer in progress": 8 * sum(m * n for m, n in linears),
-        "journal, per layer that moved": elements * bytes_of_weight + 8 * indices,
-        "full fine-tuning's checkpoint (weights, masters, moments)": whole * (bytes_of_weight + 12),
+        "step: masters, moments, indices": step_checkpoint_bytes(shape["layers"] * elements, shape["layers"] * indices),
+        "step: importance of one layer in progress": importance_checkpoint_bytes(sum(m * n for m, n in linears)),
+        "journal, per layer that moved": journal_bytes(elements, indices, bytes_of_weight),
+        "full fine-tuning's checkpoint (weights, masters, moments)": full_checkpoint_bytes(whole, bytes_of_weight),
         "export's memory (largest weight)": max(largest, shape["vocab"] * hidden) * bytes_of_weight,
     }
 
@@ -151,6 +159,11 @@ def measure_saving(shape: dict[str, Any], factor: float, steps: int, directory: 
     found[f"save, {steps} layers moved"] = seconds(lambda: save_checkpoint(run, **arguments))
     found["save, asynchronous: returns after"] = seconds(lambda: save_checkpoint(run, **arguments, step=99, asynchronous=True))
     found["load (checksums and all)"] = seconds(lambda: load_checkpoint(run, **arguments))
+    export_model(losia, directory / "warm")  # what the first call imports is not the export's
+    live = lambda: found.update(live=f"{peak_of(lambda: export_model(losia, directory / 'live')):,} bytes")  # noqa: E731
+    found["export of the live model"] = seconds(live)
+    found["export of the live model: peak of anonymous memory"] = found.pop("live")
+    found["largest weight"] = f"{max(p.numel() * p.element_size() for p in model.parameters()):,} bytes"
     step_directory = run / f"step-{losia.steps:08d}"
     found["base"] = size(run / "base")
     found["step"] = size(step_directory)
@@ -160,8 +173,30 @@ def measure_saving(shape: dict[str, Any], factor: float, steps: int, directory: 
 
 def export_peak(run: Path, directory: Path) -> str:
     """Export in a process of its own, and how much memory it took beyond what it began with."""
-    command = [sys.executable, "-c", _PEAK, str(run), str(directory)]
-    return f"{int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024:,} bytes"
+    command = [sys.executable, "-c", _EXPORT_ALONE, str(run), str(directory)]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return f"{int(printed.split()[-1]):,} bytes"
+
+
+def peak_of(action: Callable[[], Any]) -> int:
+    """Most bytes of anonymous memory during an action beyond those before it; what is mapped from files is the page cache's."""
+
+    def held() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    start, peak, done = held(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], held())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    action()
+    done.set()
+    thread.join()
+    return max(0, peak[0] - start)
 
 
 def seconds(action: Callable[[], Any]) -> str:

@@ -38,6 +38,12 @@ def cycle_steps(num_groups: int, period: int, per_slot: int) -> int:
     return math.ceil(num_groups / min(per_slot, num_groups)) * period
 
 
+def layers_per_slot_for(steps: int, num_groups: int, period: int, cycles: int = 1) -> int | None:
+    """Fewest groups per slot with which a run of `steps` locates every group `cycles` times; None: it has too few slots."""
+    slots = steps // period // cycles
+    return math.ceil(num_groups / slots) if slots else None
+
+
 def rewarm_scale(steps_since: int | None, rewarm_steps: int) -> float:
     """Learning rate factor of a group in its j-th step (0-based) after re-localization: min(1, (j + 1) / rewarm_steps).
 
@@ -53,3 +59,28 @@ def row_block(size: int, rank: int, world_size: int) -> tuple[int, int]:
     block = -(-size // world_size)
     start = min(size, rank * block)
     return start, min(size, start + block)
+
+
+def ring_bytes(size: int, world_size: int) -> int:
+    """Bytes a rank sends in an all-gather or a reduce-scatter of `size` bytes in all; an all-reduce is two of them."""
+    return size * (world_size - 1) // world_size
+
+
+def step_checkpoint_bytes(elements: int, indices: int) -> int:
+    """One step's checkpoint: fp32 masters and two moments of the subnets' elements, int64 indices."""
+    return 12 * elements + 8 * indices
+
+
+def journal_bytes(elements: int, indices: int, bytes_of_weight: int = 2) -> int:
+    """What a checkpoint adds for subnets that have moved since: the values they left in the weights, and their old indices."""
+    return bytes_of_weight * elements + 8 * indices
+
+
+def importance_checkpoint_bytes(elements: int) -> int:
+    """Both fp32 averages of the weights that localize, while a slot is in progress."""
+    return 8 * elements
+
+
+def full_checkpoint_bytes(parameters: int, bytes_of_weight: int = 2) -> int:
+    """A checkpoint of full fine-tuning: weights, fp32 masters, two moments."""
+    return parameters * (bytes_of_weight + 12)

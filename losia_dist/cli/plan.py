@@ -1,0 +1,182 @@
+"""`losia-dist plan`: what a run takes on a cluster, before it is rented. One process, no GPU; nothing is downloaded but a
+configuration, where --model names a model on the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from losia_dist.config import LoSiAConfig
+from losia_dist.errors import ConfigError
+from losia_dist.planning.workload import ENGINES, GB, GPUS, METHODS, OFFLOADS, Cluster, Workload
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `losia-dist plan`; units and defaults are in the help texts."""
+    parser.add_argument("--model", required=True, help="built-in shape (llama-2-70b, qwen3-8b ...), model directory, hub name")
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    cluster.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
+    cluster.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (80)")
+    cluster.add_argument("--gpu", default="h100", help=f"for the rates: {', '.join(GPUS)} (h100)")
+    cluster.add_argument("--node-bandwidth", type=float, default=50.0, metavar="GB/s", help="between nodes, for each GPU (50)")
+    cluster.add_argument("--efficiency", type=float, default=0.4, help="share of the peak rate that is reached (0.4)")
+    cluster.add_argument("--link-efficiency", type=float, default=0.7, help="share of the links' rates that is reached (0.7)")
+    cluster.add_argument("--reserve", type=float, default=4.0, metavar="GB", help="for driver, NCCL and fragments (4)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--engine", help=f"{', '.join(ENGINES)} (default: the fastest that fits)")
+    run.add_argument("--shard-ranks", type=int, help="with hsdp: ranks that share one copy of the model (a node's GPUs)")
+    run.add_argument("--offload", default="none", help=f"to host memory: {', '.join(OFFLOADS)} (none)")
+    run.add_argument("--method", default="losia", help=f"{', '.join(METHODS)} (losia)")
+    run.add_argument("--sequence-length", type=int, default=2048, help="tokens of a row (2048)")
+    run.add_argument("--micro-batch", type=int, default=1, help="rows of one GPU's forward pass (1)")
+    run.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per optimizer step (1)")
+    run.add_argument("--checkpointing", choices=("on", "off"), help="recompute activations in backward (on)")
+    run.add_argument("--steps", type=int, help="optimizer steps of the run: for the schedule's advice")
+    losia = parser.add_argument_group("methods")
+    losia.add_argument("--losia_config", metavar="FILE", help="LoSiA's settings; the options below override it")
+    losia.add_argument("--rank-factor", type=float, nargs="+", metavar="P", help="one share, or rows and columns (0.125)")
+    losia.add_argument("--output-rank-factor", type=float, help="share of the output layer's rows (frozen)")
+    losia.add_argument("--period", type=int, help="optimizer steps of a time slot (100)")
+    losia.add_argument("--layers-per-slot", type=int, help="decoder layers that localize in a slot (1)")
+    losia.add_argument("--lora-rank", type=int, default=64, help="with --method lora (64)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--simulate", action="store_true", help="measure the peak on fake tensors as well (fsdp2, hsdp)")
+    output.add_argument("--compare", action="store_true", help="full fine-tuning and LoRA beside it, on the same cluster")
+    output.add_argument("--json", action="store_true", help="one JSON record instead of tables")
+    output.add_argument("--figure", metavar="FILE", help="memory of one GPU as a picture (needs losia_dist[report])")
+    output.add_argument("--output", metavar="DIRECTORY", help="write the engine's file, LoSiA's and the launch command")
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Plan, print, write; returns the exit code 0, whether or not the run fits (`fits` says that).
+
+    Raises:
+        LoSiAError: an unknown model, an impossible cluster, a value out of range, or a file that cannot be written.
+    """
+    from losia_dist.planning.launch import write_launch
+    from losia_dist.planning.plan import make_plan, recommend
+    from losia_dist.planning.tables import describe
+
+    if options.steps is not None and options.steps < 1:
+        raise ConfigError(f"--steps {options.steps}: at least 1 is needed.")
+    workload = _workload(options)
+    advised = recommend(workload)
+    chosen = options.engine is None and advised is not None and _agrees(advised.workload, options)
+    plan = advised if advised is not None and chosen else make_plan(workload)
+    methods = [options.method, *(m for m in METHODS if options.compare and m != options.method)]
+    plans = [_planned(replace(plan.workload, method=method), options.simulate) for method in methods]
+    record: dict[str, Any] = plans[0].record(options.steps)
+    record["recommended"] = None if advised is None else _choice(advised)
+    if options.compare:
+        record["compared"] = {p.workload.method: p.record(options.steps) for p in plans[1:]}
+    if options.figure:
+        from losia_dist.planning.figure import draw
+
+        draw(plans, Path(options.figure))
+    written = write_launch(plans[0].workload, Path(options.output)) if options.output else []
+    if options.json:
+        print(json.dumps(record | {"written": [str(path) for path in written]}, indent=2))
+        return 0
+    print(describe(plans, options.steps))
+    print(f"\n{_advice(plans[0], advised)}")
+    for path in written:
+        print(f"written: {path}")
+    return 0
+
+
+def _agrees(workload: Workload, options: argparse.Namespace) -> bool:
+    """Whether a recommended run keeps what was asked for by name."""
+    checkpointing = options.checkpointing is None or workload.checkpointing == (options.checkpointing == "on")
+    return checkpointing and options.offload in ("none", workload.offload)
+
+
+def _planned(workload: Workload, simulated: bool) -> Any:
+    from losia_dist.planning.plan import make_plan
+
+    if not simulated:
+        return make_plan(workload)
+    from losia_dist.planning.simulation import simulate
+
+    if sys.stderr.isatty():
+        print(f"simulating {workload.shape.layers} layers, {workload.method} ...", file=sys.stderr)
+    return make_plan(workload, simulate(workload).peak_bytes)
+
+
+def _workload(options: argparse.Namespace) -> Workload:
+    from losia_dist.planning.shapes import find_shape
+
+    shape = find_shape(options.model)
+    cluster = Cluster(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        memory=_bytes("--gpu-memory", options.gpu_memory),
+        gpu=options.gpu,
+        node_bandwidth=options.node_bandwidth * GB,
+        compute_efficiency=options.efficiency,
+        link_efficiency=options.link_efficiency,
+        reserve=_bytes("--reserve", options.reserve),
+    )
+    engine = options.engine or ("fsdp2" if cluster.gpus > 1 else "ddp")
+    return Workload(
+        shape,
+        cluster,
+        engine,
+        options.method,
+        options.sequence_length,
+        options.micro_batch,
+        options.gradient_accumulation,
+        options.checkpointing != "off",
+        options.offload,
+        options.shard_ranks,
+        _config(options),
+        options.lora_rank,
+    )
+
+
+def _config(options: argparse.Namespace) -> LoSiAConfig:
+    values = LoSiAConfig.from_file(options.losia_config).to_dict() if options.losia_config else {}
+    for name in ("output_rank_factor", "period", "layers_per_slot"):
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    factors = options.rank_factor
+    if factors is not None:
+        values["rank_factor"] = factors[0] if len(factors) == 1 else factors
+    return LoSiAConfig.from_dict(values)
+
+
+def _bytes(option: str, value: float) -> int:
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{option} {value}: GB, at least 0.")
+    return int(value * GB)
+
+
+def _choice(plan: Any) -> dict[str, Any]:
+    workload = plan.workload
+    return {
+        "engine": workload.engine,
+        "checkpointing": workload.checkpointing,
+        "offload": workload.offload,
+        "peak_bytes_per_gpu": plan.peak,
+        "seconds_per_step": plan.seconds,
+    }
+
+
+def _advice(plan: Any, advised: Any) -> str:
+    if advised is None:
+        return (
+            "Nothing fits: no engine, with checkpointing and offload. More GPUs, a smaller --micro-batch or --sequence-length, "
+            "or another --method may."
+        )
+    chosen = advised.workload
+    words = (
+        f"{chosen.engine}, checkpointing {'on' if chosen.checkpointing else 'off'}, offload {chosen.offload}: "
+        f"{advised.memory.total / GB:.1f} GB and {advised.seconds:.2f} s a step"
+    )
+    same = plan.workload == chosen
+    return f"Recommended: {'this, ' if same else ''}{words}."

@@ -1,0 +1,175 @@
+"""A model of real class and size on fake tensors, sharded over ranks that are not there: what `simulation` runs.
+
+Memory is what the real objects would take; nothing is computed. The parts of a LoSiA run that read values on the host
+(agreement of ranks, the first step's check) are left out: they keep no memory on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from losia_dist.errors import ConfigError
+from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.modes import LOCALIZATIONS, Localization, SlotGroup
+from losia_dist.model import get_losia_model
+from losia_dist.optim.adamw import LoSiAAdamW
+from losia_dist.planning.workload import Workload
+from losia_dist.sharding.resolve import resolve_parameters
+from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.groups import losia_parameter_groups
+from losia_dist.subnet.kinds import whole_shape
+from losia_dist.subnet.linear import SubnetLinear
+
+
+@dataclass
+class FakeRun:
+    """A sharded model and its optimizer on fake tensors. localizing: the layers that accumulate importance."""
+
+    model: Any
+    optimizer: LoSiAAdamW
+    localization: Localization | None
+    localizing: list[SubnetLinear]
+
+    def step(self, tokens: Tensor, accumulation: int, before_each: Callable[[], None]) -> None:
+        """One optimizer step over equal micro-batches, as the training loop makes it. `before_each` micro-batch is called."""
+        for _ in range(accumulation):
+            before_each()
+            loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            del loss
+        self.optimizer.step()
+        for layer in self.localizing:
+            assert layer.gradient_sink is not None
+            # Lets go of what `end_step` lets go of; its arithmetic, in bands, never is the fullest moment.
+            layer.gradient_sink.discard_step()  # type: ignore[attr-defined]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def relocalize(self) -> None:
+        """The end of a slot: choose the subnets of the layers that localized."""
+        for layer in self.localizing:
+            accumulator, layer.gradient_sink = layer.gradient_sink, None
+            kept = (layer.row_index.numel(), layer.col_index.numel())
+            assert self.localization is not None
+            shape = (layer.out_features, layer.in_features)
+            group = SlotGroup(layer.group_name, 0)
+            self.localization.choose(group, accumulator, shape, kept, layer.row_index.device)  # type: ignore[arg-type]
+            del accumulator
+
+
+@contextlib.contextmanager
+def fake_ranks(world_size: int) -> Iterator[None]:
+    """Be rank 0 of `world_size` ranks of a process group whose collectives do nothing.
+
+    Raises:
+        ConfigError: this process belongs to a real group already.
+    """
+    if dist.is_initialized():
+        raise ConfigError("a simulation needs a process of its own: run losia-dist plan without torchrun or another launcher.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(workload: Workload) -> DeviceMesh:
+    """The ranks as FSDP2 or HSDP sees them. Made outside the fake mode."""
+    gpus, shards = workload.cluster.gpus, workload.shards
+    if workload.engine == "hsdp":
+        return init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh("cpu", (gpus,), mesh_dim_names=("shard",))
+
+
+def make_run(workload: Workload, mesh: DeviceMesh, mode: FakeTensorMode) -> FakeRun:
+    """Model, method, sharding and optimizer as the training script puts them together."""
+    model = _meta_model(workload)
+    if workload.method == "losia":
+        get_losia_model(model, workload.config)
+    elif workload.method == "lora":
+        add_low_rank(model, workload.lora_rank)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    for layer in [*model.model.layers, model]:
+        fully_shard(layer, **options)
+    with mode:
+        model.to_empty(device="cpu")
+        run = _with_losia(model, workload) if workload.method == "losia" else _with_adamw(model)
+        run.optimizer.create_state()
+        for state in run.optimizer.state.values():
+            state["step"] = numpy.float64(0)  # read on the host at every step, which a fake tensor cannot be
+    return run
+
+
+def _meta_model(workload: Workload) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            workload.shape.configuration(), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    model.tie_weights()
+    model.train()
+    if workload.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _with_adamw(model: nn.Module) -> FakeRun:
+    return FakeRun(model, LoSiAAdamW([p for p in model.parameters() if p.requires_grad]), None, [])
+
+
+def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:
+    """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
+    layers, access, config = subnet_layers(model), resolve_parameters(model), workload.config
+    names = group_names([layer for layer in layers if not layer.is_output])[-workload.localizing_layers :]
+    localization = LOCALIZATIONS[config.localization](
+        RowCollectives(dist.group.WORLD),
+        importance=config.importance,
+        betas=config.importance_betas,
+        per_micro_batch=config.importance_accumulation == "micro_batch",
+        weight_is_resident=False,
+    )
+    localizing = [layer for layer in layers if layer.group_name in names]
+    for layer in localizing:
+        place = SlotGroup(layer.group_name, 0)  # in "rank_parallel" rank 0, which this is, works at its own groups
+        layer.gradient_sink = localization.accumulator(place, whole_shape(access, layer), torch.device("cpu"))
+    return FakeRun(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-4)), localization, localizing)
+
+
+class LowRankLinear(nn.Module):
+    """y = x W^T + x A^T B^T with W frozen: LoRA (Hu et al., arXiv 2106.09685), to compare with. A [r, n], B [m, r]."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        like: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": base.weight.device}
+        self.down = nn.Linear(base.in_features, rank, **like)
+        self.up = nn.Linear(rank, base.out_features, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def add_low_rank(model: Any, rank: int) -> None:
+    """Freeze a model and give every linear layer of its decoder a LoRA pair, in place."""
+    model.requires_grad_(False)
+    for name, module in list(model.model.layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.model.layers.get_submodule(parent), child, LowRankLinear(module, rank))

@@ -1,0 +1,274 @@
+"""Bytes of one GPU at the fullest moment of a step, by what they are for.
+
+What stays all the time is added to each moment of a step in turn (forward, loss, backward of every layer, update), and the
+fullest moment counts. FSDP2's moments follow torch's implementation, and are held against simulations; DeepSpeed's follow the
+buffers that version 0.19.8 allocates under the files in configs/deepspeed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from losia_dist.formulas import subnet_size
+from losia_dist.planning import activations
+from losia_dist.planning.workload import Workload
+
+BF16, FP32, INT64 = 2, 4, 8
+
+# DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+
+PARTS = {
+    "weights": "weights that this GPU keeps",
+    "subnet": "subnets (LoSiA) or adapters (LoRA), and their indices",
+    "gradients": "gradients of what trains, and buffers they are reduced in",
+    "masters": "fp32 master values",
+    "moments": "AdamW's two moments",
+    "importance": "averages of the localizing layers, and their full gradients on the way",
+    "activations": "activations, saved and in use",
+    "gathered": "whole layers gathered from shards",
+    "logits": "logits and their gradients in the loss",
+    "update": "temporaries of the optimizer's update",
+    "reserve": "driver, NCCL, fragments of the allocator",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """parts: bytes by the names of PARTS, at the fullest moment. moment: which one that is. host: bytes in host memory."""
+
+    parts: dict[str, int]
+    moment: str
+    host: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Everything but the reserve: what a tracker of tensors sees."""
+        return self.total - self.parts["reserve"]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass
+class _Sizes:
+    """Elements. layer_*: of one decoder layer; outer_*: outside of them. added: subnets or adapters beside the weights."""
+
+    layer_weights: int
+    outer_weights: int
+    layer_added: int
+    outer_added: int
+    layer_trained: int
+    outer_trained: int
+    indices: int = 0
+    localizing: int = 0  # elements of the weights that one rank works at in a slot
+
+    def all_trained(self, layers: int) -> int:
+        return layers * self.layer_trained + self.outer_trained
+
+
+def sizes(workload: Workload) -> _Sizes:
+    """Elements of a workload's model, of what is added to it, and of what trains."""
+    shape, config = workload.shape, workload.config
+    linears = shape.linears().values()
+    found = _Sizes(shape.layer_parameters, shape.outer_parameters, 0, 0, shape.layer_parameters, shape.outer_parameters)
+    if workload.method == "losia":
+        kept = [(subnet_size(m, config.row_factor), subnet_size(n, config.column_factor)) for m, n in linears]
+        found.layer_added = found.layer_trained = sum(r * c for r, c in kept)
+        found.indices = shape.layers * sum(r + c for r, c in kept)
+        found.outer_trained = 0
+        if config.output_rank_factor is not None:
+            rows = subnet_size(shape.vocabulary, config.output_rank_factor)
+            found.outer_added = found.outer_trained = rows * shape.hidden
+            found.indices += rows + shape.hidden
+        found.localizing = workload.localizing_layers * shape.layer_weights
+    elif workload.method == "lora":
+        found.layer_added = found.layer_trained = sum(workload.lora_rank * (m + n) for m, n in linears)
+        found.outer_trained = 0
+    return found
+
+
+def plan_memory(workload: Workload) -> Memory:
+    """The fullest moment of a step on the fullest GPU, and the host memory that offloading takes on every node."""
+    found = sizes(workload)
+    steady = _steady(workload, found)
+    host = 0
+    if workload.offload != "none":
+        moved = ["masters", "moments"] + (["weights", "subnet"] if workload.offload == "all" else [])
+        host = sum(steady[name] for name in moved) * workload.cluster.gpus_per_node
+        steady |= dict.fromkeys(moved, 0)
+    moments = _sharded_moments(workload, found) if workload.shards_weights else _whole_moments(workload, found)
+    moments["update"] = _update(workload, found)
+    parts, moment = max((({**steady, **_sum(steady, extra)}, name) for name, extra in moments.items()), key=_total)
+    return Memory({name: parts.get(name, 0) for name in PARTS}, moment, host)
+
+
+def _total(candidate: tuple[dict[str, int], str]) -> int:
+    return sum(candidate[0].values())
+
+
+def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+    return {name: first.get(name, 0) + size for name, size in second.items()}
+
+
+def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
+    """What stays between steps."""
+    layers, shards, ranks = workload.shape.layers, workload.shards, workload.cluster.gpus
+    trained = found.all_trained(layers)
+    weights = layers * found.layer_weights + found.outer_weights
+    added = layers * found.layer_added + found.outer_added
+    over = shards if workload.shards_weights else 1
+    parallel = workload.config.localization == "rank_parallel"
+    steady = {
+        "weights": BF16 * weights // over,
+        "subnet": BF16 * added // over + INT64 * found.indices,
+        "masters": FP32 * trained // shards,
+        "moments": 2 * FP32 * trained // shards,
+        "importance": 2 * FP32 * found.localizing // (1 if parallel else ranks),
+        "activations": activations.shared_bytes(workload),
+        "reserve": workload.cluster.reserve,
+    }
+    if workload.engine == "zero2":
+        steady["gradients"] = 2 * BF16 * REDUCE_BUCKET  # two, so that one is filled while the other is reduced
+    elif workload.engine == "zero3":
+        steady["gradients"] = BF16 * REDUCE_BUCKET
+    return steady
+
+
+def _in_flight(workload: Workload, found: _Sizes, passes: int) -> int:
+    """Of the layers that localize, until their step ends: whole gradients under reduction, own rows of them and of weights.
+
+    passes: micro-batches of the step whose backward is over or under way. The rows of the first are kept as they came, and
+    from the third on the sum is in fp32.
+    """
+    if not passes:
+        return 0
+    ranks = 1 if workload.config.localization == "rank_parallel" else workload.cluster.gpus
+    rows = BF16 * (2 if workload.shards_weights else 1) * found.localizing // ranks
+    if passes > 1 and workload.config.importance_accumulation == "step":
+        rows += (FP32 if passes > 2 else BF16) * found.localizing // ranks
+    return rows + (BF16 * found.localizing if ranks > 1 else 0)
+
+
+def _layer_activations(workload: Workload, layers: int, localizing: int) -> int:
+    """Saved of `layers` decoder layers whose backward is still to come, `localizing` of them with whole inputs."""
+    if workload.checkpointing:
+        return layers * activations.checkpoint_bytes(workload)
+    return (layers - localizing) * activations.saved_bytes(workload) + localizing * activations.saved_bytes(workload, True)
+
+
+def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
+    """Moments of an engine that gathers one layer at a time: the layer at work, the next one, and the outer parameters."""
+    layers, shards = workload.shape.layers, workload.shards
+    unit = BF16 * (found.layer_weights + found.layer_added)
+    outer = BF16 * (found.outer_weights + found.outer_added)
+    live = BF16 * min(MAX_LIVE_PARAMETERS + found.layer_weights, layers * found.layer_weights + found.outer_weights)
+    zero3 = workload.engine == "zero3"
+    gathered = {count: live if zero3 else outer + count * unit for count in (1, 2, 3)}
+    localizing = min(workload.localizing_layers, layers)
+    moments: dict[str, dict[str, int]] = {}
+    whole = found.all_trained(layers)
+    # With accumulation, of earlier micro-batches: the sums of gradients, and transfers that no one has waited for yet.
+    before = BF16 * whole // shards if workload.accumulation > 1 else 0
+    flying = _in_flight(workload, found, workload.accumulation - 1)
+    moments["forward"] = {
+        "gathered": gathered[3 if layers > 1 else 2],
+        "gradients": before,
+        "importance": flying,
+        "activations": _layer_activations(workload, layers if workload.checkpointing else layers - 1, 0),
+    }
+    moments["loss"] = {
+        "gathered": gathered[1],
+        "gradients": before,
+        "importance": flying,
+        "activations": _layer_activations(workload, layers, localizing) + activations.head_bytes(workload),
+        "logits": activations.logits_bytes(workload),
+    }
+    head = BF16 * workload.shape.vocabulary * workload.shape.hidden if workload.method == "full" else found.outer_trained * BF16
+    largest = max(m * n for m, n in workload.shape.linears().values()) if workload.method == "full" else 0
+    for done in range(layers):  # layers whose backward is over; the one at work comes next
+        left = layers - done
+        at_work_localizes = done < localizing
+        saved = activations.saved_bytes(workload, at_work_localizes)
+        share = min(1.0, done / localizing) if localizing else 0.0
+        reduced = max(before, BF16 * done * found.layer_trained // shards)
+        sending = FP32 * found.layer_trained if done else 0
+        waiting = gathered[2 if left > 1 else 1]
+        rest = left if workload.checkpointing else left - 1
+        here = _layer_activations(workload, rest, max(0, localizing - done - 1) if not workload.checkpointing else 0)
+        moments[f"backward of layer {left}"] = {
+            "gathered": waiting,
+            "gradients": reduced + sending + head + BF16 * largest,
+            "importance": max(flying, int(share * _in_flight(workload, found, workload.accumulation))),
+            "activations": here + saved + activations.backward_bytes(workload, at_work_localizes),
+        }
+        moments[f"reduction of layer {left}"] = {
+            "gathered": waiting - (0 if zero3 else unit),
+            "gradients": reduced + head + (BF16 + FP32) * found.layer_trained + FP32 * found.layer_trained // shards,
+            "importance": max(
+                flying,
+                int(min(1.0, (done + 1) / localizing) * _in_flight(workload, found, workload.accumulation))
+                if localizing
+                else 0,
+            ),
+            "activations": _layer_activations(workload, rest, 0) + activations.checkpoint_bytes(workload),
+        }
+    moments["reduction outside the layers"] = {
+        "gradients": BF16 * whole // shards + (BF16 + FP32) * found.outer_trained + BF16 * found.outer_trained // shards,
+        "importance": _in_flight(workload, found, workload.accumulation),
+    }
+    return moments
+
+
+def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
+    """Moments of an engine whose GPUs keep all weights: loss, and backward of the last and of the first layer."""
+    layers = workload.shape.layers
+    whole = BF16 * found.all_trained(layers)
+    localizing = min(workload.localizing_layers, layers)
+    if workload.engine == "ddp":
+        whole *= 2  # gradients, and the buckets they are reduced in
+    elif workload.engine == "zero2":
+        whole //= workload.shards
+    before = whole if workload.accumulation > 1 or workload.engine == "ddp" else 0
+    flying = _in_flight(workload, found, workload.accumulation - 1)
+    moments = {
+        "loss": {
+            "gradients": before,
+            "importance": flying,
+            "activations": _layer_activations(workload, layers, localizing) + activations.head_bytes(workload),
+            "logits": activations.logits_bytes(workload),
+        }
+    }
+    for done in range(layers):
+        left = layers - done
+        rest = left if workload.checkpointing else left - 1
+        share = min(1.0, done / localizing) if localizing else 0.0
+        saved = activations.saved_bytes(workload, done < localizing)
+        moments[f"backward of layer {left}"] = {
+            "gradients": max(before, whole * (done + 1) // layers),
+            "importance": max(flying, int(share * _in_flight(workload, found, workload.accumulation))),
+            "activations": _layer_activations(workload, rest, max(0, localizing - done - 1))
+            + saved
+            + activations.backward_bytes(workload, done < localizing),
+        }
+    return moments
+
+
+def _update(workload: Workload, found: _Sizes) -> dict[str, int]:
+    """The optimizer's step: all gradients, and fp32 copies of one parameter group's.
+
+    LoSiA has a group for each layer; the others have one group in all.
+    """
+    layers, shards = workload.shape.layers, workload.shards
+    trained = found.all_trained(layers)
+    group = max(found.layer_trained, found.outer_trained) if workload.method == "losia" else trained
+    copies = 2 if workload.engine == "ddp" else 1
+    over = 1 if workload.engine in ("ddp", "zero1") else shards
+    if workload.offload != "none":
+        group = 0  # the update runs on the host
+    return {
+        "gradients": copies * BF16 * trained // over,
+        "importance": _in_flight(workload, found, workload.accumulation),
+        "update": FP32 * group // shards,
+    }

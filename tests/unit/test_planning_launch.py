@@ -1,0 +1,96 @@
+"""The files that `losia-dist plan --output` writes are ones that the script, Accelerate, DeepSpeed and bash take."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from losia_dist import LoSiAConfig
+from losia_dist.cli.main import main
+from losia_dist.integrations.accelerate import read_launch_settings
+from losia_dist.planning.launch import deepspeed_settings
+from losia_dist.planning.shapes import find_shape
+from losia_dist.planning.workload import Cluster, Workload
+from losia_dist.training.fsdp import Sharding
+from losia_dist.training.options import check
+from tests.contracts.test_configs import launch_environment
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(directory: Path, *words: str) -> None:
+    base = ["plan", "--model", "llama-2-7b", "--gpus-per-node", "4", "--json", "--rank-factor", "0.25", "0.0625"]
+    assert main([*base, "--output", str(directory), *words]) == 0
+
+
+def script_options(directory: Path) -> tuple[str, object]:
+    """The launcher's words, and the script's options as its own parser reads them."""
+    import argparse
+
+    from losia_dist.training.options import add_training_arguments
+
+    text = (directory / "launch.sh").read_text()
+    subprocess.run(["bash", "-n", directory / "launch.sh"], check=True)
+    command = re.search(r"^exec (.*?)$\n?(?!.*^exec)", text.replace("\\\n", ""), re.MULTILINE | re.DOTALL).group(1)
+    command = re.sub(r'"\$\{(\w+):[^}]*\}"', r"value-of-\1", command).replace('"$@"', "")
+    start, _, options = command.partition("launch/train.py")
+    return start, add_training_arguments(argparse.ArgumentParser()).parse_args(shlex.split(options))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_accelerates_file_and_the_command(tmp_path, monkeypatch, engine, nodes):
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+    shards = ["--shard-ranks", "2"] if engine == "hsdp" else []
+    write(tmp_path, "--engine", engine, "--nodes", nodes, "--sequence-length", "1024", "--checkpointing", "off", *shards)
+    start, options = script_options(tmp_path)
+    assert start.startswith(f"accelerate launch --config_file {tmp_path}/accelerate.yaml")
+    assert ("--machine_rank value-of-NODE_RANK" in start) == (nodes == "2")
+    config = check(options)
+    assert config == LoSiAConfig.from_file(tmp_path / "losia.yaml") == LoSiAConfig(rank_factor=(0.25, 0.0625))
+    assert (options.max_length, options.gradient_checkpointing, options.precision) == (1024, "off", "bf16")
+    processes = 4 * int(nodes)
+    assert yaml.safe_load((tmp_path / "accelerate.yaml").read_text())["num_processes"] == processes
+    settings = read_launch_settings(processes, launch_environment(tmp_path / "accelerate.yaml", monkeypatch))
+    assert settings.sharding == {"ddp": None, "fsdp2": "fsdp2", "hsdp": "hsdp:2"}[engine]
+    assert settings.precision == "bf16" and settings.deepspeed is None
+    if settings.sharding:
+        Sharding.parse(settings.sharding).check(processes)
+
+
+def test_offload_of_fsdp2_reaches_the_script(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+    write(tmp_path, "--engine", "fsdp2", "--offload", "all")
+    assert read_launch_settings(4, launch_environment(tmp_path / "accelerate.yaml", monkeypatch)).offload
+
+
+@pytest.mark.parametrize("engine, offload", [("zero1", "none"), ("zero2", "none"), ("zero3", "none"), ("zero3", "optimizer")])
+def test_deepspeeds_file_is_the_projects_own(tmp_path, engine, offload):
+    write(tmp_path, "--engine", engine, "--offload", offload, "--nodes", "2", "--micro-batch", "3")
+    start, options = script_options(tmp_path)
+    assert start.startswith("torchrun --nproc_per_node 4 --nnodes 2 --node_rank value-of-NODE_RANK")
+    assert options.deepspeed == f"{tmp_path}/deepspeed.json" and options.micro_batch == 3
+    check(options)
+    shipped = CONFIGS / "deepspeed" / f"{engine}{'-offload' if offload == 'optimizer' else ''}.json"
+    assert json.loads((tmp_path / "deepspeed.json").read_text()) == json.loads(shipped.read_text())
+
+
+@pytest.mark.parametrize("engine, offload", [("zero1", "optimizer"), ("zero2", "optimizer"), ("zero3", "all")])
+def test_deepspeed_takes_every_form_of_offload(engine, offload):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    workload = Workload(find_shape("llama-2-7b"), Cluster(), engine, offload=offload)
+    zero = DeepSpeedZeroConfig(**deepspeed_settings(workload)["zero_optimization"])
+    assert str(zero.offload_optimizer.device) == "cpu"
+    assert (zero.offload_param is not None) == (offload == "all")
+
+
+def test_full_fine_tuning_gets_no_losia_options_and_paths_with_spaces_survive(tmp_path):
+    write(tmp_path / "a b", "--method", "full", "--engine", "fsdp2")
+    start, options = script_options(tmp_path / "a b")
+    assert not options.losia and not (tmp_path / "a b" / "losia.yaml").exists()
+    assert f"'{tmp_path}/a b'/accelerate.yaml" in start
