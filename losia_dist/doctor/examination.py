@@ -1,0 +1,142 @@
+"""One examination, from a process alone or from all ranks of a launch."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import secrets
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from losia_dist.config import LoSiAConfig
+from losia_dist.doctor import links, ranks, storage
+from losia_dist.doctor.facts import Facts, collect
+from losia_dist.doctor.findings import ERROR, Finding, Placed, error, merge, ok, render, to_json
+from losia_dist.doctor.machine import examine
+from losia_dist.doctor.meeting import NotMet, Post, connect, find_post, meet, until
+from losia_dist.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine, and print: the first rank for all, every rank for itself where they do not meet. Called by all ranks.
+
+    Returns:
+        0: nothing that would keep a run from working (warnings may be printed); 1: an error was found. The same on all
+        ranks, unless they do not meet.
+    """
+    facts = collect()
+    try:
+        post = find_post()
+    except NotMet as problem:
+        _show(options, merge([[problem.finding]]), 1, {})
+        return 1
+    own = examine(facts, post.local_rank, post.local_world_size, options.deepspeed is not None)
+    own += check_files(options)
+    if options.output_dir:
+        own += storage.check_storage(options.output_dir, options.model)
+    if post.world_size == 1:
+        placed, measured = merge([own]), dict[str, Any]()
+    else:
+        try:
+            store = meet(post, facts.host, options.seconds)
+            connect(post, facts.host, store, options.seconds)
+        except NotMet as problem:
+            # Nobody speaks for all: the first rank says what it found, every other one what keeps it from the others.
+            if post.rank == 0:
+                _show(options, merge([[*own, problem.finding]]), 1, {}, on=f"rank 0 of {post.world_size}, alone")
+            else:
+                print(render(merge([[problem.finding]]), 1)[0], file=sys.stderr, flush=True)
+            return 1
+        placed, measured = _together(options, post, facts, own)
+    if post.rank == 0:
+        _show(options, placed, post.world_size, measured)
+    if post.world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 1 if any(one.finding.level == ERROR for one in placed) else 0
+
+
+def check_files(options: argparse.Namespace) -> list[Finding]:
+    """The configuration files that were named: there, and readable as what they are."""
+    readers: dict[str, Callable[[str], Any]] = {
+        "losia_config": LoSiAConfig.from_file,
+        "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
+    }
+    findings = []
+    for name, read in readers.items():
+        path = getattr(options, name)
+        if path is None:
+            continue
+        try:
+            read(path)
+        except (ConfigError, OSError, ValueError) as problem:
+            findings.append(error("files", f"--{name} {path}: {problem}", "correct the file, or its path on this host"))
+        else:
+            findings.append(ok("files", f"--{name} {path} can be read"))
+    return findings
+
+
+def _together(options: argparse.Namespace, post: Post, facts: Facts, own: list[Finding]) -> tuple[list[Placed], dict[str, Any]]:
+    """All ranks' findings, those about differences, and the links; the same on all ranks."""
+    with until(4 * options.seconds, f"rank {post.rank} (host {facts.host}): comparing the ranks did not end"):
+        answers = _gather((facts, _hashes(options)), post)
+        local_ranks = _gather(post.local_rank, post)
+        common = ranks.compare(answers, local_ranks)
+        if options.output_dir:
+            common += _check_shared(options, post)
+        hosts = len({answer[0].host for answer in answers})
+        measured = {"gloo": links.measure(torch.device("cpu"), dist.group.WORLD)}
+        each_has_a_gpu = all(local < len(answer[0].gpus) for answer, local in zip(answers, local_ranks, strict=True))
+        distinct = len({(a[0].host, local) for a, local in zip(answers, local_ranks, strict=True)}) == post.world_size
+        if each_has_a_gpu and distinct and "nccl" in facts.backends:
+            device = torch.device("cuda", post.local_rank)
+            torch.cuda.set_device(device)
+            group = dist.new_group(backend="nccl", timeout=timedelta(seconds=options.seconds), device_id=device)
+            measured["nccl"] = links.measure(device, group)
+        common += [links.about(backend, values, hosts) for backend, values in measured.items()]
+        everyone = _gather(own, post)
+    return merge([[*findings, *common] for findings in everyone]), measured
+
+
+def _check_shared(options: argparse.Namespace, post: Post) -> list[Finding]:
+    """Whether all ranks see what the first one writes."""
+    mark = storage.leave_mark(options.output_dir, secrets.token_hex(8)) if post.rank == 0 else None
+    shown = [None if mark is None else str(mark)]
+    dist.broadcast_object_list(shown, src=0)
+    if shown[0] is None:
+        return []  # the first rank has said why
+    seen = _gather(storage.sees_mark(shown[0]), post)
+    if mark is not None:
+        mark.unlink(missing_ok=True)
+    return storage.check_shared(options.output_dir, seen)
+
+
+def _hashes(options: argparse.Namespace) -> dict[str, str]:
+    found = {}
+    for name in ("losia_config", "deepspeed"):
+        path = getattr(options, name)
+        if path is not None and Path(path).is_file():
+            found[f"--{name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return found
+
+
+def _gather(value: Value, post: Post) -> list[Value]:
+    everyone: list[Any] = [None] * post.world_size
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _show(options: argparse.Namespace, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
+    if options.json:
+        print(json.dumps(to_json(placed, world_size, measured), indent=2), flush=True)
+    else:
+        print("\n".join(render(placed, world_size, on)), flush=True)
