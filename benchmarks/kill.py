@@ -1,11 +1,11 @@
 """Kill -9 a run of two ranks at random moments, resume it, and compare the end with a run that was never disturbed.
 
-    python benchmarks/kill.py --moments 50 [--engine ddp|zero2|zero3|fsdp2] [--seed 0]
+    python -m benchmarks.kill --moments 50 [--engine ddp|zero2|zero3|fsdp2] [--seed 0]
 
-Every step is saved, and subnets move every third one; the run writes down which phase it is in, and the table says where each
-kill fell. Of three moments one is drawn from the whole of training, one from a save and one from a re-localization. Each is a
-run of its own: started, killed (one rank or all, by turns), resumed from whatever is complete, and trained to the end. Exit
-code 1 if any run differs.
+Every step of two micro-batches is saved and followed by an evaluation, and subnets move every third one; the run writes down
+which phase it is in, and the table says where each kill fell. Moments are drawn by turns from the whole of training, a save, a
+re-localization, the time between two micro-batches, and an evaluation. Each is a run of its own: started, killed (one rank or
+all, by turns), resumed from whatever is complete, and trained to the end. Exit code 1 if any run differs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from losia_dist.checkpoint.names import unwrap
 from losia_dist.checkpoint.session import wait_for_saving
 
 STEPS, PERIOD, RANKS = 24, 3, 2
+AIMS = ("any", "save", "re-localization", "accumulation", "evaluation")
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
 
 
@@ -61,12 +63,12 @@ def report(options: argparse.Namespace, directory: Path) -> int:
     print(
         f"{options.engine}, {RANKS} ranks, {STEPS} steps in {training:.1f} s; every step is saved, subnets move every {PERIOD}"
     )
-    print(f"{'moment':>6} {'killed':>7} {'in':>15} {'at step':>8} {'resumed from':>13} {'end equals':>11}")
+    print(f"{'moment':>6} {'killed':>7} {'in':>16} {'at step':>8} {'resumed from':>13} {'end equals':>11}")
     different, where = 0, Counter()
     for moment in range(options.moments):
         place = directory / f"moment-{moment}"
         victims = list(range(RANKS)) if moment % 2 else [chance.randrange(RANKS)]
-        aim = ("any", "save", "re-localization")[moment % 3]
+        aim = AIMS[moment % len(AIMS)]
         phase, step = killed_run(options.engine, place, victims, chance, aim, training)
         complete = layout.complete_checkpoints(place / "saved")
         resumed = complete[-1].path.name if complete else "the start"
@@ -76,7 +78,7 @@ def report(options: argparse.Namespace, directory: Path) -> int:
         different += not equal
         where[phase] += 1
         who = "all" if len(victims) > 1 else f"rank {victims[0]}"
-        print(f"{moment:>6} {who:>7} {phase:>15} {step:>8} {resumed:>13} {'yes' if equal else 'NO':>11}", flush=True)
+        print(f"{moment:>6} {who:>7} {phase:>16} {step:>8} {resumed:>13} {'yes' if equal else 'NO':>11}", flush=True)
         shutil.rmtree(place)
     same = options.moments - different
     print(f"{same} of {options.moments} runs ended with the undisturbed run's weights and optimizer state, bit for bit")
@@ -126,7 +128,7 @@ def killed_run(
         if phase == wanted and reached >= step:
             break
         time.sleep(0.0005)
-    time.sleep(chance.uniform(0, training if aim == "any" else 0.03 if aim == "save" else 0.005))
+    time.sleep(chance.uniform(0, training if aim == "any" else 0.03 if aim == "save" else 0.003))
     for rank in victims:
         processes[rank].send_signal(signal.SIGKILL)
     phase, reached = read_mark(marks)
@@ -174,10 +176,12 @@ def work(engine: str, directory: Path) -> None:
     while losia.steps < STEPS:
         mark("step")
         generator = torch.Generator().manual_seed(losia.steps * RANKS + rank)
-        tokens = torch.randint(0, SHAPE["vocab_size"], (2, 16), generator=generator)
-        step_once({"input_ids": tokens, "labels": tokens})
+        tokens = torch.randint(0, SHAPE["vocab_size"], (2, 2, 16), generator=generator)
+        step_once([{"input_ids": ids, "labels": ids} for ids in tokens], mark)
         mark("save")
         save_checkpoint(saved, **arguments, keep_last=3, asynchronous=losia.steps % 4 == 0)
+        mark("evaluation")
+        evaluate(arguments["model"])
     (directory / "seconds").write_text(str(time.monotonic() - began))
     losia.consolidate()
     end = {name: losia.parameters.read_whole(p).clone() for name, p in unwrap(losia.model).named_parameters()}
@@ -190,20 +194,32 @@ def work(engine: str, directory: Path) -> None:
     dist.destroy_process_group()
 
 
-def build(engine: str) -> tuple[dict[str, Any], Any]:
-    """What save_checkpoint is given, and a function that trains one step."""
+def evaluate(model: Any) -> None:
+    """A loss without gradients, in between."""
+    tokens = torch.arange(32).reshape(2, 16)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=tokens, labels=tokens, use_cache=False)
+    model.train()
+
+
+def build(engine: str) -> tuple[dict[str, Any], Callable[[list[dict[str, torch.Tensor]], Callable[[str], None]], None]]:
+    """What save_checkpoint is given, and a function that trains one step over its micro-batches."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, max_position_embeddings=32)).train()
     config = LoSiAConfig(rank_factor=0.25, period=PERIOD)
     if engine.startswith("zero"):
         from losia_dist import initialize
 
-        settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": int(engine[4])}}
+        settings = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+        settings |= {"zero_optimization": {"stage": int(engine[4])}}
         ds_engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=1e-3)
 
-        def ds_step(batch: dict[str, torch.Tensor]) -> None:
-            ds_engine.backward(ds_engine(**batch, use_cache=False).loss)
-            ds_engine.step()
+        def ds_step(micro_batches: list[dict[str, torch.Tensor]], mark: Callable[[str], None]) -> None:
+            for batch in micro_batches:
+                ds_engine.backward(ds_engine(**batch, use_cache=False).loss)
+                ds_engine.step()
+                mark("accumulation")
 
         return {"model": ds_engine, "optimizer": optimizer, "losia": ds_engine.losia}, ds_step
     get_losia_model(model, config)
@@ -221,8 +237,10 @@ def build(engine: str) -> tuple[dict[str, Any], Any]:
     optimizer = LoSiAAdamW(losia_parameter_groups(wrapped, lr=1e-3), lr=1e-3)
     losia = LoSiA(wrapped, optimizer, config)
 
-    def step(batch: dict[str, torch.Tensor]) -> None:
-        wrapped(**batch, use_cache=False).loss.backward()
+    def step(micro_batches: list[dict[str, torch.Tensor]], mark: Callable[[str], None]) -> None:
+        for batch in micro_batches:
+            (wrapped(**batch, use_cache=False).loss / len(micro_batches)).backward()
+            mark("accumulation")
         optimizer.step()
         losia.step()
         optimizer.zero_grad()

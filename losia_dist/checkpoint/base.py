@@ -1,60 +1,45 @@
 """The weights that a run's checkpoints share: a base that is written once, and a journal of what changed in it since.
 
-Frozen weights change only where a subnet was: when it moves on, the values it leaves behind go to the journal, and no other
+Frozen weights change only where a subnet was: once it has moved on, the values it left behind go to the journal, and no other
 element ever changes. So a checkpoint costs its subnets, not the model.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import files, layout
-from losia_dist.checkpoint.agreement import Agreement
+from losia_dist.checkpoint.journal import Moved
 from losia_dist.checkpoint.names import Contents
 from losia_dist.errors import CheckpointError
 from losia_dist.sharding.interface import ParameterAccess
-from losia_dist.subnet.linear import SubnetLinear
-
-
-@dataclass
-class Retired:
-    """A subnet that moved on: rows int64 [r], columns int64 [c], values [r, c] in the weight's dtype, in host memory."""
-
-    layer: str
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.rows, self.columns, self.values))
 
 
 @dataclass
 class Chain:
-    """Base and journal of one directory, as the run in this process continues them. Each rank holds its part of `pending`.
+    """Base and journal of one directory, as the run in this process continues them; the same on every rank.
 
     Attributes:
         run: identity of the run, written into the base.
         base_crc32: checksum of the base's manifest.
         journal: journal files on the disk that lead from the base to the last save, in order, with size and CRC-32.
-        pending: what this rank has to add to them at the next save.
+        pending: the places whose values are to be added to them at the next save.
+        unsaved: those that a save failed to write.
     """
 
     directory: Path
     run: str
     base_crc32: int
     journal: dict[str, list[int]] = field(default_factory=dict)
-    pending: list[Retired] = field(default_factory=list)
+    pending: Moved = field(default_factory=Moved)
+    unsaved: Moved = field(default_factory=Moved)
 
     def check_still_there(self) -> None:
         """Refuse to go on in a directory that another run has taken over.
@@ -65,32 +50,6 @@ class Chain:
         base = self.directory / layout.BASE
         if layout.read_manifest(base, self.base_crc32)["run"] != self.run:
             raise CheckpointError(f"{base} belongs to another run: save into another directory.")
-
-
-def watch(
-    chains: dict[Path, Chain], layers: list[SubnetLinear], agreement: Agreement
-) -> Callable[[SubnetLinear, Tensor], None]:
-    """A hook for `LoSiA.on_retire` that adds to every chain. Layers are dealt out to the ranks, to share the memory."""
-    owner = {layer: place % agreement.world_size for place, layer in enumerate(layers)}
-
-    def retire(layer: SubnetLinear, values: Tensor) -> None:
-        if owner[layer] == agreement.rank and chains:
-            kept = [layer.row_index, layer.col_index, values.to(layer.weight.dtype)]
-            rows, columns, values = (tensor.detach().to("cpu", copy=True) for tensor in kept)
-            for chain in chains.values():
-                chain.pending.append(Retired(layer.name, rows, columns, values))
-
-    return retire
-
-
-def write_journal(path: Path, retired: list[Retired]) -> files.FileRecord:
-    """Write one journal file."""
-    tensors: dict[str, Tensor] = {}
-    for place, entry in enumerate(retired):
-        tensors[f"{place}/{entry.layer}/rows"] = entry.rows
-        tensors[f"{place}/{entry.layer}/columns"] = entry.columns
-        tensors[f"{place}/{entry.layer}/values"] = entry.values
-    return files.write_tensors(path, tensors)
 
 
 def base_entries(contents: Contents, access: ParameterAccess) -> dict[str, files.Entry]:

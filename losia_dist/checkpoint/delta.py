@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from losia_dist.checkpoint import files
-from losia_dist.checkpoint.model_directory import ModelDirectory, write_model_directory
+from losia_dist.checkpoint.model_directory import ModelDirectory, write_json_files, write_model_directory
 from losia_dist.checkpoint.offline import ExportedWeights
 from losia_dist.errors import CheckpointError
 
@@ -98,7 +98,11 @@ def apply_delta(file: str | Path, base_model: str | Path, directory: str | Path)
         return _patched(base.tensor(name).to(getattr(torch, entry["dtype"])), found)
 
     entries = {name: files.Entry(getattr(torch, e["dtype"]), tuple(e["shape"])) for name, e in described.items()}
-    return write_model_directory(directory, entries, read, texts=header["texts"], base_model=base_model)
+
+    def write_texts(beside: Path) -> None:
+        write_json_files(beside, header["texts"])
+
+    return write_model_directory(directory, entries, read, write_texts, base_model=base_model)
 
 
 def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

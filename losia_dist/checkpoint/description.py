@@ -26,7 +26,7 @@ def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
         "model_class": type(plain).__name__.removeprefix("FSDP"),
         "config": _config_of(getattr(plain, "config", None), type(plain).__name__.removeprefix("FSDP"), contents),
         "generation_config": _generation_config_of(plain),
-        "renamed_on_disk": _is_renamed_on_disk(plain),
+        "renamed_on_disk": is_renamed_on_disk(plain),
     }
 
 
@@ -153,7 +153,7 @@ def _generation_config_of(model: Any) -> dict[str, Any] | None:
     return None if to_json is None else json.loads(to_json(use_diff=True))
 
 
-def _is_renamed_on_disk(model: Any) -> bool:
+def is_renamed_on_disk(model: Any) -> bool:
     """Whether Transformers writes this model's weights under other names, or fused, than they have in memory."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None and hasattr(model, "save_pretrained"):

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from losia_dist.checkpoint.model_directory import copy_tokenizer
+from losia_dist.agreement import Agreement
+from losia_dist.checkpoint import files
+from losia_dist.checkpoint.description import is_renamed_on_disk
+from losia_dist.checkpoint.model_directory import write_model_directory
 from losia_dist.checkpoint.names import plain_entries, unwrap
 from losia_dist.checkpoint.offline import export_checkpoint
+from losia_dist.checkpoint.session import session_of
 from losia_dist.conductor import LoSiA
-from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
+from losia_dist.errors import ConfigError
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.sharding.resolve import resolve_parameters
-
-# What from_pretrained looks for, in one file or several.
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None) -> Path:
     """Write the trained model as a plain directory (safetensors, config). Called by all ranks; rank 0 writes.
 
-    The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. They are
-    gathered one parameter at a time; rank 0 holds the whole model in host memory while it writes.
+    The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. One weight is
+    in memory at a time beyond what the ranks hold anyway. Models that Transformers stores under other names than they have in
+    memory, or fused (some mixtures of experts), are the exception: rank 0 holds their live weights in host memory together.
 
-    From a checkpoint one weight is in memory at a time, and neither the model nor a GPU is needed.
+    From a checkpoint neither the model nor a GPU is needed.
 
     Args:
         checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed); or a directory that
-            checkpoints were saved to (the newest complete one counts), or one step's directory in it.
-        directory: made if missing; files of the same name are replaced only after all were written.
+            checkpoints were saved to (the newest complete one counts), one step's directory in it, or a run's output
+            directory.
+        directory: made if missing; what is in it changes only after all was written.
         base_model: a model directory whose tokenizer is copied; None: none is.
 
     Returns:
@@ -44,10 +44,14 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
 
     Raises:
         ConfigError: neither a conductor nor a path, or the directory cannot be written (on every rank).
-        CheckpointError: a checkpoint that is damaged or incomplete (on every rank).
+        CheckpointError: a checkpoint that is damaged or incomplete, not enough space, or `base_model` is no directory (on
+            every rank). The directory is as it was then.
     """
+    directory = Path(directory)
     if isinstance(checkpoint_or_losia, str | Path):
-        return _export_checkpoint(checkpoint_or_losia, Path(directory), base_model)
+        checkpoint = checkpoint_or_losia
+        Agreement.of_all().on_first(None, lambda: str(export_checkpoint(checkpoint, directory, base_model)))
+        return directory
     if not isinstance(checkpoint_or_losia, LoSiA):
         raise ConfigError(
             f"export_model was given a {type(checkpoint_or_losia).__name__}: pass the conductor of a live run (LoSiA, or "
@@ -55,84 +59,88 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
         )
     losia = checkpoint_or_losia
     losia.consolidate()
-    written = save_whole_model(losia.model, directory, losia.parameters)
-    if base_model is not None and _rank() == 0:
-        copy_tokenizer(base_model, written)
-    return written
+    agreement = session_of(losia, losia.model, losia.state.optimizer).agreement
+    return save_whole_model(losia.model, directory, losia.parameters, base_model=base_model, agreement=agreement)
 
 
-def _export_checkpoint(checkpoint: str | Path, directory: Path, base_model: Any) -> Path:
-    failure: tuple[type[LoSiAError], str] | None = None
-    if _rank() == 0:
-        try:
-            export_checkpoint(checkpoint, directory, base_model)
-        except CheckpointError as error:
-            failure = (CheckpointError, str(error))
-        except OSError as error:
-            failure = (ConfigError, f"the model could not be written to {directory}: {error}")
-    failure = _from_rank_0(failure)
-    if failure:
-        raise failure[0](failure[1])
-    return directory
+def save_whole_model(
+    model: nn.Module,
+    directory: str | Path,
+    access: ParameterAccess | None = None,
+    *,
+    base_model: str | Path | None = None,
+    agreement: Agreement | None = None,
+) -> Path:
+    """Write any model, sharded or not, as `export_model` does. Called by all ranks; rank 0 writes.
+
+    Args:
+        access: to the model's weights; None: found out.
+        agreement: of all ranks; None: one is made.
+    """
+    plain: Any = unwrap(model)
+    access = access or resolve_parameters(plain)
+    named: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    if is_renamed_on_disk(plain):
+        state = _gather(plain, access)  # what is renamed and fused how is known to save_pretrained alone
+    else:
+        named = dict(plain_entries(plain))
+        named = _stored_once(plain, named) if hasattr(plain, "save_pretrained") else named
+    entries = {name: files.Entry(tensor.dtype, _shape(access, tensor)) for name, tensor in named.items()}
+    write_model_directory(
+        directory,
+        entries,
+        lambda name: _read(access, named[name]),
+        _texts_of(plain, state),
+        base_model=base_model,
+        agreement=agreement or Agreement.of_all(),
+    )
+    return Path(directory)
 
 
-def save_whole_model(model: nn.Module, directory: str | Path, access: ParameterAccess | None = None) -> Path:
-    """Write any model, sharded or not, as a plain directory. Called by all ranks; rank 0 writes."""
-    plain = unwrap(model)
-    state = _gather(plain, access or resolve_parameters(plain))
-    directory, failure = Path(directory), None
-    if _rank() == 0:
-        try:
-            _write(plain, state, directory)
-        except Exception as error:  # a full disk is an error of safetensors; the other ranks wait and must hear of any
-            failure = f"the model could not be written to {directory}: {type(error).__name__}: {error}"
-    failure = _from_rank_0(failure)
-    if failure:
-        raise ConfigError(failure)
-    return directory
+def _texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
+    """Lets the model's own class write its configuration, and code that it brings; and its weights where `state` has them."""
+
+    def write(directory: Path) -> None:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(directory, state_dict=state)
+            _drop_quantization_note(directory / "config.json")
+
+    return write
+
+
+def _stored_once(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the further names of shared tensors, and what the model's class leaves out: as `save_pretrained` has it."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    names: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    kept = {min(same, key=lambda name: name in tied) for same in names.values()}
+    return {name: tensor for name, tensor in named.items() if name in kept - ignored}
 
 
 @torch.no_grad()
 def _gather(model: nn.Module, access: ParameterAccess) -> dict[str, Tensor]:
     """Every tensor of the state dict but LoSiA's own, on rank 0's CPU. Tied names share one tensor."""
+    is_first = torch.distributed.get_rank() == 0 if torch.distributed.is_initialized() else True
     gathered: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     for name, tensor in plain_entries(model):
         if id(tensor) not in gathered:
-            whole = access.read_whole(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
-            gathered[id(tensor)] = whole.cpu() if _rank() == 0 else torch.empty(0)
+            whole = _read(access, tensor)
+            gathered[id(tensor)] = whole.cpu() if is_first else torch.empty(0)
         state[name] = gathered[id(tensor)]
     return state
 
 
-def _write(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
-    """All files into a directory beside the target, or inside one that exists; then they take their places."""
-    is_new = not directory.exists()
-    beside = directory.with_name(f".{directory.name}.incomplete") if is_new else directory / ".incomplete"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        save: Any = getattr(model, "save_pretrained", None)
-        if save is not None:
-            save(beside, state_dict=state)
-            _drop_quantization_note(beside / "config.json")
-        else:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(beside / "model.safetensors"))
-        if is_new:
-            os.rename(beside, directory)
-        else:
-            _replace_weights(beside, directory)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+@torch.no_grad()
+def _read(access: ParameterAccess, tensor: Tensor) -> Tensor:
+    return access.read_whole(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
-def _replace_weights(beside: Path, directory: Path) -> None:
-    """Move files up. The old weights go first, also under names that the new ones do not have: a loader would take them."""
-    for pattern in _WEIGHTS:
-        for old in directory.glob(pattern):
-            old.unlink()
-    for file in beside.iterdir():
-        os.replace(file, directory / file.name)
+def _shape(access: ParameterAccess, tensor: Tensor) -> tuple[int, ...]:
+    return access.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
 
 
 def _drop_quantization_note(path: Path) -> None:
@@ -140,16 +148,3 @@ def _drop_quantization_note(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.pop("quantization_config", None) is not None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _from_rank_0(message: Any) -> Any:
-    """What rank 0 says, on every rank, so that all of them stop together."""
-    if dist.is_available() and dist.is_initialized():
-        box = [message]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return message

@@ -72,8 +72,7 @@ class TensorWriter:
     """
 
     def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
-        # Readers view the data in place, so wider types come first and every tensor is aligned.
-        self.order = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
+        self.order = writing_order(entries)
         self._entries, self._written, self.size, self._crc = entries, 0, 0, 0
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         end = 0
@@ -115,6 +114,11 @@ class TensorWriter:
         self._file.write(data)
         self.size += len(data)
         self._crc = zlib.crc32(data, self._crc)
+
+
+def writing_order(entries: dict[str, Entry]) -> list[str]:
+    """The order of tensors in a file: readers view the data in place, so wider types come first and every one is aligned."""
+    return sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> FileRecord:

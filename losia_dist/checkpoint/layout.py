@@ -23,6 +23,9 @@ from losia_dist.checkpoint import files
 from losia_dist.errors import CheckpointError
 
 FORMAT = 1
+# Where to look in a run's output directory: the training script's checkpoints; those of Trainer and Accelerate, whose own
+# directories (checkpoint-12) lie beside. Trainer's uploads of output_dir to the Hub leave out what begins with "_".
+OF_SCRIPT, BESIDE = "checkpoints", "_losia_state"
 BASE, JOURNAL, LATEST = "base", "journal", "latest"
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
@@ -77,6 +80,35 @@ def find(directory: Path, step: int | None = None, name: str | None = None) -> C
         why = "" if directory.is_dir() else " (the directory does not exist)"
         raise CheckpointError(f"no {what} in {directory}{why}: complete there: {there}. Check the path, or start anew.")
     return wanted[-1]
+
+
+def locate(path: str | Path) -> Complete:
+    """What a user means by a path: the newest complete checkpoint of a directory of checkpoints or of a run's output directory;
+    or one checkpoint: a step's own directory, or Trainer's or Accelerate's, whose state lies beside it.
+
+    Raises:
+        CheckpointError: there is none, and where it was looked for.
+    """
+    path = Path(path)
+    if (path / COMPLETE).is_file():
+        return find(path.parent, name=path.name)
+    beside = [path.absolute().parent / BESIDE]
+    if beside[0].parent.name == OF_SCRIPT:  # Accelerate with automatic_checkpoint_naming
+        beside.append(beside[0].parent.parent / BESIDE)
+    for state in beside:
+        if path.is_dir() and path.name in [complete.path.name for complete in complete_checkpoints(state)]:
+            return find(state, name=path.name)
+    inside = [path, path / OF_SCRIPT, path / BESIDE]
+    for directory in inside:
+        if any(complete.is_latest for complete in complete_checkpoints(directory)):
+            return find(directory)
+    there = complete_checkpoints(beside[0])
+    if there and path.is_dir():
+        raise CheckpointError(
+            f"{path} is none of the checkpoints whose state is in {beside[0]} ("
+            f"{', '.join(complete.path.name for complete in there[-5:])}). Give {path.parent}, for the newest, or one of them."
+        )
+    return find(next((directory for directory in reversed(inside) if directory.is_dir()), path))
 
 
 def next_sequence(directory: Path) -> int:
@@ -168,6 +200,17 @@ def remove_unneeded(directory: Path, keep_last: int | None) -> None:
     for path in (directory / JOURNAL).glob("*"):
         if f"{JOURNAL}/{path.name}" not in needed:
             files.remove(path)
+
+
+def remove_entries(directory: Path, paths: list[Path]) -> None:
+    """Delete some of a directory's checkpoints, and journal files that no other needs. What fails is left for the next time."""
+    if not paths:
+        return
+    with contextlib.suppress(OSError):
+        for path in paths:
+            (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
+            files.remove(path)
+        remove_unneeded(directory, None)
 
 
 def _read_marker(path: Path) -> Complete | None:

@@ -12,6 +12,7 @@ from losia_dist.checkpoint.names import contents_of
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.session import session_of
 from losia_dist.conductor import LoSiA
+from losia_dist.errors import CheckpointError
 
 
 def load_checkpoint(
@@ -41,6 +42,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank: none is complete, files are missing, damaged or foreign, a newer format, or another
             model, configuration or optimizer. Nothing has been changed then.
+        CheckpointError: in mid accumulation, whose gradients would go into the first step after.
         ConfigError: arguments that do not belong together.
     """
     return load_from(directory, model=model, optimizer=optimizer, losia=losia, scheduler=scheduler, step=step)[1]
@@ -70,6 +72,7 @@ def load_from(
     agreement = session.agreement
     what = f"loading from {directory}"
     agreement.same("what load_checkpoint was asked for", [str(directory), step, name])
+    agreement.attempt(what, lambda: _check_between_steps(losia))
     chosen = agreement.on_first(what, lambda: layout.find(directory, step, name))
     losia.parameters.settle()
     contents = contents_of(losia)
@@ -99,3 +102,11 @@ def load_from(
         session.chains[directory] = Chain(directory, run, crc32, dict(journal))
     agreement.gather(None)  # no rank saves over files that another still reads
     return chosen.path, saved["extra"]
+
+
+def _check_between_steps(losia: LoSiA) -> None:
+    if losia.in_mid_step:
+        raise CheckpointError(
+            "a checkpoint was to be loaded in the middle of an optimizer step: gradients of micro-batches that were run would "
+            "go into the first step after. Load before the first one, or call optimizer.zero_grad() and losia.discard_step()."
+        )

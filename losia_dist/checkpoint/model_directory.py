@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import files
-from losia_dist.errors import CheckpointError
+from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 
 SHARD_BYTES = 5_000_000_000
+_INDEX = "model.safetensors.index.json"
+# What from_pretrained looks for, in one file or several.
+_WEIGHTS = ("model*.safetensors", _INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _BESIDE_WEIGHTS = (
     "tokenizer*",
     "vocab*",
@@ -39,7 +44,7 @@ class ModelDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / _INDEX
         if index.is_file():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         else:
@@ -62,64 +67,134 @@ def write_model_directory(
     directory: str | Path,
     entries: dict[str, files.Entry],
     read: Callable[[str], Tensor],
+    write_texts: Callable[[Path], None],
     *,
-    texts: dict[str, Any],
-    base_model: str | Path | None,
+    base_model: str | Path | None = None,
+    agreement: Agreement | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write weights in files of at most `shard_bytes` (a larger tensor gets a file of its own), one in memory at a time.
 
+    Called by all ranks of the agreement; rank 0 writes. Whatever fails on it is raised on all of them.
+
     Args:
-        directory: made if missing; its files of the same names are replaced only after all were written.
-        entries: every weight that there will be.
-        read: gives a weight when its turn comes.
-        texts: file name -> JSON content, or None to leave it out.
+        directory: made if missing; what is in it changes only after all was written. Weights it holds then that are not
+            among the new ones are deleted: a loader would take them.
+        entries: every weight that `read` gives, in the same order on all ranks.
+        read: gives a weight when its turn comes; called on all ranks, so that it may communicate.
+        write_texts: puts into the directory that it is given what belongs beside the weights; called on rank 0, first.
         base_model: a directory whose tokenizer files are copied.
+        agreement: None: this process alone.
 
     Raises:
-        CheckpointError: not enough space, or `base_model` is not a directory.
-        OSError: a write failed; the directory is as it was.
+        CheckpointError: not enough space, or `base_model` is not a directory; the directory is as it was.
+        ConfigError: a write failed, or `write_texts`; the directory is as it was.
     """
-    directory = Path(directory).absolute()
-    if base_model is not None and not Path(base_model).is_dir():
-        raise CheckpointError(
-            f"base_model={str(base_model)!r} is not a directory: give a local model directory, or leave it out."
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    files.check_space(directory.parent, sum(entry.size for entry in entries.values()))
-    beside = directory.with_name(f".{directory.name}.incomplete")
-    files.remove(beside)
-    beside.mkdir()
+    agreement = agreement or Agreement(None)
+    directory, shards = Path(directory).absolute(), _shards(entries, shard_bytes)
+    writer: _DirectoryWriter | None = None
+    failure: Exception | None = None
+
+    def begin() -> None:
+        nonlocal writer
+        with _telling_where(directory):
+            writer = _DirectoryWriter(directory, shards, base_model)
+            writer.begin(write_texts)
+
+    def complete() -> None:
+        with _telling_where(directory):
+            if failure is not None:
+                raise failure
+            if writer is not None:
+                writer.complete()
+
     try:
-        shards = _shards(entries, shard_bytes)
-        places = {}
-        for place, shard in enumerate(shards):
-            many = len(shards) > 1
-            name = f"model-{place + 1:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors"
-            writer = files.TensorWriter(beside / name, shard, {"format": "pt"})
-            try:
-                for weight in writer.order:
-                    writer.write(weight, read(weight))
-                    places[weight] = name
-                writer.close()
-            finally:
-                writer.abandon()
-        if len(shards) > 1:
-            total = sum(entry.size for entry in entries.values())
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            files.write_text(beside / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        for name, content in texts.items():
-            if content is not None:
-                files.write_text(beside / name, json.dumps(content, indent=2) + "\n")
-        if base_model is not None:
-            copy_tokenizer(base_model, beside)
-        directory.mkdir(exist_ok=True)
-        for path in beside.iterdir():
-            os.replace(path, directory / path.name)
-        files.sync_directory(directory)
+        agreement.on_first(None, begin)
+        for name in [name for shard in shards for name in shard]:
+            whole = read(name)
+            if writer is not None and failure is None:
+                try:
+                    writer.write(name, whole)
+                except Exception as error:  # the other ranks are in the middle of reading: tell them at the end of it
+                    failure = error
+                    if agreement.world_size == 1:
+                        break
+            del whole
+        agreement.attempt(None, complete)
     finally:
-        files.remove(beside)
+        if writer is not None:
+            writer.abandon()
     return directory
+
+
+class _DirectoryWriter:
+    """Writes into a directory beside the target, or inside one that exists; then everything takes its place."""
+
+    def __init__(self, directory: Path, shards: list[dict[str, files.Entry]], base_model: str | Path | None) -> None:
+        self._directory, self._base_model = directory, base_model
+        self._is_new = not directory.exists()
+        self._beside = directory.with_name(f".{directory.name}.incomplete") if self._is_new else directory / ".incomplete"
+        self._shards = {_file_name(place, len(shards)): shard for place, shard in enumerate(shards)} if shards[0] else {}
+        self._file_of = {weight: name for name, shard in self._shards.items() for weight in shard}
+        self._size = sum(entry.size for shard in shards for entry in shard.values())
+        self._name = ""
+        self._file: files.TensorWriter | None = None
+
+    def begin(self, write_texts: Callable[[Path], None]) -> None:
+        """Everything but the weights; and whether there is room for them."""
+        if self._base_model is not None and not Path(self._base_model).is_dir():
+            raise CheckpointError(
+                f"base_model={str(self._base_model)!r} is not a directory: give a local model directory, or leave it out."
+            )
+        files.remove(self._beside)
+        self._beside.mkdir(parents=True)
+        files.check_space(self._beside, self._size)
+        write_texts(self._beside)
+        if self._base_model is not None:
+            copy_tokenizer(self._base_model, self._beside)
+
+    def write(self, weight: str, tensor: Tensor) -> None:
+        name = self._file_of[weight]
+        if name != self._name:
+            self._close()
+            self._name, self._file = name, files.TensorWriter(self._beside / name, self._shards[name], {"format": "pt"})
+        assert self._file is not None
+        self._file.write(weight, tensor)
+
+    def complete(self) -> None:
+        self._close()
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": self._size}, "weight_map": dict(sorted(self._file_of.items()))}
+            files.write_text(self._beside / _INDEX, json.dumps(index, indent=2) + "\n")
+        if self._is_new:
+            files.rename_directory(self._beside, self._directory)
+            return
+        new = {path.name for path in self._beside.iterdir()}
+        for name in new:
+            os.replace(self._beside / name, self._directory / name)
+        for old in {old for pattern in _WEIGHTS for old in self._directory.glob(pattern)}:
+            if old.name not in new:
+                old.unlink()
+        files.sync_directory(self._directory)
+
+    def abandon(self) -> None:
+        """Leave nothing half-written behind; after `complete` there is nothing."""
+        if self._file is not None:
+            self._file.abandon()
+        with contextlib.suppress(OSError):  # the error that led here is the one to raise
+            files.remove(self._beside)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def write_json_files(directory: Path, contents: dict[str, Any]) -> None:
+    """Write files of JSON: name -> content; None leaves one out."""
+    for name, content in contents.items():
+        if content is not None:
+            files.write_text(directory / name, json.dumps(content, indent=2) + "\n")
 
 
 def copy_tokenizer(base_model: str | Path, directory: Path) -> None:
@@ -130,7 +205,22 @@ def copy_tokenizer(base_model: str | Path, directory: Path) -> None:
                 shutil.copyfile(path, directory / path.name)
 
 
+@contextlib.contextmanager
+def _telling_where(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except LoSiAError:
+        raise
+    except Exception as error:  # a model's own saving, too, may fail with any
+        raise ConfigError(f"the model could not be written to {directory}: {type(error).__name__}: {error}") from error
+
+
+def _file_name(place: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{place + 1:05d}-of-{count:05d}.safetensors"
+
+
 def _shards(entries: dict[str, files.Entry], limit: int) -> list[dict[str, files.Entry]]:
+    """The weights of each file, in the order in which it is written."""
     shards: list[dict[str, files.Entry]] = [{}]
     used = 0
     for name, entry in entries.items():
@@ -139,4 +229,4 @@ def _shards(entries: dict[str, files.Entry], limit: int) -> list[dict[str, files
             used = 0
         shards[-1][name] = entry
         used += entry.size
-    return shards
+    return [{name: shard[name] for name in files.writing_order(shard)} for shard in shards]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.checkpoint.files import Entry
-from losia_dist.checkpoint.model_directory import write_model_directory
+from losia_dist.checkpoint.model_directory import write_json_files, write_model_directory
 from losia_dist.checkpoint.reader import Reader, open_checkpoint
 from losia_dist.errors import CheckpointError
 
@@ -77,6 +77,11 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, base_model:
 
     Raises:
         CheckpointError: see `ExportedWeights`; or not enough space.
+        ConfigError: a write failed; the directory is as it was.
     """
     weights = ExportedWeights(checkpoint)
-    return write_model_directory(directory, weights.entries, weights.read, texts=weights.texts, base_model=base_model)
+
+    def write_texts(beside: Path) -> None:
+        write_json_files(beside, weights.texts)
+
+    return write_model_directory(directory, weights.entries, weights.read, write_texts, base_model=base_model)

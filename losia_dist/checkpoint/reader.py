@@ -142,12 +142,9 @@ def state_file(rank: int) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Reader:
-    """Open a directory that checkpoints were saved to (its newest complete one), or one step's directory in it.
+    """Open the checkpoint that `layout.locate` finds.
 
     Raises:
         CheckpointError: none that is complete, or its manifest cannot be used.
     """
-    path = Path(path)
-    if (path / layout.COMPLETE).is_file():
-        return Reader(layout.find(path.parent, name=path.name))
-    return Reader(layout.find(path))
+    return Reader(layout.locate(path))

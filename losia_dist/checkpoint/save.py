@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from losia_dist._version import __version__
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import content, files, layout, random_state, values
-from losia_dist.checkpoint.agreement import Agreement
-from losia_dist.checkpoint.base import Chain, Retired, write_base, write_journal
+from losia_dist.checkpoint.base import Chain, write_base
 from losia_dist.checkpoint.description import describe_model, describe_parts
+from losia_dist.checkpoint.journal import Block, Moved, read_blocks, write_journal
 from losia_dist.checkpoint.names import Contents, contents_of
 from losia_dist.checkpoint.reader import state_file
 from losia_dist.checkpoint.session import Session, check_conductor, session_of
@@ -105,7 +106,7 @@ def save_as(
     agreement = session.agreement
     agreement.same("what save_checkpoint was asked for", [str(directory), name, keep_last, asynchronous, is_latest])
     what = f"saving to {directory}"
-    agreement.attempt(what, lambda: _check_between_steps(losia))
+    agreement.attempt(what, lambda: check_between_steps(losia))
     losia.parameters.settle()
     contents = contents_of(losia)
     tensors: dict[str, Tensor] = {}
@@ -113,6 +114,8 @@ def save_as(
     agreement.on_first(what, lambda: directory.mkdir(parents=True, exist_ok=True))
     agreement.attempt(what, lambda: _check_visible(directory))
     chain = _chain(session, directory, losia, contents)
+    chain.pending.update(chain.unsaved)
+    chain.unsaved = Moved()
     tensors |= content.read_tensors(losia, contents, agreement.rank, agreement.world_size)
     writing = _Writing(
         directory=directory,
@@ -121,7 +124,8 @@ def save_as(
         agreement=agreement,
         tensors=tensors,
         random=agreement.attempt(what, lambda: _random_values(tensors)),
-        retired=chain.pending,
+        moved=chain.pending,
+        blocks=read_blocks(chain.pending, losia.parameters, agreement.rank, agreement.world_size),
         manifest={
             "run": chain.run,
             "base_crc32": chain.base_crc32,
@@ -137,7 +141,7 @@ def save_as(
         keep_last=keep_last,
         is_latest=is_latest,
     )
-    chain.pending = []
+    chain.pending = Moved()
     if asynchronous:
         session.start(writing.run)
     else:
@@ -155,7 +159,8 @@ class _Writing:
     agreement: Agreement
     tensors: dict[str, Tensor]
     random: str
-    retired: list[Retired]
+    moved: Moved
+    blocks: list[Block]  # this rank's share of what is to be read in the places of `moved`
     manifest: dict[str, Any]
     keep_last: int | None
     is_latest: bool
@@ -171,8 +176,7 @@ class _Writing:
             done = True
         finally:
             if not done:
-                # What was not saved stays to be saved next time; subnets may have moved on meanwhile.
-                self.chain.pending[:0] = self.retired
+                self.chain.unsaved = self.moved  # subnets may have moved on meanwhile: the next save puts both together
                 with contextlib.suppress(OSError):
                     files.remove(self.directory / journal)
                     if self.agreement.rank == 0:
@@ -180,7 +184,7 @@ class _Writing:
 
     def _write(self, beside: Path, journal: str, identity: str) -> None:
         what = f"saving to {self.directory}"
-        size = sum(t.numel() * t.element_size() for t in self.tensors.values()) + sum(entry.size for entry in self.retired)
+        size = sum(t.numel() * t.element_size() for t in self.tensors.values()) + sum(block.size for block in self.blocks)
         total = sum(self.agreement.gather(size)) + _MARGIN
 
         def prepare() -> None:
@@ -192,9 +196,9 @@ class _Writing:
         def write() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
             name = state_file(self.agreement.rank)
             state = files.write_tensors(beside / name, self.tensors, {"random": self.random})
-            if not self.retired:
+            if not self.blocks:
                 return {name: [state.size, state.crc32]}, {}
-            left = write_journal(self.directory / journal, self.retired)
+            left = write_journal(self.directory / journal, self.blocks)
             files.sync_directory(self.directory / layout.JOURNAL)
             return {name: [state.size, state.crc32]}, {journal: [left.size, left.crc32]}
 
@@ -263,7 +267,12 @@ def _check_free(directory: Path) -> None:
             files.remove(path)
 
 
-def _check_between_steps(losia: LoSiA) -> None:
+def check_between_steps(losia: LoSiA) -> None:
+    """Refuse to save in mid accumulation.
+
+    Raises:
+        CheckpointError: on the ranks that are.
+    """
     if losia.in_mid_step:
         raise CheckpointError(
             "a checkpoint was asked for in the middle of an optimizer step (micro-batches were run, or losia.step() was not "

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from losia_dist.checkpoint.agreement import Agreement
-from losia_dist.checkpoint.base import Chain, watch
+from losia_dist.agreement import Agreement
+from losia_dist.checkpoint.base import Chain
+from losia_dist.checkpoint.journal import watch
 from losia_dist.checkpoint.names import unwrap
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
@@ -28,7 +29,7 @@ class Session:
     def __init__(self, losia: LoSiA) -> None:
         self.agreement = Agreement(losia.collectives.group)
         self.chains: dict[Path, Chain] = {}
-        losia.on_retire.append(watch(self.chains, losia.layers, self.agreement))
+        watch(losia, lambda: [chain.pending for chain in self.chains.values()])
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 

@@ -12,7 +12,8 @@ from losia_dist.errors import ConfigError
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `losia-dist export`."""
     parser.add_argument(
-        "checkpoint", help="a run's output_dir or a directory of checkpoints (the newest complete one), or one step's directory"
+        "checkpoint",
+        help="a run's output_dir or a directory of checkpoints (the newest complete one), or one of them itself",
     )
     parser.add_argument("target", metavar="DIRECTORY", help="for the plain Transformers model; with --delta: the file to write")
     parser.add_argument("--delta", action="store_true", help="write only what differs from --base_model, as one file")
@@ -36,7 +37,6 @@ def run_export(options: argparse.Namespace) -> Path:
     """
     from losia_dist.checkpoint.delta import save_delta
     from losia_dist.checkpoint.export import export_model
-    from losia_dist.training.checkpoints import locate
 
     target = Path(options.target)
     if options.base_model is not None:
@@ -46,9 +46,9 @@ def run_export(options: argparse.Namespace) -> Path:
             raise ConfigError("--delta needs --base_model DIRECTORY: the model that was fine-tuned, to compare with.")
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise ConfigError(f"{target} cannot be written: --delta writes one file, into a directory that is there.")
-        return _writing(target, lambda: save_delta(locate(options.checkpoint).path, target, options.base_model))
+        return _writing(target, lambda: save_delta(options.checkpoint, target, options.base_model))
     _check_directory(target)
-    return _writing(target, lambda: export_model(locate(options.checkpoint).path, target, options.base_model))
+    return _writing(target, lambda: export_model(options.checkpoint, target, options.base_model))
 
 
 def run_apply(options: argparse.Namespace) -> Path:

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint.names import plain_entries, unwrap
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.kinds import read_subnet
 
 INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
-Result = TypeVar("Result")
 
 
-def check_restorable(model: nn.Module, directory: str | Path) -> None:
+def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreement) -> None:
     """Whether `load_plain_weights` will find every weight; called on all ranks, reads names only.
 
     Raises:
-        ConfigError: a file cannot be read, or the directory stores weights under other names than the model's (some
-            architectures are rewritten on saving). Same on every rank.
+        ConfigError: the directory stores weights under other names than the model's (some architectures are rewritten on
+            saving). Same on every rank.
+        CheckpointError: a file cannot be read. Same on every rank.
     """
-    _on_rank_0(lambda: _files_of(_entries(model), Path(directory)))
+    agreement.on_first(f"reading {directory}", lambda: _files_of(_entries(model), Path(directory)))
 
 
 @torch.no_grad()
-def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device) -> None:
+def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device, agreement: Agreement) -> None:
     """Give the model the weights of a directory that `export_model` wrote; the subnets stay where they are.
 
     Called on all ranks; rank 0 reads, one tensor at a time, and broadcasts. The optimizer's master values follow; its
@@ -40,20 +39,21 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
 
     Args:
         device: where the ranks' process group communicates.
+        agreement: of all ranks.
 
     Raises:
-        ConfigError: as `check_restorable`, on every rank before any weight is changed.
+        ConfigError, CheckpointError: as `check_restorable`, on every rank before any weight is changed.
     """
     losia.parameters.settle()
     entries = _entries(losia.model)
-    files = _on_rank_0(lambda: _files_of(entries, Path(directory)))
+    files = agreement.on_first(f"reading {directory}", lambda: _files_of(entries, Path(directory)))
     for tensor, (file, key) in zip(entries, files, strict=True):
         shape = losia.parameters.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
         values = torch.empty(shape, dtype=tensor.dtype, device=device)
-        if _rank() == 0:
+        if agreement.rank == 0:
             with safe_open(file, framework="pt") as opened:
                 values.copy_(opened.get_tensor(key))
-        if dist.is_available() and dist.is_initialized():
+        if agreement.world_size > 1:
             dist.broadcast(values, src=0)
         _write(losia, tensor, values)
     for layer in losia.layers:
@@ -93,22 +93,3 @@ def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[s
             "could not be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."
         )
     return [(str(directory / stored[name]), name) for name in found if name is not None]
-
-
-def _on_rank_0(work: Callable[[], Result]) -> Result:
-    """What rank 0 gets, on every rank; an error of rank 0 is raised everywhere."""
-    box: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            box[0] = work()
-        except (OSError, ValueError, SafetensorError) as error:
-            box[1] = str(error)
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise ConfigError(box[1])
-    return box[0]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -41,7 +41,8 @@ class EngineCounters:
 
 
 def attach_checkpoints(engine: Any) -> None:
-    """Replace the engine's two methods, whose signatures and results stay DeepSpeed's. `engine.losia` is there already."""
+    """Replace the engine's two methods, whose signatures and results stay DeepSpeed's, and refuse the one that would save a
+    model without what its subnets learned. `engine.losia` is there already."""
     engine.losia.carried["deepspeed"] = EngineCounters(engine)
 
     def save_checkpoint(
@@ -90,7 +91,8 @@ def attach_checkpoints(engine: Any) -> None:
             )
         parts, directory = _parts(engine), Path(load_dir)
         agreement = session_of(**parts).agreement
-        if tag is None and not agreement.on_first("looking", lambda: bool(layout.complete_checkpoints(directory))):
+        what = f"looking for checkpoints in {directory}"
+        if tag is None and not agreement.on_first(what, lambda: bool(layout.complete_checkpoints(directory))):
             logger.warning("no complete checkpoint in %s: nothing was loaded.", directory)
             return None, None
         path, client_state = load_from(
@@ -102,7 +104,15 @@ def attach_checkpoints(engine: Any) -> None:
         )
         return str(path), client_state if client_state is not None else {}
 
+    def save_16bit_model(*args: Any, **kwargs: Any) -> bool:
+        """Refused, and so is `save_fp16_model`, which calls it."""
+        raise UnsupportedError(
+            "engine.save_16bit_model would write frozen weights without their subnets' present values, and LoSiA's own "
+            "tensors: use losia_dist.export_model(engine.losia, directory), which writes safetensors in the model's dtype."
+        )
+
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+    engine.save_16bit_model = save_16bit_model
 
 
 def _parts(engine: Any) -> dict[str, Any]:

@@ -138,9 +138,11 @@ class LoSiATrainerMixin:
         if self.losia is not None:
             self.losia.consolidate()
             model = self.losia.model
-        save_whole_model(model, directory)
+        save_whole_model(model, directory, agreement=self._checkpoints.agreement)
         if _internal_call and self.args.load_best_model_at_end:
-            check_restorable(model, directory)  # an error at the first checkpoint, not at the end of the run
+            check_restorable(
+                model, directory, self._checkpoints.agreement
+            )  # an error at the first checkpoint, not at the end of the run
         if self.args.should_save:
             processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if processor is not None:
@@ -186,7 +188,7 @@ class LoSiATrainerMixin:
 
     def _load_best_model(self) -> None:
         assert self.losia is not None
-        load_plain_weights(self.losia, self.state.best_model_checkpoint, self.args.device)
+        load_plain_weights(self.losia, self.state.best_model_checkpoint, self.args.device, self._checkpoints.agreement)
 
     def _parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for the optimizer; norms and biases that train in full are not decayed, as everywhere in the Trainer."""

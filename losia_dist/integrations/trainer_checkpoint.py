@@ -8,7 +8,6 @@ What resumes is the pair. The model in checkpoint-12 is read by nothing here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
@@ -18,15 +17,14 @@ from typing import Any
 import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
 
-from losia_dist.checkpoint import files, layout, random_state
-from losia_dist.checkpoint.agreement import Agreement
+from losia_dist.agreement import Agreement
+from losia_dist.checkpoint import layout, random_state
 from losia_dist.checkpoint.load import load_from
 from losia_dist.checkpoint.save import save_as
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-STATE_DIRECTORY = "_losia_state"  # the Trainer's uploads of output_dir to the Hub leave out what begins with "_"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,10 +33,13 @@ class TrainerCheckpoints:
 
     Args:
         group: all ranks of the run; None: this process alone.
+
+    Attributes:
+        agreement: speaks for them.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._agreement = Agreement(group)
+        self.agreement = Agreement(group)
         self._output = self._source = Path()
         self._saves = False
         self._name: str | None = None  # the entry to resume from
@@ -58,9 +59,9 @@ class TrainerCheckpoints:
             ConfigError: ranks ask for different things.
         """
         asked = None if asked is False else asked if asked is True or asked is None else str(asked)
-        self._agreement.same("output_dir and resume_from_checkpoint", [str(output_dir), asked])
+        self.agreement.same("output_dir and resume_from_checkpoint", [str(output_dir), asked])
         self._output, self._saves, self._name, self._newest = Path(output_dir), saves, None, None
-        chosen = self._agreement.on_first(f"looking for checkpoints in {output_dir}", lambda: self._choose(asked))
+        chosen = self.agreement.on_first(f"looking for checkpoints in {output_dir}", lambda: self._choose(asked))
         if chosen is None:
             return asked  # nothing is asked for, or nothing is there at all: the Trainer says so itself
         self._source, self._name = Path(chosen).parent, Path(chosen).name
@@ -79,7 +80,7 @@ class TrainerCheckpoints:
             return
         before = random_state.read()
         load_from(
-            self._source / STATE_DIRECTORY,
+            self._source / layout.BESIDE,
             **_parts(losia),
             scheduler=scheduler,
             name=self._name,
@@ -104,39 +105,33 @@ class TrainerCheckpoints:
         output, name = Path(directory).parent, Path(directory).name
         # An earlier attempt's must not make a pair with the state of this one.
         before = Path(directory) / TRAINER_STATE_NAME
-        self._agreement.on_first(f"saving to {directory}", lambda: before.unlink(missing_ok=True))
-        save_as(output / STATE_DIRECTORY, name, **_parts(losia), scheduler=scheduler)
+        self.agreement.on_first(f"saving to {directory}", lambda: before.unlink(missing_ok=True))
+        save_as(output / layout.BESIDE, name, **_parts(losia), scheduler=scheduler)
         self._newest = name
 
     def remove_rotated(self, *, at_the_end: bool = False) -> None:
         """Delete the state of every `checkpoint-N` that is there no more. Until the end of the run its newest state stays."""
-        if self._agreement.rank != 0:
+        if self.agreement.rank != 0:
             return
-        state = self._output / STATE_DIRECTORY
+        state = self._output / layout.BESIDE
         kept = None if at_the_end else self._newest
         gone = [
             path
             for path in state.glob("checkpoint-*")
             if _NUMBERED.fullmatch(path.name) and path.name != kept and not (self._output / path.name).is_dir()
         ]
-        if not gone:
-            return
-        with contextlib.suppress(OSError):  # tidying: the next save tries again
-            for path in gone:
-                (path / layout.COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
-                files.remove(path)
-            layout.remove_unneeded(state, None)
+        layout.remove_entries(state, gone)
 
     def _choose(self, asked: str | bool | None) -> str | None:
         """The checkpoint's directory; its parent is `output_dir` itself where that is what it is. Rank 0 reads."""
         found = self._newest_complete() if asked is True else None if asked is None else self._named(Path(str(asked)))
         if self._saves and (found is None or found.parent != self._output):
-            complete = layout.complete_checkpoints(self._output / STATE_DIRECTORY)
+            complete = layout.complete_checkpoints(self._output / layout.BESIDE)
             if complete:
                 raise CheckpointError(
                     f"{self._output} holds the checkpoints of another run ({complete[-1].path.name} ...): go on from them with "
                     "resume_from_checkpoint=True, set another output_dir, or delete them together with "
-                    f"{self._output / STATE_DIRECTORY}."
+                    f"{self._output / layout.BESIDE}."
                 )
         return None if found is None else str(found)
 
@@ -191,10 +186,10 @@ def _why_not(path: Path) -> str | None:
         return (
             f"its {TRAINER_STATE_NAME} is missing or cut off: saving it did not finish, or it is no checkpoint of the Trainer"
         )
-    state = path.parent / STATE_DIRECTORY
+    state = path.parent / layout.BESIDE
     if path.name not in [complete.path.name.partition(".replaced-")[0] for complete in layout.complete_checkpoints(state)]:
         return (
             f"it holds a model only, and {state / path.name}, LoSiA's state, is missing or incomplete: it was saved with "
-            f"save_only_model=True or without LoSiA, or was moved without {STATE_DIRECTORY}"
+            f"save_only_model=True or without LoSiA, or was moved without {layout.BESIDE}"
         )
     return None

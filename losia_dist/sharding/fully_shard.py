@@ -140,6 +140,17 @@ def cut_like(tensor: Tensor, values: Tensor) -> Tensor:
     return values
 
 
+@torch.no_grad()
+def own_range(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank keeps of a tensor that `fully_shard` cut by rows: flat, sharing its memory, and the number of elements
+    before it in the whole. All of a tensor that is not sharded. No communication."""
+    local = local_part(tensor).view(-1)
+    if not isinstance(tensor, DTensor):
+        return local, 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return local, offset[0] * tensor.stride(0)
+
+
 def _find(weight: DTensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     """The local block, places in it of the elements rows x columns, [r, 1] and [1, c], and which of them it holds, [r, c].
 

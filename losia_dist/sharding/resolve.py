@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.sharding.accelerated import refuse_plain_saving
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.sharding.whole import WholeParameters
@@ -44,7 +45,7 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
 
 
 def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
-    """Access to the state of the optimizer that trains the model's subnets.
+    """Access to the state of the optimizer that trains the model's subnets. From here on Accelerate's own saving is refused.
 
     Raises:
         ConfigError: the optimizer does not hold the subnets, or not in one group per decoder layer.
@@ -65,6 +66,7 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
     else:
         raise UnsupportedError(f"{kind} is not an optimizer that LoSiA can reach into; pass a torch.optim.Optimizer.")
     _check_groups(model, state.optimizer, own_parameters=state.optimizer is optimizer)
+    refuse_plain_saving()
     return state
 
 

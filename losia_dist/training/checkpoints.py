@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import layout
 from losia_dist.checkpoint.load import load_from
 from losia_dist.checkpoint.reader import Reader
@@ -16,11 +15,9 @@ from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.checkpoint.session import wait_for_saving
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.training import trajectory
-from losia_dist.training.agreement import on_all_ranks
 from losia_dist.training.engines import Engine
 from losia_dist.training.trajectory import Progress
 
-DIRECTORY = "checkpoints"  # in output_dir
 NEVER, AUTO, NEWEST = "never", "auto", "newest"  # of --resume; everything else is a path
 _KIND = "losia_dist training"
 
@@ -45,12 +42,12 @@ class Checkpoints:
 
     Args:
         options: of the script, checked.
-        words: the group for agreement; None: this process alone.
+        agreement: of all ranks.
     """
 
-    def __init__(self, options: argparse.Namespace, words: dist.ProcessGroup | None) -> None:
-        self.options, self.words = options, words
-        self.directory = Path(options.output_dir).absolute() / DIRECTORY
+    def __init__(self, options: argparse.Namespace, agreement: Agreement) -> None:
+        self.options, self._agreement = options, agreement
+        self.directory = Path(options.output_dir).absolute() / layout.OF_SCRIPT
         self.source: Source | None = None
         self.saves = options.save_steps > 0
         self._trajectory: dict[str, Any] = {}
@@ -62,11 +59,7 @@ class Checkpoints:
             CheckpointError: what --resume names is not there, or cannot be resumed from.
             ConfigError: another run's checkpoints are where this one is to save.
         """
-        is_first = self.words is None or dist.get_rank(self.words) == 0
-        found = [on_all_ranks(lambda: self._find() if is_first else None, self.words)]
-        if self.words is not None:
-            dist.broadcast_object_list(found, group=self.words, group_src=0)
-        self.source = found[0]
+        self.source = self._agreement.on_first(None, self._find)
 
     def check(self, described: dict[str, Any]) -> None:
         """Compare what decides how the run goes on (`trajectory.describe`) with the checkpoint's.
@@ -125,7 +118,7 @@ class Checkpoints:
             except CheckpointError as error:
                 raise CheckpointError(f"--resume: {error} (--resume auto starts anew where there is none.)") from error
         else:
-            found = locate(asked)
+            found = layout.locate(asked)
         is_own = found is not None and found.path.parent.resolve() == self.directory.resolve()
         if self.saves and own and not is_own:
             raise ConfigError(
@@ -144,16 +137,3 @@ class Checkpoints:
             )
         directory = self.directory if is_own else found.path.parent.absolute()  # one directory has one name
         return Source(str(directory), found.path.name.partition(".replaced-")[0], manifest["step"], is_own, extra)
-
-
-def locate(path: str | Path) -> layout.Complete:
-    """The newest complete checkpoint of a run's output_dir or of a directory of checkpoints, or one step's directory itself.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if (path / layout.COMPLETE).is_file():
-        return layout.find(path.parent, name=path.name)
-    inside = path / DIRECTORY
-    return layout.find(inside if inside.is_dir() else path)

@@ -79,6 +79,10 @@ def save_and_load(stage: int, directory: Path) -> dict:
                 engine.load_checkpoint(directory, **arguments)
         with pytest.raises(UnsupportedError, match="written once"):
             engine.save_checkpoint(directory, exclude_frozen_parameters=True)
+        for save in (engine.save_16bit_model, engine.save_fp16_model):
+            with pytest.raises(UnsupportedError, match=r"losia_dist.export_model\(engine.losia, directory\)"):
+                save(directory / "weights")
+        assert not (directory / "weights").exists()
         with pytest.raises(CheckpointError, match="no complete checkpoint worst"):
             engine.load_checkpoint(directory, tag="worst")
         engine.losia.detach()

@@ -302,6 +302,14 @@ def test_checkpoints_of_another_script_are_refused(capsys, material, saved, tmp_
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "manifest_crc32": zlib.crc32(path.read_bytes())}))
     words = arguments(material, tmp_path, resume=True, **SAVED)
     assert "was not saved by this script, so its place in the data is not known" in refused(capsys, words)
+    # A Trainer's output_dir, or one of its checkpoints: found, and refused for the same reason.
+    output = tmp_path / "trainer"
+    (output / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "checkpoints").rename(output / "_losia_state")
+    (output / "_losia_state" / "step-00000004").rename(output / "_losia_state" / "checkpoint-4")
+    for named in (output, output / "checkpoint-4"):
+        said = refused(capsys, arguments(material, tmp_path / "new", resume=named, **SAVED))
+        assert f"{output}/_losia_state/checkpoint-4 was not saved by this script" in said
 
 
 def test_other_ranks_and_micro_batches_must_use_the_same_examples(ranks, capsys, material, tmp_path):

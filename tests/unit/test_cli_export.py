@@ -1,5 +1,6 @@
 """`losia-dist export` and `losia-dist apply`, in process: what they write, and their refusals in one line."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,33 @@ def test_the_newest_checkpoint_of_a_run_becomes_a_plain_model(capsys, trained, t
     assert same(weights(tmp_path / "model"), weights(trained / "live"))
     assert (tmp_path / "model" / "tokenizer.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def of_trainer(trained, tmp_path_factory):
+    """A Trainer's output_dir, by its looks: two of its checkpoints, of which the first has lost its state."""
+    output = tmp_path_factory.mktemp("of_trainer")
+    shutil.copytree(trained / "run" / "checkpoints", output / "_losia_state")
+    (output / "_losia_state" / "step-00000003").rename(output / "_losia_state" / "checkpoint-3")
+    (output / "_losia_state" / "step-00000006").rename(output / "_losia_state" / "checkpoint-6")
+    for name in ("checkpoint-2", "checkpoint-3", "checkpoint-6"):
+        (output / name).mkdir()
+        (output / name / "trainer_state.json").write_text("{}")
+    return output
+
+
+def test_a_trainers_checkpoints_are_found_by_its_output_dir_and_by_their_own_directories(of_trainer, trained, tmp_path):
+    for named in ("", "checkpoint-6"):
+        assert run("export", of_trainer / named, tmp_path / f"model{named}") == 0
+        assert same(weights(tmp_path / f"model{named}"), weights(trained / "live"))
+    assert run("export", of_trainer / "checkpoint-3", tmp_path / "third") == 0
+    assert not same(weights(tmp_path / "third"), weights(trained / "live"))
+
+
+def test_a_trainers_checkpoint_without_state_is_refused_with_those_that_have_it(capsys, of_trainer, tmp_path):
+    said = refused(capsys, "export", of_trainer / "checkpoint-2", tmp_path / "model")
+    assert f"{of_trainer}/checkpoint-2 is none of the checkpoints whose state is in {of_trainer}/_losia_state" in said
+    assert f"(checkpoint-3, checkpoint-6). Give {of_trainer}, for the newest, or one of them." in said
 
 
 def test_one_step_is_exported_by_its_directory(trained, tmp_path):

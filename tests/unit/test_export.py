@@ -1,13 +1,17 @@
 """The exported directory: a plain model, exactly the trained one, from every engine; and never half a model."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups
+from losia_dist.checkpoint import files, model_directory
+from losia_dist.checkpoint.export import save_whole_model
 from losia_dist.checkpoint.names import unwrap
 from losia_dist.errors import ConfigError
 from tests.support.models import tiny_llama
@@ -72,16 +76,16 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def break_in_the_middle(monkeypatch, losia: LoSiA) -> None:
-    """The weights are written, the configuration is not."""
-    save = type(losia.model).save_pretrained
+def break_in_the_middle(monkeypatch) -> None:
+    """The configuration and some of the weights are written; then the disk is full."""
+    write = files.TensorWriter.write
 
-    def broken(self, directory, **arguments):
-        save(self, directory, **arguments)
-        (Path(directory) / "config.json").unlink()
-        raise OSError(28, "No space left on device")
+    def broken(self, name, tensor):
+        if "layers.1" in name:
+            raise OSError(28, "No space left on device")
+        write(self, name, tensor)
 
-    monkeypatch.setattr(type(losia.model), "save_pretrained", broken)
+    monkeypatch.setattr(files.TensorWriter, "write", broken)
 
 
 def test_an_interrupted_export_leaves_the_old_model_whole(monkeypatch, tmp_path):
@@ -91,7 +95,7 @@ def test_an_interrupted_export_leaves_the_old_model_whole(monkeypatch, tmp_path)
     changed = conductor()
     with torch.no_grad():
         changed.layers[0].subnet.add_(1.0)
-    break_in_the_middle(monkeypatch, changed)
+    break_in_the_middle(monkeypatch)
     with pytest.raises(ConfigError, match="could not be written to .*model: OSError: .*No space left"):
         export_model(changed, target)
     assert contents(target) == before
@@ -103,46 +107,126 @@ def test_an_interrupted_export_leaves_the_old_model_whole(monkeypatch, tmp_path)
 
 def test_an_interrupted_first_export_leaves_no_target(monkeypatch, tmp_path):
     losia = conductor()
-    break_in_the_middle(monkeypatch, losia)
+    break_in_the_middle(monkeypatch)
     with pytest.raises(ConfigError, match="No space left"):
         export_model(losia, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_of_any_kind_reaches_every_rank(ranks, tmp_path):
-    for kind, message in ranks.errors(2, export_what_cannot_be_saved, str(tmp_path / "model")):
-        assert kind == "ConfigError" and "could not be written" in message and "temperature" in message
+@pytest.mark.parametrize("where, words", [("configuration", "temperature"), ("weights", "cut wire"), ("tokenizer", "cut wire")])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_an_error_of_any_kind_reaches_every_rank(ranks, tmp_path, engine, where, words):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+    for kind, message in ranks.errors(2, export_what_cannot_be_saved, engine, where, str(tmp_path / "model")):
+        assert kind == "ConfigError" and "could not be written" in message and words in message
+        assert message.startswith("rank 0 of 2: ")
+    assert contents(tmp_path) == {"model/config.json": b"old"}
 
 
-def export_what_cannot_be_saved(directory: str) -> None:
-    """A generation configuration that Transformers refuses to save, with a ValueError on the writing rank."""
-    losia = conductor()
-    losia.model.generation_config.temperature = -1.0
+def export_what_cannot_be_saved(engine: str, where: str, directory: str) -> None:
+    """Transformers refuses a generation configuration with a ValueError; or writing fails, on rank 0 alone."""
+    import torch.distributed as dist
+
+    losia, _, close = _plain_loop(engine, prepared_model(RUN), LoSiAConfig(**RUN.config), RUN)
+    kept = files.TensorWriter.write, model_directory.copy_tokenizer
+
+    def broken(*_):
+        raise OSError("cut wire")
+
+    if where == "configuration":
+        unwrap(losia.model).generation_config.temperature = -1.0
+    if where == "weights" and dist.get_rank() == 0:
+        files.TensorWriter.write = broken
+    if where == "tokenizer":
+        model_directory.copy_tokenizer = broken
     try:
-        export_model(losia, directory)
+        export_model(losia, directory, base_model=str(Path(directory).parent))
     finally:
-        losia.detach()
+        files.TensorWriter.write, model_directory.copy_tokenizer = kept
+        close()
 
 
-def test_old_weights_under_other_names_are_not_left_to_be_loaded(tmp_path):
-    """A smaller model had one file; a bigger one comes in several. A loader prefers the single file."""
+def export_and_watch_memory(engine: str, directory: str) -> tuple[int, int, int]:
+    """(most bytes of whole tensors that were there at once, bytes of the largest one, of the model)."""
+    loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
+    losia, _, close = loop(engine, prepared_model(RUN), LoSiAConfig(**RUN.config), RUN)
+    read, living, most = type(losia.parameters).read_whole, {}, [0]
+
+    def watched(self, parameter):
+        whole = read(self, parameter)
+        key = len(sizes)
+        sizes.append(whole.untyped_storage().nbytes())
+        living[key] = weakref.finalize(whole, living.pop, key)
+        most[0] = max(most[0], sum(sizes[key] for key in living))
+        return whole
+
+    losia.consolidate()
+    sizes: list[int] = []
+    type(losia.parameters).read_whole = watched
+    try:
+        save_whole_model(losia.model, directory, losia.parameters)
+    finally:
+        type(losia.parameters).read_whole = read
+        close()
+    return most[0], max(sizes), sum(sizes)
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "fsdp2"])
+def test_one_weight_is_in_memory_at_a_time(ranks, tmp_path, engine):
+    target = str(tmp_path / "model")
+    alone = engine == "one"
+    found = [export_and_watch_memory(engine, target)] if alone else ranks(2, export_and_watch_memory, engine, target)
+    for most, largest, model in found:
+        assert most <= 2 * largest < model / 5  # the one that is written, and the next while it replaces it
+
+
+@pytest.mark.parametrize("before, after", [(10**9, 30_000), (30_000, 10**9), (30_000, 60_000)])
+def test_old_weights_under_other_names_are_not_left_to_be_loaded(monkeypatch, tmp_path, before, after):
+    """Models come in one file or in several, and a loader prefers the single file."""
     target = tmp_path / "model"
+    monkeypatch.setitem(model_directory.write_model_directory.__kwdefaults__, "shard_bytes", before)
     export_model(conductor(), target)
     (target / "tokenizer.json").write_text("{}")
     (target / "notes").mkdir()
     losia = conductor()
     with torch.no_grad():
         losia.layers[0].subnet.add_(1.0)
-    save = losia.model.save_pretrained
-    losia.model.save_pretrained = lambda directory, **arguments: save(directory, max_shard_size="30KB", **arguments)
+    monkeypatch.setitem(model_directory.write_model_directory.__kwdefaults__, "shard_bytes", after)
     export_model(losia, target)
-    assert not (target / "model.safetensors").exists()
-    assert len(list(target.glob("model-*.safetensors"))) > 1
+    found = {path.name for path in target.glob("model*")}
+    stored = {"model.safetensors"}
+    if after < 10**9:
+        stored = set(json.loads((target / "model.safetensors.index.json").read_text())["weight_map"].values())
+        assert len(stored) > 1
+        stored.add("model.safetensors.index.json")
+    assert found == stored
     assert (target / "tokenizer.json").read_text() == "{}" and (target / "notes").is_dir()
+    assert not (target / ".incomplete").exists()
     loaded = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     losia.consolidate()
     for name, weight in loaded.named_parameters():
         assert torch.equal(weight, losia.model.get_parameter(name)), name
+
+
+def test_a_model_that_is_stored_under_other_names_is_exported_as_its_class_stores_it(tmp_path):
+    """Experts are one tensor in memory and many in the files."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2, "num_local_experts": 3, "vocab_size": 97}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(**shape, **heads))
+    plain = {name: weight.clone() for name, weight in model.state_dict().items()}
+    config = LoSiAConfig(rank_factor=0.25, period=2, target_modules=["q_proj", "v_proj"])
+    converted = get_losia_model(model, config)
+    losia = LoSiA(converted, LoSiAAdamW(losia_parameter_groups(converted, lr=1e-3)), config)
+    with torch.no_grad():
+        losia.layers[0].subnet.add_(1.0)
+    export_model(losia, tmp_path / "model")
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as stored:
+        assert not set(stored.keys()) <= plain.keys()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    changed = {name for name, weight in loaded.state_dict().items() if not torch.equal(weight, plain[name])}
+    assert changed == {f"{losia.layers[0].name}.weight"}
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
