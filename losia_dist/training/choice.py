@@ -25,6 +25,16 @@ class EngineChoice:
     precision: str
     checkpointing: str
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Each rank keeps a part of every weight: FSDP2, HSDP, ZeRO-3."""
+        return self.sharding is not None or self.is_zero3
+
+    @property
+    def is_zero3(self) -> bool:
+        """DeepSpeed at stage 3."""
+        return self.deepspeed is not None and self.deepspeed.get("zero_optimization", {}).get("stage") == 3
+
 
 def choose_engine(options: argparse.Namespace, place: Place) -> EngineChoice:
     """Put the three sources together. Each rank by itself; communicates nothing.

@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
+from losia_dist.sharding.fully_shard import own_range
 from losia_dist.training.environment import Place
+from losia_dist.training.weights.empty import Holders, Where, find_holders, give_memory
+from losia_dist.training.weights.streamed import StreamedWeights
 
 _GRAMMAR = re.compile(r"(fsdp2|hsdp)(-no-reshard)?(?::(\d+))?")
 
@@ -52,19 +57,28 @@ class Sharding:
 
 
 def shard(
-    model: Any, sharding: Sharding, place: Place, *, precision: str, offload: bool, layer_classes: tuple[str, ...] = ()
+    model: Any,
+    sharding: Sharding,
+    place: Place,
+    *,
+    precision: str,
+    offload: bool,
+    layer_classes: tuple[str, ...] = (),
+    weights: StreamedWeights | None,
+    agreement: Agreement,
 ) -> Any:
-    """`fully_shard` a model in place, unit by unit, with rank 0's values; returns it. Called by all ranks.
-
-    A rank never holds more than one whole unit on its device; on ranks other than 0 the model may be on the meta device.
+    """`fully_shard` a model in place, unit by unit; returns it. Called by all ranks.
 
     Args:
+        weights: every rank reads its own part from here, and the model is on the meta device. None: rank 0's values, whole
+            units of which are on every rank's device one at a time; on the other ranks the model may be on the meta device.
+        agreement: of the ranks, which stop together if one cannot read its part.
         precision: "bf16": gradients are reduced in fp32.
         offload: shards, gradients and optimizer state stay on the CPU.
         layer_classes: class names of the units; empty: the model's decoder layers.
 
     Raises:
-        ConfigError: the model has no such layers.
+        ConfigError: the model has no such layers, or a file cannot be read (on every rank).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -79,10 +93,14 @@ def shard(
         options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
-    holders = _holders(model)
+    holders = find_holders(model)
     for unit in [*_layers(model, layer_classes), model]:
-        _take_from_rank_0(unit, place, holders)
+        if weights is None:
+            list(give_memory(unit, place.device, holders, fill=_take_from_rank_0))
         fully_shard(unit, **options)
+    if weights is not None:
+        places = _give_shards_memory(model, place.device, torch.device("cpu") if offload else place.device, holders)
+        agreement.attempt(None, lambda: weights.fill(places, own_range))
     return model
 
 
@@ -98,28 +116,25 @@ def _layers(model: Any, layer_classes: tuple[str, ...]) -> list[nn.Module]:
     return layers
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
-    """id of a parameter or buffer -> where modules keep it; several places for a shared one."""
-    holders: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in model.modules():
-        for kept in (module._parameters, module._buffers):
-            for name, tensor in kept.items():
-                if tensor is not None:
-                    holders.setdefault(id(tensor), []).append((kept, name))
-    return holders
-
-
 @torch.no_grad()
-def _take_from_rank_0(unit: nn.Module, place: Place, holders: dict[int, list[tuple[dict[str, Any], str]]]) -> None:
-    """Replace whatever of a unit is still in `holders` by rank 0's values, on the device; what is shared stays shared."""
-    for module in unit.modules():
-        for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is None or id(tensor) not in holders:
-                continue
-            values = torch.empty(tensor.shape, dtype=tensor.dtype, device=place.device)
-            if not tensor.is_meta:
-                values.copy_(tensor)
-            dist.broadcast(values, src=0)
-            filled = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
-            for kept, name in holders.pop(id(tensor)):
-                kept[name] = filled
+def _give_shards_memory(model: nn.Module, device: torch.device, shard_device: torch.device, holders: Holders) -> list[Where]:
+    """Move a sharded model off the meta device, each rank its own shards, with arbitrary values. What is shared stays shared.
+
+    holders: where the model kept its tensors before it was sharded.
+    """
+    # As to_empty does it, which would drop the values of buffers.
+    model._apply(
+        lambda tensor: (
+            torch.empty_like(tensor, device=shard_device if isinstance(tensor, DTensor) else device)
+            if tensor.is_meta
+            else tensor.to(device)
+        )
+    )
+    for first, *others in holders.values():
+        for kept, name in others:
+            kept[name] = first[0][first[1]]
+    return [Where(old, *places[0]) for old, places in holders.items()]
+
+
+def _take_from_rank_0(values: Tensor) -> None:
+    dist.broadcast(values, src=0)

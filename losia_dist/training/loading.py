@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import inspect
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,23 @@ from transformers.utils.logging import disable_progress_bar
 from losia_dist.config import LoSiAConfig
 from losia_dist.data import build_dataset, load_records, prepare_for_packing, train_validation_split
 from losia_dist.errors import ConfigError
+from losia_dist.loss import use_chunked_loss, use_liger_loss
 from losia_dist.model import get_losia_model
 from losia_dist.training.choice import EngineChoice
 from losia_dist.training.environment import Place
+from losia_dist.training.weights.empty import check_buffers, parameters_on_meta
+from losia_dist.training.weights.files import ReadWhole, find_weights
+from losia_dist.training.weights.names import keep_precision
+from losia_dist.training.weights.streamed import StreamedWeights, missing_message
 
 
 @dataclass
 class Inputs:
-    """What a run starts from. flatten: whether packed rows must be laid end to end. use_cache: as the model came."""
+    """What a run starts from. flatten: whether packed rows must be laid end to end. use_cache: as the model came.
+
+    weights: where the engine reads the model's values from, which is on the meta device then; None: the model has them (all
+    ranks', or rank 0's alone for FSDP2). notes: what is to be said about the loading.
+    """
 
     tokenizer: Any
     train: Any
@@ -32,6 +41,12 @@ class Inputs:
     model: Any
     flatten: bool
     use_cache: bool
+    weights: StreamedWeights | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def weights_fingerprint(self) -> dict[str, Any]:
+        """Numbers that must be equal on all ranks, since each takes its part of the weights from the files it sees."""
+        return {"read whole": True} if self.weights is None else self.weights.fingerprint()
 
     def fingerprint(self) -> dict[str, Any]:
         """Numbers that must be equal on all ranks, since each takes its slice of the same data."""
@@ -56,12 +71,16 @@ def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: Engine
         disable_progress_bar()  # of reading the weights, which every rank would show
     tokenizer, train, held_out = _load_data(options)
     torch.manual_seed(options.seed)
-    model = _load_model(options, choice, place)
+    model, weights, notes = load_model(options, choice, place)
     use_cache = model.config.use_cache
     flatten = prepare_for_packing(model) if options.packing else True
     if config is not None:
         model = get_losia_model(model, config)
-    return Inputs(tokenizer, train, held_out, model, flatten, use_cache)
+    if options.loss == "chunked":
+        use_chunked_loss(model, options.loss_chunk)
+    elif options.loss == "liger":
+        use_liger_loss(model)
+    return Inputs(tokenizer, train, held_out, model, flatten, use_cache, weights, notes)
 
 
 def _check_writable(directory: Path) -> None:
@@ -92,18 +111,40 @@ def _load_data(options: argparse.Namespace) -> tuple[Any, Any, Any | None]:
     return tokenizer, train, None if held_out is None else build_dataset(held_out, tokenizer, options.max_length, **common)
 
 
-def _load_model(options: argparse.Namespace, choice: EngineChoice, place: Place) -> Any:
+def load_model(
+    options: argparse.Namespace, choice: EngineChoice, place: Place
+) -> tuple[Any, StreamedWeights | None, list[str]]:
+    """The model; where its values are read from, if it is on the meta device on every rank; and what is to be said of it.
+
+    Where each rank keeps a part of every weight, no rank reads more than its part, if the files allow it. Each rank by itself.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or some parameter of it is in no file.
+    """
     arguments: dict[str, Any] = {
         "dtype": torch.bfloat16 if choice.precision == "bf16" else torch.float32,
         "trust_remote_code": options.trust_remote_code,
     }
     if options.attn_implementation:
         arguments["attn_implementation"] = options.attn_implementation
+    weights, notes = None, []
     try:
-        if choice.sharding is not None and place.rank != 0:
-            model = _without_weights(options.model, arguments)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(options.model, **arguments)
+        try:
+            if not choice.cuts_weights or place.world_size == 1:
+                raise ReadWhole
+            model, weights = _in_parts(options.model, arguments, choice)
+            if weights.left_over:
+                notes.append(f"not in {type(model).__name__}, and left out: {_some(weights.left_over)}")
+        except ReadWhole as reason:
+            if reason.args:
+                reader = "rank 0 reads" if choice.sharding is not None else "every rank reads"
+                notes.append(f"{options.model} {reason}: {reader} all of it into memory")
+            if choice.sharding is not None and place.rank != 0:
+                model = _without_weights(options.model, arguments)
+            else:
+                model = _whole(options.model, arguments)
+    except ConfigError as error:
+        raise ConfigError(f"--model {options.model}: {error}") from error
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"--model {options.model}: the model could not be loaded: {error}") from error
     parameters = inspect.signature(model.forward).parameters.values()
@@ -117,15 +158,39 @@ def _load_model(options: argparse.Namespace, choice: EngineChoice, place: Place)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant and not options.losia:
             model.enable_input_require_grads()
+    return model, weights, notes
+
+
+def _in_parts(name: str, arguments: dict[str, Any], choice: EngineChoice) -> tuple[Any, StreamedWeights]:
+    """The model on the meta device, and where its weights are read from. Raises: ReadWhole, ConfigError, OSError."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=arguments["trust_remote_code"])
+    stored = find_weights(name, config)
+    model = _without_weights(name, arguments)
+    check_buffers(model)
+    if not choice.is_zero3:  # which keeps every parameter in one dtype
+        keep_precision(model, arguments["dtype"])
+    return model, StreamedWeights(model, stored)
+
+
+def _whole(name: str, arguments: dict[str, Any]) -> Any:
+    """The model with all its weights. Raises: ConfigError where a parameter is in none of its files."""
+    model, found = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    lost = sorted(set(found["missing_keys"]) & dict(model.named_parameters()).keys())
+    if lost:
+        raise ConfigError(missing_message(model, lost))
     return model
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _without_weights(name: str, arguments: dict[str, Any]) -> Any:
-    """The model on the meta device: `fsdp.shard` gives it rank 0's values, so that a machine need not hold it once a rank."""
+    """The model with its parameters on the meta device, its shared ones shared, its buffers as they are."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=arguments["trust_remote_code"])
-    with torch.device("meta"):
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, **arguments)
     model.tie_weights()
     with contextlib.suppress(OSError):  # a model need not bring one
         model.generation_config = GenerationConfig.from_pretrained(name)
-    return model
+    return model.eval()  # as from_pretrained gives it

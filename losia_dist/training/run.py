@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint.export import export_model, save_whole_model
 from losia_dist.compat import DDP_KEEPS_BUFFERS
 from losia_dist.conductor import LoSiA
@@ -23,7 +25,6 @@ from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.groups import losia_parameter_groups
-from losia_dist.training.agreement import on_all_ranks
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
@@ -35,6 +36,8 @@ from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
 from losia_dist.training.trajectory import describe, warmup_steps
+from losia_dist.training.weights.empty import find_holders, give_memory
+from losia_dist.training.weights.streamed import StreamedWeights
 
 
 def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -51,20 +54,23 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     def prepare() -> tuple[LoSiAConfig | None, EngineChoice]:
         return check(options), choose_engine(options, place)
 
-    config, choice = on_all_ranks(prepare, words)
+    agreement = Agreement(words, is_own=True)
+    config, choice = agreement.attempt(None, prepare)
     check_same_on_all_ranks("the options", _comparable(options), words)
     check_same_on_all_ranks("the LoSiA configuration", config.to_dict() if config else {}, words)
     check_same_on_all_ranks("the engine's settings", asdict(choice), words)
-    checkpoints = Checkpoints(options, words)
+    checkpoints = Checkpoints(options, agreement)
     checkpoints.choose()
-    inputs = on_all_ranks(lambda: load(options, config, choice, place), words)
+    inputs = agreement.attempt(None, lambda: load(options, config, choice, place))
     check_same_on_all_ranks("the data", inputs.fingerprint(), words)
+    prints = agreement.attempt(None, inputs.weights_fingerprint)
+    check_same_on_all_ranks("the model's files", prints, words)
 
     where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
     steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
     checkpoints.check(describe(options, choice.precision, inputs.fingerprint(), len(inputs.train), steps, place.world_size))
-    run = _start(inputs.model, config, choice, options, place, steps)
+    run = _start(inputs.model, config, choice, options, place, steps, inputs.weights, agreement)
     begun, source = checkpoints.load(run), checkpoints.source
     continues = source is not None and source.is_own
     log = RunLog(Path(options.output_dir), steps, enabled=place.rank == 0, begun=begun, continues=continues)
@@ -81,6 +87,9 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         f"{summary['method']}, {run.name}, {choice.precision}, {place.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
     )
+    if inputs.notes:
+        summary["notes"] = inputs.notes
+        log.say("\n".join(inputs.notes))
     reporter = Reporter(run, log, summary, options)
     if inputs.held_out is not None:
         evaluation = make_evaluation_loader(inputs.held_out, inputs.tokenizer, options.micro_batch, **where)
@@ -110,8 +119,8 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         if run.losia is not None:
             export_model(run.losia, target)
         else:
-            save_whole_model(run.model, target)
-        on_all_ranks(lambda: _save_tokenizer(inputs.tokenizer, target) if place.rank == 0 else None, words)
+            save_whole_model(run.model, target, agreement=agreement)
+        agreement.on_first(None, lambda: _save_tokenizer(inputs.tokenizer, target))
     checkpoints.wait(run)
     if run.losia is not None:
         run.losia.detach()
@@ -119,9 +128,16 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
 
 
 def _start(
-    model: Any, config: LoSiAConfig | None, choice: EngineChoice, options: argparse.Namespace, place: Place, steps: int
+    model: Any,
+    config: LoSiAConfig | None,
+    choice: EngineChoice,
+    options: argparse.Namespace,
+    place: Place,
+    steps: int,
+    weights: StreamedWeights | None,
+    agreement: Agreement,
 ) -> Engine:
-    """The chosen engine around the model."""
+    """The chosen engine around the model, with the weights that its files hold."""
     rate, decay = options.learning_rate, options.weight_decay
 
     def schedule(optimizer: Any) -> Any:
@@ -140,6 +156,8 @@ def _start(
     if choice.deepspeed is not None:
         from losia_dist.integrations import deepspeed as integration
 
+        if weights is not None:
+            _partition(model, choice.deepspeed, place, weights, agreement)
         if config is not None:
             engine, *_ = integration.initialize(
                 model=model,
@@ -162,6 +180,8 @@ def _start(
             precision=choice.precision,
             offload=choice.offload,
             layer_classes=choice.layer_classes,
+            weights=weights,
+            agreement=agreement,
         )
     else:
         model.to(place.device)
@@ -174,6 +194,23 @@ def _start(
     return PlainRun(
         name, model, optimizer, schedule(optimizer), losia, max_grad_norm=options.max_grad_norm, device=place.device
     )
+
+
+def _partition(model: Any, settings: dict[str, Any], place: Place, weights: StreamedWeights, agreement: Agreement) -> None:
+    """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it."""
+    from losia_dist.integrations.deepspeed_partition import partition_without_values
+    from losia_dist.sharding.zero3 import own_range
+
+    # Partitioned at once, so that all may have the same memory; as it is never written to, a CPU does not even give it.
+    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=place.device)
+
+    def allocate(parameter: Tensor) -> Tensor:
+        return lent[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+
+    made = give_memory(model, place.device, find_holders(model), allocate=allocate)
+    places = partition_without_values(settings, made, lambda there: there.kept[there.name])
+    del lent, made, allocate  # its address space, on a GPU its memory
+    agreement.attempt(None, lambda: weights.fill(places, own_range))
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> None:

@@ -1,0 +1,187 @@
+"""Tensors in safetensors files: where they lie, whether all of them is there, and reading any range of their elements.
+
+Files are read, not mapped: what was read can be counted as the process's own memory, and what it did not ask for never is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_dist.errors import ConfigError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_PIECE = 16 << 20  # bytes read at a time where they are cast or go to another device
+_SAMPLES, _SAMPLE = 32, 4096  # pieces and bytes of a file that tell it from another of the same shape
+_AGAIN = "Download or copy it again."
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk: row-major, from byte `begin` of the file on. dtype: None where it is none that is read here."""
+
+    file: StoredFile
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    begin: int
+
+    def like(self) -> Tensor:
+        """Its shape and dtype, on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def read(self) -> Tensor:
+        """All of it, on the CPU, in its own dtype."""
+        values = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(values.view(-1), 0)
+        return values
+
+    def read_into(self, target: Tensor, start: int) -> None:
+        """Elements [start, start + target.numel()) into a flat contiguous tensor, cast to its dtype, on its device.
+
+        Raises:
+            ConfigError: the file cannot be read, or ends early.
+        """
+        assert self.dtype is not None
+        if target.device.type == "cpu" and target.dtype == self.dtype:
+            self.file.read(self.begin + start * target.element_size(), target)
+            return
+        size = self.dtype.itemsize
+        step = _PIECE // size
+        piece = torch.empty(min(step, target.numel()), dtype=self.dtype)
+        for place in range(0, target.numel(), step):
+            part = target[place : place + step]
+            self.file.read(self.begin + (start + place) * size, piece[: part.numel()])
+            part.copy_(piece[: part.numel()])
+
+
+class StoredFile:
+    """One safetensors file, whose header was read and agrees with its size.
+
+    Raises:
+        ConfigError: missing, unreadable, truncated, or not in this format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as opened:
+                self.size = opened.seek(0, 2)
+                opened.seek(0)
+                length = int.from_bytes(opened.read(8), "little")
+                if self.size < 8 or length > min(self.size - 8, _LARGEST_HEADER):
+                    raise self._truncated(8 + length)
+                text = opened.read(length)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._opened: Any = None
+        self.header_print = zlib.crc32(text)
+        try:
+            header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+            self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
+            end = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=8 + length)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ConfigError(f"{self.path} is not a safetensors file, or is damaged ({error}). {_AGAIN}") from error
+        if end > self.size:
+            raise self._truncated(end)
+
+    def read(self, begin: int, target: Tensor) -> None:
+        """Bytes from `begin` on, into a contiguous CPU tensor, until it is full. Raises: ConfigError."""
+        view = _bytes_of(target)
+        try:
+            if self._opened is None:
+                self._opened = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+            self._opened.seek(begin)
+            while len(view):
+                count = self._opened.readinto(view)
+                if not count:
+                    raise ConfigError(f"{self.path} ended while it was read: it was changed or cut. {_AGAIN}")
+                view = view[count:]
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def fingerprint(self) -> list[int]:
+        """Size, and checksums of the header and of a sample of the data: equal for equal files, on any machine."""
+        sample, found = torch.empty(_SAMPLE, dtype=torch.uint8), 0
+        for place in range(_SAMPLES if self.size > _SAMPLE else 0):
+            self.read((self.size - _SAMPLE) * place // (_SAMPLES - 1), sample)
+            found = zlib.crc32(_bytes_of(sample), found)
+        return [self.size, self.header_print, found]
+
+    def close(self) -> None:
+        """Let go of the file; a later read opens it again."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _entry(self, name: str, entry: dict[str, Any], begin: int) -> StoredTensor:
+        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        start, stop = entry["data_offsets"]
+        if not 0 <= start <= stop or (dtype is not None and stop - start != math.prod(shape) * dtype.itemsize):
+            raise ValueError(f"{name} has {stop - start} bytes, not those of {list(shape)} {entry['dtype']}")
+        return StoredTensor(self, dtype, shape, begin + start)
+
+    def _truncated(self, needed: int) -> ConfigError:
+        return ConfigError(f"{self.path} has {self.size} bytes of at least {needed}: it is truncated or damaged. {_AGAIN}")
+
+    def _unreadable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.path} cannot be read: {error.strerror}. The model's files must be there on every machine that trains."
+        )
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat) if tensor.numel() else memoryview(b"")
+
+
+def open_files(files: list[Path], index: Path | None, find: Callable[[str], Path]) -> dict[str, StoredTensor]:
+    """Every tensor of a model by its name on disk.
+
+    Args:
+        files: those of the model, where there is no index.
+        index: model.safetensors.index.json, which names a file for every tensor.
+        find: the path of a file that the index names.
+
+    Raises:
+        ConfigError: an index that is damaged or does not fit its files; a file that is missing, truncated or damaged.
+    """
+    if index is None:
+        return {name: tensor for path in files for name, tensor in StoredFile(path).tensors.items()}
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in where.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is not an index of safetensors files ({error}). {_AGAIN}") from error
+    opened = {name: StoredFile(find(name)) for name in names}
+    lost = [name for name, file in where.items() if name not in opened[file].tensors]
+    if lost:
+        raise ConfigError(
+            f"{index} places {lost[0]!r}{_more(lost)} in {where[lost[0]]}, which has no such tensor: the index and the files "
+            f"are not of one model. {_AGAIN}"
+        )
+    return {name: opened[file].tensors[name] for name, file in where.items()}
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
