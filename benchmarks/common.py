@@ -1,7 +1,8 @@
-"""What the benchmarks share: a header that says where numbers come from, tables, JSON, and ranks on this machine."""
+"""What the benchmarks share: a header that says where numbers come from, tables, bars, JSON, and ranks on this machine."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -14,22 +15,36 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import losia_dist
+
+RESULTS = Path(__file__).parent / "results"
+_SHOWN = ("transformers", "peft", "deepspeed", "triton", "galore-torch")
+
 
 def header() -> dict[str, Any]:
     """Machine and versions, to be printed above every table and stored beside every number."""
-    import transformers
+    versions = {"losia_dist": losia_dist.__version__, "torch": torch.__version__}
+    for package in _SHOWN:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"device": device, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
-    import losia_dist
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-    versions = {"losia_dist": losia_dist.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+def _processor() -> str:
+    """Model of the CPU; AMX and AVX-512 decide how fast bf16 is."""
+    name, flags = platform.machine(), ""
     try:
-        import deepspeed
-
-        versions["deepspeed"] = deepspeed.__version__
-    except ImportError:
-        pass
-    return {"device": device, "python": platform.python_version(), **versions}
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+            elif line.startswith("flags"):
+                flags = ", ".join(flag for flag in ("avx512_bf16", "amx_bf16") if flag in line.split())
+    except OSError:
+        pass  # not Linux: the architecture is all that is known
+    return f"CPU, {os.cpu_count()} cores, {name}" + (f" ({flags})" if flags else "")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -38,10 +53,40 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write_json(path: str | None, results: Any) -> None:
+def bar(name: str, measured: float, limit: float) -> dict[str, Any]:
+    """One promise: what was measured, and the most it may be."""
+    return {"bar": name, "measured": measured, "limit": limit, "met": measured <= limit}
+
+
+def bar_table(bars: Sequence[dict[str, Any]]) -> str:
+    """The promises as a table that says of each whether it was met."""
+    rows = [
+        [entry["bar"], f"{entry['measured']:.4g}", f"{entry['limit']:.4g}", "met" if entry["met"] else "NOT MET"]
+        for entry in bars
+    ]
+    return table(["bar", "measured", "at most", ""], rows)
+
+
+def write_json(path: str | Path | None, results: Any) -> None:
     """Store results with their header, if a path was given."""
     if path:
-        Path(path).write_text(json.dumps({"header": header(), "results": results}, indent=2) + "\n", encoding="utf-8")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps({"header": header(), "results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(path: str | Path) -> list[Any]:
+    """Results that `write_json` stored on this machine with these versions; empty if there are none.
+
+    Raises:
+        SystemExit: they come from another machine or other versions, so that nothing may be added to them.
+    """
+    if not Path(path).exists():
+        return []
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    if stored["header"] != header():
+        raise SystemExit(f"{path} was measured elsewhere ({stored['header']}); choose another --json, or leave --add out.")
+    results: list[Any] = stored["results"]
+    return results
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,14 +12,14 @@ import losia_dist
 
 PACKAGE = Path(losia_dist.__file__).parent
 
-# Lower layers never import upper ones; planning and reporting will stand beside.
+# Lower layers never import upper ones.
 LAYERS = [
-    ["_version", "compat", "errors", "formulas", "fingerprint", "config"],
+    ["_version", "compat", "errors", "agreement", "formulas", "fingerprint", "config", "kernels"],
     ["subnet"],
     ["localization", "optim", "sharding"],
-    ["model", "guard", "heartbeat", "watch", "liveness", "conductor"],
-    ["integrations", "checkpoint", "data"],
-    ["training", "cli"],
+    ["loss", "model", "guard", "heartbeat", "watch", "liveness", "conductor"],
+    ["integrations", "checkpoint", "data", "planning"],
+    ["training", "doctor", "cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ENGINE_ROOMS = ("sharding", "integrations")

@@ -1,0 +1,35 @@
+"""`python -m benchmarks` lists the benchmarks; `python -m benchmarks all` runs those that a small machine can, one by one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from benchmarks.common import table
+
+# name: (question, arguments of `all`, or None where it is left out)
+BENCHMARKS: dict[str, tuple[str, list[str] | None]] = {
+    "step_time": ("how long is a step, beside the floor, LoRA, GaLore, full fine-tuning?", []),
+    "memory": ("peak memory, bytes kept for backward, bytes of state?", []),
+    "communication": ("bytes sent per rank and step, by engine?", ["--json", "benchmarks/results/communication.json"]),
+    "relocalization": ("what does moving one layer's subnets cost, at 7B's sizes?", []),
+    "growth": ("how do the costs grow with width, depth, length, rank factor, ranks?", []),
+    "profile_step": ("in which operators does a method spend more than the floor?", None),
+    "figures": ("the stored results as pictures", []),
+    "gpu": ("everything that only a GPU can show (benchmarks/gpu.sh)", None),
+}
+
+
+def main() -> None:
+    if sys.argv[1:] not in ([], ["all"]):
+        raise SystemExit(f"python -m benchmarks {' '.join(sys.argv[1:])}: give nothing (a list) or 'all'.")
+    print(table(["python -m benchmarks.", "question"], [[name, question] for name, (question, _) in BENCHMARKS.items()]))
+    if sys.argv[1:] == ["all"]:
+        for name, (_, arguments) in BENCHMARKS.items():
+            if arguments is not None:
+                print(f"\n== {name}", flush=True)
+                subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
