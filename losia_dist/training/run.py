@@ -36,7 +36,7 @@ from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
 from losia_dist.training.trajectory import describe, warmup_steps
-from losia_dist.training.weights.empty import find_holders, give_memory
+from losia_dist.training.weights.empty import Where, find_holders, give_memory
 from losia_dist.training.weights.streamed import StreamedWeights
 
 
@@ -198,19 +198,24 @@ def _start(
 
 def _partition(model: Any, settings: dict[str, Any], place: Place, weights: StreamedWeights, agreement: Agreement) -> None:
     """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it."""
-    from losia_dist.integrations.deepspeed_partition import partition_without_values
     from losia_dist.sharding.zero3 import own_range
 
-    # Partitioned at once, so that all may have the same memory; as it is never written to, a CPU does not even give it.
-    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=place.device)
+    places = _empty_partitions(model, settings, place.device)
+    agreement.attempt(None, lambda: weights.fill(places, own_range))
+
+
+def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device) -> list[Where]:
+    """Partitions with arbitrary values, and where the model keeps them."""
+    from losia_dist.integrations.deepspeed_partition import partition_without_values
+
+    # Each parameter is cut at once, so that all may have the same memory; as it is never written to, a CPU does not give it.
+    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=device)
 
     def allocate(parameter: Tensor) -> Tensor:
         return lent[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
-    made = give_memory(model, place.device, find_holders(model), allocate=allocate)
-    places = partition_without_values(settings, made, lambda there: there.kept[there.name])
-    del lent, made, allocate  # its address space, on a GPU its memory
-    agreement.attempt(None, lambda: weights.fill(places, own_range))
+    made = give_memory(model, device, find_holders(model), allocate=allocate)
+    return partition_without_values(settings, made, lambda there: there.kept[there.name])
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> None:

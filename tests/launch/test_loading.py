@@ -277,7 +277,8 @@ def train_in_own_directory(directories, words):
 
 # Memory
 
-PROCESS = 24 << 20  # bytes that a rank may take beyond the model: code and tables that are first used here
+# Bytes that a rank may take beyond the model: code that is first used here, and DeepSpeed's buffers, which do not grow with it.
+PROCESS = {"zero3": 56 << 20, "fsdp2": 16 << 20}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -287,7 +288,7 @@ def test_four_ranks_together_hold_the_model_about_once(ranks, tmp_path, engine):
     model = 4 * parameters
     assert model > 300e6
     total = sum(rank["loaded, resident"] for rank in found)
-    assert total < benchmark.LIMIT * model + 4 * PROCESS
+    assert total < benchmark.LIMIT * model + 4 * PROCESS[engine]
     assert total > 0.9 * model  # it is there
 
 
