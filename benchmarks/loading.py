@@ -1,6 +1,6 @@
 """Start-up of a run: how long it takes to load a model into an engine's shards, and how much host memory all ranks need.
 
-    python -m benchmarks.loading [--engines zero3 fsdp2] [--precisions bf16 fp32] [--ranks 4] [--layers 18 ...] [--json FILE]
+    python -m benchmarks.loading [--engines zero3 fsdp2] [--precisions bf16 fp32] [--ranks 4] [--layers 20 ...] [--json FILE]
 
 A random Llama of about 1.0 B parameters is written in bf16 (2.0 GB) and loaded by the training script's own code, up to an
 engine that is ready to train, twice: as it is, and with every weight read whole first (ZeRO-3: by every rank; FSDP2: by rank
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import tempfile
 import threading
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--precisions", nargs="+", choices=("bf16", "fp32"), default=["bf16"])
     parser.add_argument("--ranks", type=int, default=4)
-    for name, default in {"layers": 18, "hidden": 2048, "intermediate": 5632, "vocab": 32000}.items():
+    for name, default in {"layers": 20, "hidden": 2048, "intermediate": 5632, "vocab": 32000}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", default=str(RESULTS / "loading.json"))
     options = parser.parse_args(arguments)
@@ -191,6 +192,9 @@ def warm_up(engine: str) -> None:
         deepspeed.init_distributed()
     dist.all_reduce(torch.zeros(1))
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc: memory that was freed before would be taken again unseen
+        trim(0)
 
 
 @contextmanager

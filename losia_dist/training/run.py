@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def _start(
     if choice.deepspeed is not None:
         from losia_dist.integrations import deepspeed as integration
 
+        # DeepSpeed calls collectives by names that torch 2.13 renamed; it is not for the user to mend.
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         if weights is not None:
             _partition(model, choice.deepspeed, place, weights, agreement)
         if config is not None:

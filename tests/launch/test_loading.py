@@ -282,19 +282,19 @@ PROCESS = {"zero3": 56 << 20, "fsdp2": 16 << 20}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_four_ranks_together_hold_the_model_about_once(ranks, tmp_path, engine):
+def test_all_ranks_together_hold_the_model_about_once(ranks, tmp_path, engine):
     parameters = benchmark.write_model(tmp_path, 6, 1024, 2816, 8192)
-    found = ranks(4, benchmark.start, str(tmp_path), engine, "fp32")
+    found = ranks(2, benchmark.start, str(tmp_path), engine, "fp32")
     model = 4 * parameters
     assert model > 300e6
     total = sum(rank["loaded, resident"] for rank in found)
-    assert total < benchmark.LIMIT * model + 4 * PROCESS[engine]
-    assert total > 0.9 * model  # it is there
+    assert total < benchmark.LIMIT * model + 2 * PROCESS[engine]
+    assert total > 0.8 * model  # it is there
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_larger_model_keeps_the_bound_without_allowance(tmp_path, engine):
-    parameters = benchmark.write_model(tmp_path, 18, 2048, 5632, 32000)
+    parameters = benchmark.write_model(tmp_path, 20, 2048, 5632, 32000)
     found = benchmark.on_ranks(4, benchmark.all_ranks, str(tmp_path), engine, "bf16", False)
     assert sum(rank["loaded, resident"] for rank in found) < benchmark.LIMIT * 2 * parameters
