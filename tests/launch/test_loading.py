@@ -281,6 +281,7 @@ def train_in_own_directory(directories, words):
 PROCESS = {"zero3": 56 << 20, "fsdp2": 16 << 20}
 
 
+@pytest.mark.slow  # what a process holds beside the model depends on what ran in it before
 @pytest.mark.parametrize("engine", ENGINES)
 def test_all_ranks_together_hold_the_model_about_once(ranks, tmp_path, engine):
     parameters = benchmark.write_model(tmp_path, 6, 1024, 2816, 8192)
