@@ -58,13 +58,18 @@ def subnet_backward(
         if sink is None:
             grad_subnet = subnet_gradient(flat_grad, flat_kept, rows)
         else:
-            full = flat_grad.t() @ flat_kept
-            grad_subnet = take_subnet(full, rows, columns)
-            sink(full.clone() if grad_subnet is full else full, matrix)  # the sink uses it up
+            grad_subnet = _give_up(flat_grad.t() @ flat_kept, layer, matrix, sink)
         grad_subnet = grad_subnet.to(subnet.dtype)
         if layer.gradient_witness is not None:
             layer.gradient_witness(grad_subnet)
     return grad_x, grad_subnet
+
+
+def _give_up(full: Tensor, layer: SubnetLinear, matrix: Tensor, sink: GradientSink) -> Tensor:
+    """The subnet's part of a full gradient [m, n], which the sink then keeps and uses up."""
+    grad_subnet = take_subnet(full, layer.rows, layer.columns)
+    sink(full.clone() if grad_subnet is full else full, matrix)
+    return grad_subnet
 
 
 class SubnetLinearFunction(torch.autograd.Function):
@@ -117,8 +122,7 @@ def embedding_backward(
         if not head.weight_is_resident:
             write_subnet(weight, subnet, head.rows, head.columns)  # the sink reads the weight
         full = flat_grad.new_zeros(weight.shape).index_add_(0, flat_tokens, flat_grad)
-        grad_subnet = take_subnet(full, head.rows, head.columns)
-        sink(full.clone() if grad_subnet is full else full, weight)  # the sink uses it up
+        grad_subnet = _give_up(full, head, weight, sink)
     elif head.rows is None:
         grad_subnet = flat_grad.new_zeros(subnet.shape).index_add_(0, flat_tokens, flat_grad)
     else:

@@ -118,11 +118,11 @@ def _layers(model: Any, layer_classes: tuple[str, ...]) -> list[nn.Module]:
 
 @torch.no_grad()
 def _give_shards_memory(model: nn.Module, device: torch.device, shard_device: torch.device, holders: Holders) -> list[Where]:
-    """Move a sharded model off the meta device, each rank its own shards, with arbitrary values. What is shared stays shared.
+    """Move a sharded model off the meta device, each rank its own shards, with arbitrary values.
 
     holders: where the model kept its tensors before it was sharded.
     """
-    # As to_empty does it, which would drop the values of buffers.
+    # As to_empty does it, which would drop the values of buffers. A DTensor changes in place: what is shared stays shared.
     model._apply(
         lambda tensor: (
             torch.empty_like(tensor, device=shard_device if isinstance(tensor, DTensor) else device)
@@ -130,9 +130,6 @@ def _give_shards_memory(model: nn.Module, device: torch.device, shard_device: to
             else tensor.to(device)
         )
     )
-    for first, *others in holders.values():
-        for kept, name in others:
-            kept[name] = first[0][first[1]]
     return [Where(old, *places[0]) for old, places in holders.items()]
 
 

@@ -281,11 +281,11 @@ def train_in_own_directory(directories, words):
 PROCESS = {"zero3": 56 << 20, "fsdp2": 16 << 20}
 
 
-@pytest.mark.slow  # what a process holds beside the model depends on what ran in it before
 @pytest.mark.parametrize("engine", ENGINES)
-def test_all_ranks_together_hold_the_model_about_once(ranks, tmp_path, engine):
+def test_all_ranks_together_hold_the_model_about_once(tmp_path, engine):
+    """In processes of its own: what others hold beside the model depends on what ran in them before."""
     parameters = benchmark.write_model(tmp_path, 6, 1024, 2816, 8192)
-    found = ranks(2, benchmark.start, str(tmp_path), engine, "fp32")
+    found = benchmark.on_ranks(2, benchmark.all_ranks, str(tmp_path), engine, "fp32", False)
     model = 4 * parameters
     assert model > 300e6
     total = sum(rank["loaded, resident"] for rank in found)
