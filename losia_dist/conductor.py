@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,11 @@ from losia_dist.kernels.switch import VARIABLE, check_kernels, kernel_choice
 from losia_dist.liveness import join_watch
 from losia_dist.liveness import settings as liveness_settings
 from losia_dist.localization.accumulator import ImportanceAccumulator
+from losia_dist.localization.backward import Batch
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.modes import LOCALIZATIONS, Localization, SlotGroup
+from losia_dist.localization.modes import Localization, SlotGroup, make_localization
+from losia_dist.localization.moves import SubnetMove
+from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotClock
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
@@ -33,6 +36,7 @@ from losia_dist.subnet.convert import first_subnet, group_names, subnet_layers
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 from losia_dist.subnet.operator import make_findable
+from losia_dist.warm_start import layers_per_slot, locate_all, settled
 
 
 class LoSiA:
@@ -46,6 +50,7 @@ class LoSiA:
         optimizer: built from `losia_parameter_groups(model, ...)`; a DeepSpeed wrapper is fine.
         config: the configuration the model was converted with.
         process_group: ranks that see different data; None: all ranks, if torch.distributed is initialized.
+        total_steps: optimizer steps of the whole run, which layers_per_slot="auto" is chosen for.
 
     Raises:
         ConfigError: the model has no subnets, the optimizer does not hold them by decoder layer, or ranks differ.
@@ -59,6 +64,7 @@ class LoSiA:
         config: LoSiAConfig,
         *,
         process_group: dist.ProcessGroup | None = None,
+        total_steps: int | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.layers = subnet_layers(model)
@@ -68,7 +74,8 @@ class LoSiA:
         _refuse_cast_subnets(self.layers)
         self._refuse_tied_micro_batches()
         group = _own_group(process_group)
-        check_same_on_all_ranks("the LoSiA configuration", config.to_dict(), group)
+        check_same_on_all_ranks("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps}, group)
+        self.config = config = settled(config, total_steps, len(group_names(self.layers)), _size(group))
         check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
         check_kernels()
         check_same_on_all_ranks("the environment", {**liveness_settings(), VARIABLE: kernel_choice()}, group)
@@ -86,22 +93,22 @@ class LoSiA:
         for layer in self.layers:
             layer.weight_is_resident = self.parameters.weight_is_resident
         make_findable(self.layers)
-        self.localization: Localization = LOCALIZATIONS[config.localization](
-            self.collectives,
-            importance=config.importance,
-            betas=config.importance_betas,
-            per_micro_batch=config.importance_accumulation == "micro_batch",
-            weight_is_resident=self.parameters.weight_is_resident,
+        self.localization: Localization = make_localization(
+            config, self.collectives, weight_is_resident=self.parameters.weight_is_resident
         )
-        per_slot = self.localization.groups_per_slot(config.layers_per_slot)
+        per_slot = self.localization.groups_per_slot(layers_per_slot(config))
         self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
+        self.rewarming.allow = self._check_located
+        self.located = config.init == "random"  # subnets stand where the configuration wants the first ones
         self._cut_awaited(group)
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
         # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
         self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
+        # Told, on all ranks, of every layer that got another subnet, once the whole group has.
+        self.on_move: list[Callable[[SubnetMove], None]] = []
         # Further objects (state_dict, load_state_dict; plain values) that checkpoints carry: an engine's own counters.
         self.carried: dict[str, Any] = {}
         self._open_slot()
@@ -150,14 +157,58 @@ class LoSiA:
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
+        moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
         for place, name in enumerate(relocalized):
-            self._relocalize(SlotGroup(name, place), [layer for layer in self.layers if layer.group_name == name])
+            layers = [layer for layer in self.layers if layer.group_name == name]
+            moved.append((layers, self._relocalize(SlotGroup(name, place), layers)))
         self.clock.advance(relocalized)
         if relocalized:
             self._open_slot()
+        for layers, choices in moved:
+            self._tell("relocalized", layers, choices)
         if self._watch is not None:
             self._watch.step_done()
         return bool(relocalized)
+
+    def locate(self, batches: Sequence[Batch], compute_loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> int:
+        """Give every layer the subnet that importance in these batches asks for; before the first step, on every rank.
+
+        The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
+        gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
+        one forward and backward of the batches, with the weights' gradients, for each query of the search: two for
+        selection="greedy", one where all rows or all columns are kept.
+
+        Args:
+            batches: this rank's micro-batches, keyword arguments of the model on its device; equally many on every rank.
+            compute_loss: (model, batch) -> mean loss; None: `model(**batch).loss`. The model is unwrapped from DDP.
+
+        Returns:
+            passes over the batches.
+
+        Raises:
+            ConfigError: no batch, unequal counts, training has begun, or a layer that no gradient reaches. Same on every rank.
+            DivergenceError: importance is not finite.
+        """
+        mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
+        counts = self.collectives.stack(mine).flatten().tolist()
+        if len(set(counts)) > 1 or not counts[0]:
+            raise ConfigError(
+                f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank."
+            )
+        if self.steps or self.in_mid_step:
+            raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
+        choices, passes = locate_all(self, batches, compute_loss)
+        check_finite([choice.inside for choice in choices], self.layers)
+        with torch.no_grad():
+            for layer, choice in zip(self.layers, choices, strict=True):
+                self._cut(layer, choice.rows, choice.columns)
+        self._note_changes()
+        check_same_subnets(self.layers, self.parameters, self.collectives)
+        self._engagement = EngagementCheck(self.layers, self.state, self.collectives)
+        self._open_slot()
+        self.located = True
+        self._tell("located", self.layers, choices)
+        return passes
 
     def discard_step(self) -> None:
         """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
@@ -170,6 +221,7 @@ class LoSiA:
             "clock": self.clock.state(),
             "applied": [[name, rate] for name, rate in self.rewarming.applied.items()],
             "engaged": self._engagement is None,
+            "located": self.located,
         }
 
     def restore_progress(self, progress: dict[str, Any]) -> None:
@@ -180,6 +232,7 @@ class LoSiA:
         self._note_changes()
         self.clock.restore(progress["clock"])
         self.rewarming.restore(dict(progress["applied"]))
+        self.located = progress["located"]
         for layer in self.layers:
             layer.gradient_witness = None
         self._engagement = None if progress["engaged"] else EngagementCheck(self.layers, self.state, self.collectives)
@@ -224,27 +277,54 @@ class LoSiA:
                 self._accumulators[layer] = layer.gradient_sink = accumulator
 
     @torch.no_grad()
-    def _relocalize(self, group: SlotGroup, layers: list[SubnetLinear]) -> None:
+    def _relocalize(self, group: SlotGroup, layers: list[SubnetLinear]) -> list[Choice]:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
-        choices: list[tuple[Tensor, Tensor]] = []
-        objectives: list[Tensor] = []
+        choices: list[Choice] = []
         for layer in layers:
             kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
             accumulator = self._accumulators.pop(layer, None)
-            rows, columns, objective = self.localization.choose(group, accumulator, self._shape(layer), kept, device)
-            choices.append((rows, columns))
-            objectives.append(objective)
-        check_finite(objectives, layers)
+            choices.append(self.localization.choose(group, accumulator, self._shape(layer), kept, device))
+        check_finite([choice.inside for choice in choices], layers)
         prints: list[Tensor] = []
-        for layer, (rows, columns) in zip(layers, choices, strict=True):
+        for layer, choice in zip(layers, choices, strict=True):
             left = self._write_back(layer)
             for told in self.on_retire:
                 told(layer, left)
-            taken = self._cut(layer, rows, columns)
+            taken = self._cut(layer, choice.rows, choice.columns)
             prints.append(subnet_prints(layer, left, taken))
         check_relocalized(layers, torch.stack(prints), self.collectives)
         self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+        return choices
+
+    def _tell(self, reason: Literal["located", "relocalized"], layers: list[SubnetLinear], choices: list[Choice]) -> None:
+        """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
+        if not self.on_move:
+            return
+        parts = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
+        for layer, choice, (inside, total) in zip(layers, choices, parts, strict=True):
+            (m, n), (r, c) = self._shape(layer), (choice.rows.numel(), choice.columns.numel())
+            move = SubnetMove(
+                step=self.steps,
+                reason=reason,
+                layer=layer.name,
+                group=layer.group_name,
+                shape=(m, n),
+                rows=choice.rows,
+                columns=choice.columns,
+                captured=inside / total if total > 0 else None,
+                random_share=r * c / (m * n),
+            )
+            for told in self.on_move:
+                told(move)
+
+    def _check_located(self) -> None:
+        """An optimizer step is about to be made: the subnets must be those that the configuration asks for."""
+        if not self.located:
+            raise ConfigError(
+                "init='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
+                "before the first step, or set init='random'."
+            )
 
     @torch.no_grad()
     def _cut(self, layer: SubnetLinear, rows: Tensor, columns: Tensor) -> Tensor:
@@ -297,6 +377,10 @@ def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | N
         return None
     ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
     return dist.new_group(ranks) if len(ranks) > 1 else None
+
+
+def _size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
 
 
 def _refuse_fp16(layers: list[SubnetLinear]) -> None:

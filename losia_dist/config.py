@@ -17,8 +17,8 @@ IMPORTANCES = ("param_mix", "first_order", "second_order")
 
 # Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
 _AVAILABLE = {
-    "selection": ("greedy",),
-    "init": ("random",),
+    "selection": ("greedy", "alternating"),
+    "init": ("random", "importance"),
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
     "importance_accumulation": ("step", "micro_batch"),
@@ -32,6 +32,8 @@ class LoSiAConfig:
     Args:
         rank_factor: share p of a target layer's rows and of its columns that train, in (0, 1]; a pair (rows, columns)
             sets the two apart. Default 1/8 (paper, section 4.1): 1/64 of each weight. A factor of 1 takes all.
+        rank_pattern: module name -> rank factor (or pair) of its own, by name as in target_modules: {"down_proj": [1, 0.03125],
+            "layers.0.self_attn.q_proj": 0.25}. The longest name that matches counts. None: rank_factor for all.
         output_rank_factor: share p_o of the output layer's rows (all of its columns) that train, in (0, 1]. None, the
             default, leaves the output layer frozen. Paper: 1/8 for instruction tuning.
         period: T, optimizer steps in a time slot (one slot re-localizes `layers_per_slot` groups). At least 1.
@@ -45,9 +47,14 @@ class LoSiAConfig:
         importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
             "first_order" |wg|, "second_order" (wg)^2.
         importance_betas: (b1, b2) of the averages of I and of its deviation, each in [0, 1). Paper: 0.85, 0.85.
-        selection: "greedy", the best of the paper's candidates (algorithm 1).
-        layers_per_slot: groups (decoder layers) that localize in one slot. At least 1.
-        init: first subnets: "random" (seeded, the paper's).
+        selection: "greedy", the best of the paper's candidates (algorithm 1). "alternating": from there on, rows given the
+            columns and columns given the rows in turn, while the score inside the subnet grows.
+        layers_per_slot: groups (decoder layers) that localize in one slot. At least 1. "auto": as few as locate every group
+            `cycles` times in the length of the run, which `LoSiA(..., total_steps=...)` is told.
+        cycles: with layers_per_slot="auto", how often every group is located after the start. At least 1.
+        init: first subnets: "random" (seeded, the paper's), or "importance": located before the first step by
+            `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
+        calibration_batches: micro-batches of each rank that they are located from, where an integration takes them. At least 1.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
         reset_bias_correction: restart Adam's bias correction with the moments (correct, default); False keeps the old
             step count, as the authors' code does.
@@ -61,6 +68,7 @@ class LoSiAConfig:
     """
 
     rank_factor: float | tuple[float, float] = 0.125
+    rank_pattern: dict[str, float | tuple[float, float]] | None = None
     output_rank_factor: float | None = None
     period: int = 100
     target_modules: str | list[str] = "all-linear"
@@ -70,8 +78,10 @@ class LoSiAConfig:
     importance: str = "param_mix"
     importance_betas: tuple[float, float] = (0.85, 0.85)
     selection: str = "greedy"
-    layers_per_slot: int = 1
+    layers_per_slot: int | str = 1
+    cycles: int = 1
     init: str = "random"
+    calibration_batches: int = 8
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
     localization: str = "reduced"
@@ -79,20 +89,15 @@ class LoSiAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank_factor, list | tuple):
-            if len(self.rank_factor) != 2:
-                raise ConfigError(
-                    f"rank_factor={self.rank_factor!r}: give one number, or a pair (rows, columns) such as (0.25, 0.0625)."
-                )
-            self.rank_factor = (self.rank_factor[0], self.rank_factor[1])
-            for part, factor in zip(("rows", "columns"), self.rank_factor, strict=True):
-                _check_share(f"rank_factor ({part})", factor)
-        else:
-            _check_share("rank_factor", self.rank_factor)
+        self.rank_factor = _factors("rank_factor", self.rank_factor)
+        self._check_pattern()
         if self.output_rank_factor is not None:
             _check_share("output_rank_factor", self.output_rank_factor)
         _check_count("period", self.period, minimum=1)
-        _check_count("layers_per_slot", self.layers_per_slot, minimum=1)
+        if self.layers_per_slot != "auto":
+            _check_count("layers_per_slot", self.layers_per_slot, minimum=1, also="auto")
+        _check_count("cycles", self.cycles, minimum=1)
+        _check_count("calibration_batches", self.calibration_batches, minimum=1)
         if self.rewarm_steps is not None:
             _check_count("rewarm_steps", self.rewarm_steps, minimum=0)
         _check_count("seed", self.seed, minimum=0)
@@ -126,15 +131,31 @@ class LoSiAConfig:
         if saved is not None:
             self.modules_to_save = list(saved)
 
+    def _check_pattern(self) -> None:
+        pattern = self.rank_pattern
+        if pattern is None:
+            return
+        if not isinstance(pattern, dict) or not pattern or not all(isinstance(name, str) and name for name in pattern):
+            raise ConfigError(
+                f"rank_pattern={pattern!r}: give names with their factors, {{'down_proj': 0.25}}, or null."
+            )
+        self.rank_pattern = {name: _factors(f"rank_pattern[{name!r}]", factor) for name, factor in pattern.items()}
+
     @property
     def row_factor(self) -> float:
-        """Share of the rows (output neurons) of a target layer that train."""
-        return self.rank_factor[0] if isinstance(self.rank_factor, tuple) else self.rank_factor
+        """Share of the rows (output neurons) of a target layer that train, unless rank_pattern names it."""
+        return _pair(self.rank_factor)[0]
 
     @property
     def column_factor(self) -> float:
-        """Share of the columns (input neurons) of a target layer that train."""
-        return self.rank_factor[1] if isinstance(self.rank_factor, tuple) else self.rank_factor
+        """Share of the columns (input neurons) of a target layer that train, unless rank_pattern names it."""
+        return _pair(self.rank_factor)[1]
+
+    def factors_of(self, module: str) -> tuple[float, float]:
+        """Shares of rows and columns of the target layer of this full name."""
+        named = self.rank_pattern or {}
+        matching = [name for name in named if matches(name, module)]
+        return _pair(named[max(matching, key=len)] if matching else self.rank_factor)
 
     @property
     def effective_rewarm_steps(self) -> int:
@@ -143,7 +164,7 @@ class LoSiAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (JSON, YAML); `LoSiAConfig.from_dict` takes it back."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
@@ -188,11 +209,40 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def matches(name: str, module: str) -> bool:
+    """Whether a name in rank_pattern means the module of this full name: all of it, or its last parts."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _factors(name: str, value: Any) -> float | tuple[float, float]:
+    """A rank factor, or a pair of them, checked."""
+    if not isinstance(value, list | tuple):
+        _check_share(name, value)
+        return value  # type: ignore[no-any-return]
+    if len(value) != 2:
+        raise ConfigError(f"{name}={value!r}: give one number, or a pair (rows, columns) such as (0.25, 0.0625).")
+    for part, factor in zip(("rows", "columns"), value, strict=True):
+        _check_share(f"{name} ({part})", factor)
+    return (value[0], value[1])
+
+
+def _pair(factor: float | tuple[float, float]) -> tuple[float, float]:
+    return factor if isinstance(factor, tuple) else (factor, factor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _check_share(name: str, value: Any) -> None:
     if not _is_number(value) or not 0 < value <= 1:
         raise ConfigError(f"{name}={value!r}: a share in (0, 1] is needed; 0.125 (one eighth) is the paper's.")
 
 
-def _check_count(name: str, value: Any, minimum: int) -> None:
+def _check_count(name: str, value: Any, minimum: int, also: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigError(f"{name}={value!r}: a whole number of at least {minimum} is needed.")
+        raise ConfigError(
+            f"{name}={value!r}: a whole number of at least {minimum} is needed{f', or {also!r}' if also else ''}."
+        )

@@ -39,8 +39,11 @@ def cycle_steps(num_groups: int, period: int, per_slot: int) -> int:
 
 
 def layers_per_slot_for(steps: int, num_groups: int, period: int, cycles: int = 1) -> int | None:
-    """Fewest groups per slot with which a run of `steps` locates every group `cycles` times; None: it has too few slots."""
-    slots = steps // period // cycles
+    """Fewest groups per slot with which a run of `steps` locates every group `cycles` times; None: it has too few slots.
+
+    A slot that ends with the run is not counted: what it locates would never train.
+    """
+    slots = max(0, steps - 1) // period // cycles
     return math.ceil(num_groups / slots) if slots else None
 
 

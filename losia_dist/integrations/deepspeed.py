@@ -49,6 +49,7 @@ def initialize(
     optimizer: Optimizer | None = None,
     lr: float = 5e-5,
     lr_scheduler: Any | Callable[[Optimizer], Any] | None = None,
+    total_steps: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Convert the model if it is not yet, and start a DeepSpeed engine whose `step()` drives LoSiA.
@@ -62,6 +63,7 @@ def initialize(
         optimizer: built from `losia_parameter_groups(model, ...)`; None: `LoSiAAdamW`, or what the configuration names.
         lr: learning rate where neither an optimizer nor the configuration gives one.
         lr_scheduler: as for deepspeed.initialize: a scheduler, or a callable that takes the optimizer.
+        total_steps: optimizer steps of the whole run, for layers_per_slot="auto".
         kwargs: passed on to deepspeed.initialize (training_data, collate_fn, ...).
 
     Returns:
@@ -102,7 +104,9 @@ def initialize(
         model=model, config=settings, lr_scheduler=lr_scheduler, **arguments
     )
     _check_stage(engine, settings)
-    engine.losia = LoSiA(engine.module, wrapped, losia_config, process_group=engine.seq_data_parallel_group)
+    engine.losia = LoSiA(
+        engine.module, wrapped, losia_config, process_group=engine.seq_data_parallel_group, total_steps=total_steps
+    )
     _drive(engine)
     return engine, wrapped, loader, scheduler
 

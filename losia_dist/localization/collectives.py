@@ -18,20 +18,37 @@ from losia_dist.formulas import row_block
 
 
 @dataclass
+class Transfer:
+    """A collective under way, and what it sends, which must stay until it is over."""
+
+    work: Any
+    source: Tensor | None
+
+    def finish(self) -> None:
+        """Let later work wait for the collective, and what it sent go. A second call does nothing.
+
+        On NCCL the current stream waits, not the host. What was sent may then be used again: it was allocated on the stream
+        that waits, as all layers' backward runs on one stream.
+        """
+        if self.source is not None:
+            self.work.wait()
+            self.work = self.source = None
+
+
+@dataclass
 class PendingRows:
     """A reduce-scatter on its way; `wait` gives this rank's rows, averaged over the ranks."""
 
     block: Tensor
     rows: int
     world_size: int
-    work: Any = None
-    source: Tensor | None = None  # kept alive until the transfer is over
+    transfer: Transfer | None = None
 
     def wait(self) -> Tensor:
         """This rank's real rows [<= b, n], in the gradient's dtype."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = self.source = None
+        if self.transfer is not None:
+            self.transfer.finish()
+            self.transfer = None
             self.block.div_(self.world_size)
         return self.block[: self.rows]
 
@@ -47,23 +64,30 @@ class RowCollectives:
         self.group = group
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        self._under_way: Transfer | None = None  # the last one that was started
 
     def rows_of(self, size: int) -> tuple[int, int]:
         """Rows [start, stop) of an m-row matrix that this rank keeps."""
         return row_block(size, self.rank, self.world_size)
 
     def reduce_scatter_rows(self, matrix: Tensor) -> PendingRows:
-        """Start averaging a whole [m, n] matrix over the ranks; each receives its block of rows. Asynchronous."""
+        """Start averaging a whole [m, n] matrix over the ranks; each receives its block of rows. Asynchronous.
+
+        One is under way at a time: the one before is waited for first, so that no more than one whole matrix stays with it.
+        """
         start, stop = self.rows_of(matrix.shape[0])
         if self.world_size == 1:
             return PendingRows(matrix, stop - start, 1)
+        if self._under_way is not None:
+            self._under_way.finish()
         block = -(-matrix.shape[0] // self.world_size)
         padded = block * self.world_size
         if padded != matrix.shape[0]:
             matrix = torch.cat([matrix, matrix.new_zeros(padded - matrix.shape[0], matrix.shape[1])])
-        received = matrix.new_empty(block, matrix.shape[1])
-        work = compat.reduce_scatter_flat(received, matrix.contiguous(), group=self.group, async_op=True)
-        return PendingRows(received, stop - start, self.world_size, work, matrix)
+        received, matrix = matrix.new_empty(block, matrix.shape[1]), matrix.contiguous()
+        work = compat.reduce_scatter_flat(received, matrix, group=self.group, async_op=True)
+        self._under_way = Transfer(work, matrix)
+        return PendingRows(received, stop - start, self.world_size, self._under_way)
 
     def gather_rows(self, values: Tensor, size: int) -> Tensor:
         """One number per row of this rank's block -> one per row of the whole matrix: m numbers sent in all."""

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
+from losia_dist.config import LoSiAConfig
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.selection import select_greedy
-
-Choice = tuple[Tensor, Tensor, Tensor]  # rows R, columns C (int64, sorted), objective (float64 scalar)
+from losia_dist.localization.search import SEARCHES, Choice
+from losia_dist.localization.selection import select
 
 
 @dataclass
@@ -49,11 +48,12 @@ class Localization(Protocol):
 class ReducedLocalization:
     """Importance from the gradient of the global batch: each rank keeps a block of rows of every localizing layer.
 
+    selection: how rows and columns are searched for, a name in `SEARCHES`.
     settings: what `ImportanceAccumulator` takes besides shape, device and collectives.
     """
 
-    def __init__(self, collectives: RowCollectives, **settings: Any) -> None:
-        self.collectives, self.settings = collectives, settings
+    def __init__(self, collectives: RowCollectives, *, selection: str, **settings: Any) -> None:
+        self.collectives, self.search, self.settings = collectives, SEARCHES[selection], settings
 
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
@@ -70,7 +70,7 @@ class ReducedLocalization:
         device: torch.device,
     ) -> Choice:
         assert accumulator is not None
-        return select_greedy(accumulator.score(), shape, kept, self.collectives)
+        return select(self.search(shape, kept), accumulator.score(), shape[0], self.collectives)
 
 
 class RankParallelLocalization:
@@ -80,8 +80,8 @@ class RankParallelLocalization:
     rank holds all rows of its layers), and rests on 1/N of the data.
     """
 
-    def __init__(self, collectives: RowCollectives, **settings: Any) -> None:
-        self.collectives, self.settings = collectives, settings
+    def __init__(self, collectives: RowCollectives, *, selection: str, **settings: Any) -> None:
+        self.collectives, self.search, self.settings = collectives, SEARCHES[selection], settings
         self.alone = RowCollectives(None)
 
     def groups_per_slot(self, layers_per_slot: int) -> int:
@@ -100,21 +100,32 @@ class RankParallelLocalization:
         kept: tuple[int, int],
         device: torch.device,
     ) -> Choice:
-        row_count, column_count = kept
         if accumulator is not None:
-            rows, columns, objective = select_greedy(accumulator.score(), shape, kept, self.alone)
-            packed = torch.cat([rows.to(torch.float64), columns.to(torch.float64), objective.reshape(1)])
+            chosen = select(self.search(shape, kept), accumulator.score(), shape[0], self.alone)
+            packed = torch.cat([part.to(torch.float64).reshape(-1) for part in chosen])
         else:
-            packed = torch.empty(row_count + column_count + 1, dtype=torch.float64, device=device)
+            packed = torch.empty(sum(kept) + 2, dtype=torch.float64, device=device)
         packed = self.collectives.broadcast(packed, self._owner(group))  # float64 holds every index exactly
-        rows, columns, objective = packed.split([row_count, column_count, 1])
-        return rows.to(torch.int64), columns.to(torch.int64), objective.reshape(())
+        rows, columns, inside, total = packed.split([*kept, 1, 1])
+        return Choice(rows.to(torch.int64), columns.to(torch.int64), inside.reshape(()), total.reshape(()))
 
     def _owner(self, group: SlotGroup) -> int:
         return group.place % self.collectives.world_size
 
 
-LOCALIZATIONS: dict[str, type[ReducedLocalization] | type[RankParallelLocalization]] = {
+_MODES: dict[str, type[ReducedLocalization] | type[RankParallelLocalization]] = {
     "reduced": ReducedLocalization,
     "rank_parallel": RankParallelLocalization,
 }
+
+
+def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool) -> Localization:
+    """What the configuration asks for, over the ranks of the collectives."""
+    return _MODES[config.localization](
+        collectives,
+        selection=config.selection,
+        importance=config.importance,
+        betas=config.importance_betas,
+        per_micro_batch=config.importance_accumulation == "micro_batch",
+        weight_is_resident=weight_is_resident,
+    )

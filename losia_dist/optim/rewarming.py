@@ -24,6 +24,7 @@ class Rewarming:
     def __init__(self, optimizer: Optimizer, scale: Callable[[str | None], float]) -> None:
         self.scale = scale
         self.stepped = False
+        self.allow: Callable[[], None] | None = None  # raises where no step may be made yet
         self.applied: dict[str | None, float] = {}  # learning rate of each group in its latest step
         self._scheduled: list[tuple[dict[str, Any], float]] = []
         self._handles = [
@@ -41,6 +42,8 @@ class Rewarming:
         self.applied, self.stepped = dict(applied), False
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.allow is not None:
+            self.allow()
         self._scheduled = [(group, group["lr"]) for group in optimizer.param_groups]
         for group, lr in self._scheduled:
             group["lr"] = self.applied[group[GROUP_KEY]] = lr * self.scale(group[GROUP_KEY])

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.modes import LOCALIZATIONS, Localization, SlotGroup
+from losia_dist.localization.modes import Localization, SlotGroup, make_localization
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.planning.workload import Workload
@@ -138,13 +138,7 @@ def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
     layers, access, config = subnet_layers(model), resolve_parameters(model), workload.config
     names = group_names([layer for layer in layers if not layer.is_output])[-workload.localizing_layers :]
-    localization = LOCALIZATIONS[config.localization](
-        RowCollectives(dist.group.WORLD),
-        importance=config.importance,
-        betas=config.importance_betas,
-        per_micro_batch=config.importance_accumulation == "micro_batch",
-        weight_is_resident=False,
-    )
+    localization = make_localization(config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [layer for layer in layers if layer.group_name in names]
     for layer in localizing:
         place = SlotGroup(layer.group_name, 0)  # in "rank_parallel" rank 0, which this is, works at its own groups

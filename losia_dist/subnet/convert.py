@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losia_dist.config import LoSiAConfig
+from losia_dist.config import LoSiAConfig, matches
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
 from losia_dist.subnet.kinds import BlockAccess, read_subnet, whole_shape
@@ -22,6 +22,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     Everything that can be refused is refused before the model is touched.
     """
     targets = find_targets(model, config, access.shape)
+    _check_pattern(config, targets)
     shapes = {target.name: whole_shape(access, target.module) for target in targets}
     sizes = {target.name: _subnet_shape(target, shapes[target.name], config) for target in targets}
     embeddings = {target.name: _tied_embedding(model, target) for target in targets}
@@ -78,12 +79,22 @@ def group_names(layers: list[SubnetLinear]) -> list[str]:
     return list(dict.fromkeys(layer.group_name for layer in layers))
 
 
+def _check_pattern(config: LoSiAConfig, targets: list[Target]) -> None:
+    inner = [target.name for target in targets if not target.is_output]
+    for name in config.rank_pattern or {}:
+        if not any(matches(name, module) for module in inner):
+            raise ConfigError(
+                f"rank_pattern names {name!r}, which no target layer is called or ends with. Target layers: {inner[0]}, ... Give a "
+                "full module name, or its last parts after a dot."
+            )
+
+
 def _subnet_shape(target: Target, shape: tuple[int, int], config: LoSiAConfig) -> tuple[int, int]:
     if target.is_output:
         assert config.output_rank_factor is not None
         factors, option = (config.output_rank_factor, 1.0), "output_rank_factor"
     else:
-        factors, option = (config.row_factor, config.column_factor), "rank_factor"
+        factors, option = config.factors_of(target.name), "rank_factor"
     rows, columns = (subnet_size(size, factor) for size, factor in zip(shape, factors, strict=True))
     for what, size, factor, chosen in zip(("row", "column"), shape, factors, (rows, columns), strict=True):
         if chosen < 1:

@@ -21,6 +21,7 @@ class DenseLoSiA:
     trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared.
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
+    selection: how a subnet is chosen from a score.
     importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
 
@@ -44,6 +45,7 @@ class DenseLoSiA:
         trainable_names: list[str] | tuple[str, ...] = (),
         localization_ranks: int | None = None,
         importance_per_micro_batch: bool = False,
+        selection: str = "greedy",
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -53,6 +55,7 @@ class DenseLoSiA:
         self.lr_schedule = lr_schedule
         self.localization_ranks = localization_ranks
         self.importance_per_micro_batch = importance_per_micro_batch
+        self.select = {"greedy": select, "alternating": select_alternating}[selection]
         self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
         self.importance_betas = importance_betas
@@ -74,6 +77,16 @@ class DenseLoSiA:
             self.adam[name] = self._fresh_moments(tuple(self.parameters[name].shape))
         self.losses: list[float] = []
         self.history: list[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]] = []
+
+    def locate(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        """First subnets by the mean importance of these micro-batches, each with its own gradient; nothing is trained."""
+        scores = {name: torch.zeros_like(self.parameters[name]) for name in self.subnets}
+        for batch in micro_batches:
+            _, gradient = self._mean_loss_and_gradient([batch])
+            for name in scores:
+                scores[name] += self._importance(self.parameters[name].detach() * gradient[name]) / len(micro_batches)
+        for name, (rows, columns) in self.subnets.items():
+            self.subnets[name] = self.select(scores[name], len(rows), len(columns))
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> float:
         """One optimizer step over the whole global batch, given as equally weighted micro-batches."""
@@ -121,7 +134,7 @@ class DenseLoSiA:
                 for name in self.groups[index]:
                     rows, columns = self.subnets[name]
                     score = self.I_mean[name] * self.I_deviation[name]
-                    self.subnets[name] = chosen[name] = select(score, len(rows), len(columns))
+                    self.subnets[name] = chosen[name] = self.select(score, len(rows), len(columns))
                     count = self.adam[name]["step"]
                     self.adam[name] = self._fresh_moments((len(rows), len(columns)))
                     if not self.reset_bias_correction:
@@ -145,17 +158,16 @@ class DenseLoSiA:
         ]
 
     def _average_importance(self, name: str, g: Tensor) -> None:
-        wg = self.parameters[name].detach() * g
-        if self.importance == "param_mix":
-            importance = (wg - 0.5 * wg**2).abs()
-        elif self.importance == "first_order":
-            importance = wg.abs()
-        else:
-            importance = wg**2
+        importance = self._importance(self.parameters[name].detach() * g)
         b1, b2 = self.importance_betas
         self.I_mean[name] = b1 * self.I_mean[name] + (1 - b1) * importance
         deviation = (importance - self.I_mean[name]).abs()
         self.I_deviation[name] = b2 * self.I_deviation[name] + (1 - b2) * deviation
+
+    def _importance(self, wg: Tensor) -> Tensor:
+        if self.importance == "param_mix":
+            return (wg - 0.5 * wg**2).abs()
+        return wg.abs() if self.importance == "first_order" else wg**2
 
     def _mean_loss_and_gradient(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, dict[str, Tensor]]:
         for parameter in self.parameters.values():
@@ -207,3 +219,19 @@ def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Te
         if objective > best_sum:
             best, best_sum = (rows, columns), objective
     return best
+
+
+def select_alternating(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:
+    """From the greedy's choice on: rows given columns, columns given rows, while the sum inside grows."""
+    s = score.double()
+
+    def top(values: Tensor, count: int) -> Tensor:
+        return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
+
+    rows, columns = select(score, row_count, column_count)
+    while True:
+        new_rows = top(s[:, columns].sum(1), row_count)
+        new_columns = top(s[new_rows].sum(0), column_count)
+        if not s[new_rows][:, new_columns].sum() > s[rows][:, columns].sum():
+            return rows, columns
+        rows, columns = new_rows, new_columns

@@ -38,6 +38,7 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=lambda: {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 5})
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    calibration: int = 0  # micro-batches over all ranks that init="importance" locates the first subnets from
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -55,6 +56,12 @@ def global_batches(run: Run) -> list[list[dict[str, torch.Tensor]]]:
         vocab=VOCABULARY,
         seed=7,
     )
+
+
+def calibration_batches(run: Run) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches; rank i of N takes every N-th of them, beginning with the i-th."""
+    found = batches(steps=run.calibration, micro_batches=1, batch=2, length=run.length, vocab=VOCABULARY, seed=11)
+    return [step[0] for step in found]
 
 
 def build(run: Run) -> torch.nn.Module:
@@ -97,11 +104,15 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         trainable_names=trained,
         localization_ranks=ranks if config.localization == "rank_parallel" else None,
         importance_per_micro_batch=config.importance_accumulation == "micro_batch",
+        selection=config.selection,
     )
+    if run.calibration:
+        dense.locate(calibration_batches(run))
+    first = _swapped(dense.subnets, transposed)
     losses = [dense.step(micro_batches) for micro_batches in global_batches(run)]
     weights = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
     history = [(step, group, _swapped(chosen, transposed)) for step, group, chosen in dense.history]
-    return {"losses": losses, "weights": weights, "history": history}
+    return {"losses": losses, "weights": weights, "history": history, "first": first}
 
 
 def _swapped(subnets: dict[str, Any], names: set[str]) -> dict[str, Any]:
@@ -120,6 +131,9 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
         prepare(model)
     loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
     losia, stepper, close = loop(engine, model, config, run)
+    if run.calibration:
+        losia.locate(calibration_batches(run)[rank::world])
+    first = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.layers}
     losses, history = [], []
     for step, micro_batches in enumerate(global_batches(run)):
         mine = [{name: t.chunk(world)[rank] for name, t in batch.items()} for batch in micro_batches]
@@ -145,7 +159,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
     weights = {n: w for n, w in weights.items() if not n.endswith(".subnet")}
     assert _gather(plain, losia.parameters).keys() >= weights.keys()
     subnets = {layer.name: losia.parameters.read_whole(layer.subnet).float() for layer in losia.layers}
-    result = {"losses": total.tolist(), "weights": weights, "history": history, "subnets": subnets}
+    result = {"losses": total.tolist(), "weights": weights, "history": history, "subnets": subnets, "first": first}
     close()
     return result
 

@@ -21,15 +21,18 @@ def test_a_rank_factor_outside_0_to_1_is_refused_with_the_value_and_the_rule(fac
         ("period", 0),
         ("period", 2.5),
         ("layers_per_slot", 0),
-        ("layers_per_slot", "auto"),
+        ("layers_per_slot", "all"),
+        ("cycles", 0),
+        ("calibration_batches", 0),
+        ("rank_pattern", {}),
         ("rewarm_steps", -1),
         ("output_rank_factor", 0),
         ("output_rank_factor", 2),
         ("importance", "magnitude"),
         ("importance_betas", (0.85, 1.0)),
         ("importance_betas", 0.85),
-        ("selection", "alternating"),
-        ("init", "importance"),
+        ("selection", "exhaustive"),
+        ("init", "located"),
         ("localization", "layerwise"),
         ("importance_accumulation", "epoch"),
         ("target_modules", []),
@@ -46,6 +49,12 @@ def test_a_value_that_cannot_work_is_refused_by_name(field, value):
     assert repr(value) in str(caught.value)
 
 
+@pytest.mark.parametrize("factor", [2.0, [1, 0.5, 0.25], [1, 0]])
+def test_a_factor_of_a_single_module_is_checked_alike(factor):
+    with pytest.raises(ConfigError, match=r"rank_pattern\['down_proj'\].*(share in|pair)"):
+        LoSiAConfig(rank_pattern={"down_proj": factor})
+
+
 def test_a_pair_sets_rows_and_columns_apart():
     config = LoSiAConfig(rank_factor=[0.25, 1])
     assert (config.row_factor, config.column_factor) == (0.25, 1)
@@ -53,6 +62,7 @@ def test_a_pair_sets_rows_and_columns_apart():
 
 def test_a_saved_configuration_comes_back_equal(tmp_path):
     config = LoSiAConfig(rank_factor=(0.5, 0.25), period=7, target_modules=["q_proj"], modules_to_save=["norm"], seed=3)
+    config.rank_pattern = {"down_proj": (1, 0.125), "layers.0.q_proj": 0.5}
     config.save_pretrained(tmp_path)
     assert LoSiAConfig.from_pretrained(tmp_path) == config
     assert json.loads((tmp_path / "losia_config.json").read_text())["period"] == 7

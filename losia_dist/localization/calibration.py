@@ -1,0 +1,131 @@
+"""All first subnets at once, located from a few batches before training: no score of any layer is ever kept.
+
+The score is the mean of the importance I over the calibration micro-batches of all ranks, each with its own gradient. Sums of
+it along rows and columns add up over micro-batches and ranks, so that every pass over the batches answers one query of every
+layer's search (`losia_dist.localization.search`): m + n numbers a layer are kept and communicated, and no gradient is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_dist.errors import ConfigError
+from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.importance import importance_
+from losia_dist.localization.search import Choice, Query, Search, Sums
+from losia_dist.localization.selection import masked_column_sums
+
+
+class ImportanceSums:
+    """The sums that one layer's query asks for, over the micro-batches of a pass: a sink of full gradients.
+
+    Args:
+        shape: (m, n) of the whole weight.
+        kind: of importance, as in `LoSiAConfig.importance`.
+        parts: gradients that make up one micro-batch's: 2 where the embedding shares the weight.
+    """
+
+    def __init__(self, query: Query, shape: tuple[int, int], *, kind: str, device: torch.device, parts: int = 1) -> None:
+        self.query, self.kind, self.parts = query, kind, parts
+        self.masks = [None if rows is None else _mask(rows, shape[0]) for rows in query.within_rows]
+        self.rows = torch.zeros(len(query.within_columns), shape[0], dtype=torch.float64, device=device)
+        self.columns = torch.zeros(len(query.within_rows), shape[1], dtype=torch.float64, device=device)
+        self.reached = torch.zeros((), dtype=torch.int64, device=device)  # micro-batches whose gradient came
+        self._earlier: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def __call__(self, gradient: Tensor, weight: Tensor) -> None:
+        """Called in backward with a full gradient [m, n], which is used up, and the whole weight."""
+        if len(self._earlier) + 1 < self.parts:
+            self._earlier.append((gradient, weight.detach().clone()))  # the engine may let the weight go before the rest comes
+            return
+        for other, kept in self._earlier:
+            gradient, weight = gradient + other, kept
+        self._earlier = []
+        self.reached += 1
+        # A band of rows at a time: the fp32 copy of a bf16 gradient stays small.
+        band = max(1, (1 << 24) // gradient.shape[1])
+        for start in range(0, gradient.shape[0], band):
+            part = slice(start, start + band)
+            self._add(part, importance_(gradient[part].to(torch.float32), weight[part], self.kind))
+
+    def _add(self, part: slice, importance: Tensor) -> None:
+        for total, columns in zip(self.rows, self.query.within_columns, strict=True):
+            mine = importance if columns is None else importance.index_select(1, columns)
+            total[part] += mine.sum(1, dtype=torch.float64)
+        for total, mask in zip(self.columns, self.masks, strict=True):
+            total += importance.sum(0, dtype=torch.float64) if mask is None else masked_column_sums(importance, mask[part])
+
+
+@dataclass
+class Located:
+    """One layer's search, and where it stands."""
+
+    layer: Any  # a SubnetLinear
+    shape: tuple[int, int]
+    search: Search
+    parts: int = 1
+    query: Query | None = None
+    choice: Choice | None = None
+
+
+@torch.no_grad()
+def locate(searches: list[Located], run_pass: Callable[[], None], collectives: RowCollectives, *, kind: str) -> int:
+    """Run every search to its end; called by all ranks, with equal choices on each. Returns how many passes it took.
+
+    Args:
+        searches: in the same order on every rank.
+        run_pass: runs forward and backward over this rank's micro-batches once.
+        kind: of importance.
+
+    Raises:
+        ConfigError: a layer that no gradient reached in a pass, on any rank. Same on every rank.
+    """
+    for one in searches:
+        one.query = next(one.search)
+    passes = 0
+    while open_searches := [one for one in searches if one.query is not None]:
+        sinks: list[ImportanceSums] = []
+        for one in open_searches:
+            assert one.query is not None
+            device = one.layer.row_index.device
+            sinks.append(ImportanceSums(one.query, one.shape, kind=kind, device=device, parts=one.parts))
+            one.layer.gradient_sink = sinks[-1]
+        try:
+            run_pass()
+        finally:
+            for one in searches:
+                one.layer.gradient_sink = None
+        passes += 1
+        reached = collectives.sum_columns(torch.stack([sink.reached for sink in sinks]))
+        for one, sink in zip(open_searches, sinks, strict=True):
+            _answer(one, sink, collectives)
+        idle = [one.layer.name for one, count in zip(open_searches, reached.tolist(), strict=True) if count == 0]
+        if idle:
+            raise ConfigError(
+                f"no calibration batch gave {', '.join(idle[:5])} a gradient: the forward pass never calls the layer (leave it "
+                "out of target_modules), or no batch holds a label."
+            )
+    return passes
+
+
+def _answer(one: Located, sink: ImportanceSums, collectives: RowCollectives) -> None:
+    """Give a search its sums over all ranks; take its next query or its choice."""
+    flat = collectives.sum_columns(torch.cat([sink.rows.reshape(-1), sink.columns.reshape(-1)]))
+    rows, columns = flat.split([sink.rows.numel(), sink.columns.numel()])
+    sums = Sums(list(rows.view(sink.rows.shape)), list(columns.view(sink.columns.shape)))
+    try:
+        one.query = one.search.send(sums)
+    except StopIteration as end:
+        one.query, one.choice = None, end.value
+
+
+def _mask(rows: Tensor, size: int) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.bool, device=rows.device)
+    mask[rows] = True
+    return mask

@@ -1,0 +1,33 @@
+"""What happened when a layer got another subnet: handed to `losia.on_move` listeners."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SubnetMove:
+    """A layer's new subnet, as every rank sees it right after it was set.
+
+    Attributes:
+        step: optimizer steps done when the subnet was set; 0 before the first.
+        reason: `located` by calibration batches before training, `relocalized` at the end of a time slot.
+        layer: name of the linear layer in the model.
+        group: name of the group (decoder layer, or output layer) that it belongs to.
+        shape: (m, n) of the whole weight: output neurons, input neurons.
+        rows: int64 [floor(p_r m)], sorted, on the device.
+        columns: int64 [floor(p_c n)], sorted, on the device.
+        captured: share of all importance of the layer that lies inside the subnet, 0 to 1; None where it was not measured.
+        random_share: share that a random subnet of this size holds in expectation: p_r p_c.
+    """
+
+    step: int
+    reason: Literal["located", "relocalized"]
+    layer: str
+    group: str
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+    captured: float | None
+    random_share: float

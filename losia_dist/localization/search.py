@@ -1,0 +1,118 @@
+"""How rows and columns are chosen, whoever adds up the score: searches that ask for sums and end with a choice.
+
+Dimensions: m rows and n columns of a layer's score s [m, n], of which r rows R and c columns C are chosen so that the sum of s
+over R x C is large. A search never sees the score itself, only sums along its rows and columns: at a slot's end they come from
+a score that lies sharded over the ranks, before the first step from one pass over calibration batches each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Query:
+    """Sums that a search needs next; None stands for all columns (all rows).
+
+    within_columns: for each entry, int64 [c], the sum of every row over these columns. within_rows: likewise.
+    """
+
+    within_columns: list[Tensor | None] = field(default_factory=list)
+    within_rows: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Answer to a query, float64 and equal on every rank: rows [m] and columns [n], in the order in which they were asked."""
+
+    rows: list[Tensor]
+    columns: list[Tensor]
+
+
+class Choice(NamedTuple):
+    """A subnet: rows and columns (int64, sorted), the score inside it and in all of the layer (float64 scalars)."""
+
+    rows: Tensor
+    columns: Tensor
+    inside: Tensor
+    total: Tensor
+
+
+Search = Generator[Query, Sums, Choice]
+Sizes = tuple[int, int]
+
+
+def greedy(shape: Sizes, kept: Sizes) -> Search:
+    """The published greedy (paper algorithm 1): the better one of two candidates. Two queries; one where all rows, or all
+    columns, are kept.
+
+    The best rows, then the best columns given them; the best columns, then the best rows given them. The paper's third
+    candidate, best rows and best columns independently, has the rows of the first one and columns that are no better given
+    those rows, so it can never win.
+
+    Args:
+        shape: (m, n). kept: (r, c).
+    """
+    if kept[0] == shape[0] or kept[1] == shape[1]:
+        return (yield from _one_side(shape, kept))
+    first = yield Query([None], [None])
+    rows_first, columns_first = _largest(first.rows[0], kept[0]), _largest(first.columns[0], kept[1])
+    given = yield Query([columns_first], [rows_first])
+    columns_given, rows_given = _largest(given.columns[0], kept[1]), _largest(given.rows[0], kept[0])
+    rows_first_inside, columns_first_inside = given.columns[0][columns_given].sum(), given.rows[0][rows_given].sum()
+    second = columns_first_inside > rows_first_inside  # a tensor: no host synchronisation
+    return Choice(
+        torch.where(second, rows_given, rows_first),
+        torch.where(second, columns_first, columns_given),
+        torch.where(second, columns_first_inside, rows_first_inside),
+        first.rows[0].sum(),
+    )
+
+
+def alternating(shape: Sizes, kept: Sizes, rounds: int = 20) -> Search:
+    """From the greedy's choice: rows given the columns, columns given the rows, and so on while the score inside grows.
+
+    Never worse than `greedy`. Each improvement costs one query, and one host synchronisation that asks whether it was one.
+
+    Args:
+        rounds: most improvements.
+    """
+    best = yield from greedy(shape, kept)
+    if kept[0] == shape[0] or kept[1] == shape[1]:
+        return best  # nothing is left to improve
+    for _ in range(rounds // 2):
+        before = best.inside
+        sums = yield Query(within_columns=[best.columns])
+        rows = _largest(sums.rows[0], kept[0])
+        sums = yield Query(within_rows=[rows])
+        columns = _largest(sums.columns[0], kept[1])
+        found = best._replace(rows=rows, columns=columns, inside=sums.columns[0][columns].sum())
+        if not bool(found.inside > before):
+            break
+        best = found
+    return best
+
+
+SEARCHES: dict[str, Callable[[Sizes, Sizes], Search]] = {"greedy": greedy, "alternating": alternating}
+
+
+def _one_side(shape: Sizes, kept: Sizes) -> Search:
+    """The exact optimum where one side is kept whole."""
+    all_rows = kept[0] == shape[0]
+    answer = yield Query(within_rows=[None]) if all_rows else Query(within_columns=[None])
+    sums = answer.columns[0] if all_rows else answer.rows[0]
+    chosen = _largest(sums, kept[all_rows])
+    every = torch.arange(shape[not all_rows], device=sums.device)
+    rows, columns = (every, chosen) if all_rows else (chosen, every)
+    return Choice(rows, columns, sums[chosen].sum(), sums.sum())
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest values, ties to the lower index, sorted ascending."""
+    order = torch.sort(values, descending=True, stable=True).indices
+    return order[:count].sort().values
