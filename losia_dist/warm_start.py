@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +15,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.formulas import layers_per_slot_for
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
 from losia_dist.localization.calibration import Located, locate
-from losia_dist.localization.search import SEARCHES, Choice, Search
+from losia_dist.localization.search import SEARCHES, Choice, Query, Search, Sums
 from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
@@ -37,11 +37,11 @@ def locate_all(losia: LoSiA, batches: Batches, compute_loss: Loss | None = None)
         return SEARCHES[losia.config.selection](whole_shape(losia.parameters, layer), kept)
 
     found, passes = run_searches(losia, search_of, batches, compute_loss)
-    return [one.choice for one in found if one.choice is not None], passes
+    return [one.result for one in found], passes
 
 
 def run_searches(
-    losia: LoSiA, search_of: Callable[[SubnetLinear], Search], batches: Batches, compute_loss: Loss | None
+    losia: LoSiA, search_of: Callable[[SubnetLinear], Generator[Query, Sums, Any]], batches: Batches, compute_loss: Loss | None
 ) -> tuple[list[Located], int]:
     """Run a search of each layer over the calibration batches; the weights' gradients are formed, and no parameter changes."""
     model = losia.model.module if isinstance(losia.model, DistributedDataParallel) else losia.model

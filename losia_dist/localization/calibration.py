@@ -7,7 +7,7 @@ layer's search (`losia_dist.localization.search`): m + n numbers a layer are kep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.importance import importance_
-from losia_dist.localization.search import Choice, Query, Search, Sums
+from losia_dist.localization.search import Query, Sums
 from losia_dist.localization.selection import masked_column_sums
+from losia_dist.subnet.blocks import take_last
 
 
 class ImportanceSums:
@@ -55,11 +56,14 @@ class ImportanceSums:
             self._add(part, importance_(gradient[part].to(torch.float32), weight[part], self.kind))
 
     def _add(self, part: slice, importance: Tensor) -> None:
+        if any(columns is None for columns in self.query.within_columns):
+            every_column = importance.sum(1, dtype=torch.float64)
+        if any(rows is None for rows in self.query.within_rows):
+            every_row = importance.sum(0, dtype=torch.float64)
         for total, columns in zip(self.rows, self.query.within_columns, strict=True):
-            mine = importance if columns is None else importance.index_select(1, columns)
-            total[part] += mine.sum(1, dtype=torch.float64)
+            total[part] += every_column if columns is None else take_last(importance, columns).sum(1, dtype=torch.float64)
         for total, mask in zip(self.columns, self.masks, strict=True):
-            total += importance.sum(0, dtype=torch.float64) if mask is None else masked_column_sums(importance, mask[part])
+            total += every_row if mask is None else masked_column_sums(importance, mask[part])
 
 
 @dataclass
@@ -68,10 +72,10 @@ class Located:
 
     layer: Any  # a SubnetLinear
     shape: tuple[int, int]
-    search: Search
+    search: Generator[Query, Sums, Any]  # a Search, or several together
     parts: int = 1
     query: Query | None = None
-    choice: Choice | None = None
+    result: Any = None
 
 
 @torch.no_grad()
@@ -122,7 +126,7 @@ def _answer(one: Located, sink: ImportanceSums, collectives: RowCollectives) -> 
     try:
         one.query = one.search.send(sums)
     except StopIteration as end:
-        one.query, one.choice = None, end.value
+        one.query, one.result = None, end.value
 
 
 def _mask(rows: Tensor, size: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,17 @@ from losia_dist.data import count_targets
 from losia_dist.training.engines import Batch, Engine
 
 
-def locate_first_subnets(run: Engine, batches: Iterable[Batch]) -> str:
+def locate_first_subnets(run: Engine, loader: Any) -> str:
     """Locate the subnets of a run that has not begun; called by all ranks. Returns a line about it.
 
     Args:
-        batches: this rank's micro-batches in the order of training, on the CPU; `calibration_batches` of them are used.
+        loader: of the training data; this rank's first `calibration_batches` batches of the first epoch are used.
     """
     assert run.losia is not None
+    loader.sampler.set_epoch(0)
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):  # the order of the training data stays what it is without calibration
-        mine = list(itertools.islice(batches, run.losia.config.calibration_batches))
+        mine = list(itertools.islice(loader, run.losia.config.calibration_batches))
     mine = [{name: value.to(run.device) for name, value in batch.items()} for batch in mine]
     passes = run.losia.locate(mine, _mean_loss)
     return f"subnets located from {len(mine)} batches a rank, in {passes} pass(es), {time.perf_counter() - began:.0f} s"

@@ -16,6 +16,7 @@ from losia_dist.errors import DivergenceError
 from losia_dist.training import run as script
 from losia_dist.training.environment import find_place
 from losia_dist.training.options import add_training_arguments
+from tests.launch.conftest import zero
 from tests.support.launching import arguments
 
 
@@ -80,12 +81,16 @@ CASES = {
     "full fine-tuning, FSDP2": ({"sharding": "fsdp2"}, FULL),
     "full fine-tuning, FSDP2 without resharding": ({"sharding": "fsdp2-no-reshard", "eval_steps": 2}, FULL),
     "full fine-tuning, DDP, reentrant": ({"gradient_checkpointing": "reentrant"}, FULL),
+    "full fine-tuning, ZeRO-1": ({"deepspeed": zero(1)}, FULL),
+    "full fine-tuning, ZeRO-2": ({"deepspeed": zero(2)}, FULL),
+    "full fine-tuning, ZeRO-3": ({"deepspeed": zero(3)}, FULL),
     "packing": ({}, {"packing": True, "max_length": 96, "max_steps": 6}),
     "packing, FSDP2": ({"sharding": "fsdp2"}, {"packing": True, "max_length": 96, "max_steps": 6}),
 }
 OFTEN = (
     "FSDP2 without resharding, accumulation",
     "full fine-tuning, FSDP2",
+    "full fine-tuning, ZeRO-3",
     "packing, FSDP2",
     "FSDP2, offload",
     "FSDP2, chunked loss",
@@ -108,6 +113,25 @@ def test_two_ranks_equal_one_process(ranks, alone, material, tmp_path, own, shar
     assert saved.config.use_cache == reference.config.use_cache is True
     for (name, weight), other in zip(saved.named_parameters(), reference.parameters(), strict=True):
         assert torch.allclose(weight, other, atol=1e-5), name
+
+
+def test_subnets_are_located_from_the_first_examples_whatever_the_ranks(ranks, material, tmp_path):
+    """Each example is a micro-batch of its own, so that one process and two ranks calibrate by the same ones."""
+    found = []
+    for name, each in {"alone": 4, "sharded": 2}.items():
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(
+            f"rank_factor: [1, 0.25]\nperiod: 2\nlayers_per_slot: auto\ninit: importance\ncalibration_batches: {each}\n"
+        )
+        options = {"losia_config": config, "micro_batch": 1, "gradient_accumulation": each, "max_steps": 5}
+        if name == "alone":
+            train(arguments(material, tmp_path / name, **options))
+        else:
+            ranks(2, train, arguments(material, tmp_path / name, sharding="fsdp2", **options))
+        found.append(losses(tmp_path / name))
+    assert len(found[0]) == 5 and found[1] == pytest.approx(found[0], abs=1e-5)
+    moves = [json.loads(line) for line in (tmp_path / "sharded" / "subnets.jsonl").read_text().splitlines()]
+    assert {move["reason"] for move in moves} >= {"located", "relocalized"}
 
 
 def test_a_tied_model_that_is_read_in_parts_equals_one_process(ranks, alone, material, tmp_path):
