@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,7 +60,8 @@ def run_searches(
 
     def run_pass() -> None:
         for place, batch in enumerate(batches):
-            with same_noise(device, place):
+            # Not compiled: the embedding is watched by a hook, for a few batches only.
+            with same_noise(device, place), torch.compiler.set_stance("force_eager"):
                 backward.run(batch)
 
     model.train()  # activations are recomputed in training mode only
