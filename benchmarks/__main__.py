@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None]] = {
     "relocalization": ("what does moving one layer's subnets cost, at 7B's sizes?", []),
     "growth": ("how do the costs grow with width, depth, length, rank factor, ranks?", []),
     "profile_step": ("in which operators does a method spend more than the floor?", None),
+    "quality": ("does it learn as much as full fine-tuning, LoRA, DoRA, GaLore, and forget as little?", None),
     "figures": ("the stored results as pictures", []),
     "gpu": ("everything that only a GPU can show (benchmarks/gpu.sh)", None),
 }

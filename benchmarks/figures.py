@@ -94,11 +94,43 @@ def _growth(results: dict[str, Any]) -> Any:
     return figure
 
 
+def _quality(results: dict[str, Any]) -> Any:
+    """By task: shares of full fine-tuning's gain, with their spread over seeds; what each learning rate gains and forgets."""
+    tasks = results["tasks"]
+    figure, axes = _panels([None] * 2 * len(tasks))
+    for place, (task, entries) in enumerate(tasks.items()):
+        shares, rates = axes[2 * place], axes[2 * place + 1]
+        found = sorted(((name, e["share"]) for name, e in entries.items() if e["share"]), key=lambda item: item[1]["mean"])
+        values = [(_quality_name(name), 100 * share["mean"]) for name, share in found]
+        _bars(shares, values, [100 * share["deviation"] for _, share in found])
+        shares.axvline(100.0, color=_FLOOR, linewidth=1)
+        shares.set_xlabel("held-out gain, % of full fine-tuning's; spread over seeds")
+        shares.set_title(task)
+        runs = [run for run in results["runs"][task] if None not in (run["result"]["gain"], run["result"]["forgetting"])]
+        for colour, name in enumerate(entries):
+            method = entries[name]["method"], entries[name]["options"]
+            own = [run for run in runs if (run["setting"]["method"], run["setting"]["options"]) == method]
+            own.sort(key=lambda run: (run["setting"]["seed"], run["setting"]["rate"]))
+            first = [run["result"] for run in own if run["setting"]["seed"] == own[0]["setting"]["seed"]]
+            style = {"color": f"C{colour % 10}", "linewidth": 2.0 if name == "losia" else 0.8, "label": _quality_name(name)}
+            rates.plot([r["gain"] for r in first], [r["forgetting"] for r in first], "o-", markersize=3, **style)
+        rates.set_xlabel("held-out gain, nats per token, at the learning rates of the search")
+        rates.set_ylabel("loss gained on unrelated text")
+        rates.legend(fontsize=6)
+    return figure
+
+
+def _quality_name(name: str) -> str:
+    names = {"losia": "LoSiA", "losia_published": "LoSiA as published", "lora": "LoRA", "dora": "DoRA", "galore": "GaLore"}
+    return names.get(name, name)
+
+
 FIGURES: dict[str, Callable[[Any], Any]] = {
     "step_time": _step_time,
     "memory": _memory,
     "communication": _communication,
     "growth": _growth,
+    "quality": _quality,
 }
 
 

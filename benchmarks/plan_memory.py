@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import header, on_ranks, table, write_json
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
-from losia_dist.planning.memory import FP32, plan_memory
+from losia_dist.optim.dense_groups import dense_parameter_groups
+from losia_dist.planning.in_flight import FP32
+from losia_dist.planning.memory import plan_memory
 from losia_dist.planning.shapes import ModelShape
 from losia_dist.planning.workload import Cluster, Workload
 
@@ -107,7 +109,7 @@ def train(workload: Workload, sampled: bool) -> int:
     if workload.engine == "fsdp2":
         for unit in [*model.model.layers, model]:
             fully_shard(unit, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
-    groups = losia_parameter_groups(model, lr=1e-4) if workload.method == "losia" else list(model.parameters())
+    groups = (losia_parameter_groups if workload.method == "losia" else dense_parameter_groups)(model, lr=1e-4)
     optimizer = LoSiAAdamW(groups, lr=1e-4)
     optimizer.create_state()
     losia = LoSiA(model, optimizer, config) if workload.method == "losia" else None

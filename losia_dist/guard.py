@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError
 from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
@@ -25,10 +26,7 @@ def check_same_on_all_ranks(what: str, values: dict[str, Any], group: dist.Proce
     Raises:
         ConfigError: some rank has other values.
     """
-    if group is None or dist.get_world_size(group) == 1:
-        return
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, json.loads(json.dumps(values)), group=group)
+    gathered = Agreement(group, is_own=True).gather(json.loads(json.dumps(values)))
     for name in sorted(set().union(*gathered)):
         by_rank = [entry.get(name) for entry in gathered]
         odd = next((rank for rank, value in enumerate(by_rank) if value != by_rank[0]), None)
@@ -41,11 +39,7 @@ def check_same_on_all_ranks(what: str, values: dict[str, Any], group: dist.Proce
 
 def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
     """Whether the flag is set on some rank of the group; the same answer on all of them, who all call."""
-    if group is None or dist.get_world_size(group) == 1:
-        return flag
-    flags: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(flags, flag, group=group)
-    return any(flags)
+    return any(Agreement(group, is_own=True).gather(flag))
 
 
 def subnet_prints(layer: SubnetLinear, *values: Tensor) -> Tensor:

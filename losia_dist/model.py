@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from losia_dist.config import LoSiAConfig
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import convert, subnet_layers
 
@@ -21,6 +21,8 @@ def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype
     Call on every rank with the same configuration, before DDP, DeepSpeed, `fully_shard` or an optimizer sees the model. A
     model that was built under `deepspeed.zero.Init` (weights already partitioned) is converted shard by shard. On the meta
     device only shapes are made; the subnets are cut when `LoSiA(...)` sees the loaded weights.
+
+    `model.save_pretrained` is refused from then on: `export_model` writes the trained model.
 
     Args:
         model: linear layers are `nn.Linear` and Transformers' `Conv1D`. Of a model of several parts (vision and language),
@@ -45,4 +47,16 @@ def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype
     if checkpointing and let_inputs_ask is not None:
         # Reentrant checkpointing gives a layer gradients only if its input asks for one; the embedding is frozen now.
         let_inputs_ask()
+    holders: list[Any] = [module for module in model.modules() if hasattr(module, "save_pretrained")]
+    for holder in holders:  # a model may hold others, with a method of their own
+        holder.save_pretrained = _refuse_save_pretrained
     return model
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    """In the place of `save_pretrained` of one model; a function of the module, so that the model can be copied."""
+    raise UnsupportedError(
+        "model.save_pretrained (and push_to_hub, which calls it) would write frozen weights without their subnets' present "
+        "values, and LoSiA's own tensors: use losia_dist.export_model(losia, directory), called on all ranks with the "
+        "conductor of the run, which consolidates them (losia.consolidate()) and writes a plain model directory."
+    )

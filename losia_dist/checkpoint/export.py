@@ -103,7 +103,8 @@ def _texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
 
     def write(directory: Path) -> None:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(directory, state_dict=state)
+            # The class's: a model with subnets refuses its own, which knows nothing of them.
+            type(model).save_pretrained(model, directory, state_dict=state)
             _drop_quantization_note(directory / "config.json")
 
     return write

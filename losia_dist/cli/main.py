@@ -26,9 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `losia-dist`; returns the exit code."""
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
     commands = parser.add_subparsers(dest="command", required=True)
+    from losia_dist.cli.allocate import add_allocate_arguments, run_allocate
     from losia_dist.cli.doctor import add_doctor_arguments, run_doctor
     from losia_dist.cli.export import add_apply_arguments, add_export_arguments, run_apply, run_export
     from losia_dist.cli.plan import add_plan_arguments, run_plan
+    from losia_dist.cli.report import add_report_arguments, run_report
     from losia_dist.training.options import add_training_arguments
 
     add_training_arguments(commands.add_parser("train", help="fine-tune a causal language model"))
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_apply_arguments(commands.add_parser("apply", help="rebuild a model from its base model and a delta"))
     add_doctor_arguments(commands.add_parser("doctor", help="examine this machine, or under a launcher the cluster"))
     add_plan_arguments(commands.add_parser("plan", help="memory, traffic and time of a run on a cluster, before it is rented"))
+    add_allocate_arguments(commands.add_parser("allocate", help="what subnets of each shape capture, and a configuration"))
+    add_report_arguments(commands.add_parser("report", help="a page about a run, from the logs in its directory"))
     options = parser.parse_args(arguments)
     if options.command == "train":
         return run_training(options)
@@ -44,11 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "plan":
             return run_plan(options)
-        written = run_export(options) if options.command == "export" else run_apply(options)
+        if options.command == "allocate":
+            written = run_allocate(options)
+        elif options.command == "report":
+            written = run_report(options)
+        else:
+            written = [run_export(options) if options.command == "export" else run_apply(options)]
     except LoSiAError as error:
         _print_error(str(error))
         return REFUSED
-    print(f"written: {written}")
+    for path in written:
+        print(f"written: {path}")
     return 0
 
 

@@ -37,7 +37,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--micro-batch", type=int, default=1, help="rows of one GPU's forward pass (1)")
     run.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per optimizer step (1)")
     run.add_argument("--checkpointing", choices=("on", "off"), help="recompute activations in backward (on)")
-    run.add_argument("--steps", type=int, help="optimizer steps of the run: for the schedule's advice")
+    run.add_argument("--steps", type=int, help="optimizer steps of the run: for the schedule and its advice")
     losia = parser.add_argument_group("methods")
     losia.add_argument("--losia_config", metavar="FILE", help="LoSiA's settings; the options below override it")
     losia.add_argument("--rank-factor", type=float, nargs="+", metavar="P", help="one share, or rows and columns (0.125)")
@@ -110,6 +110,7 @@ def _planned(workload: Workload, simulated: bool) -> Any:
 
 def _workload(options: argparse.Namespace) -> Workload:
     from losia_dist.planning.shapes import find_shape
+    from losia_dist.warm_start import settled
 
     shape = find_shape(options.model)
     cluster = Cluster(
@@ -123,6 +124,10 @@ def _workload(options: argparse.Namespace) -> Workload:
         reserve=_bytes("--reserve", options.reserve),
     )
     engine = options.engine or ("fsdp2" if cluster.gpus > 1 else "ddp")
+    config = _config(options)
+    if config.layers_per_slot == "auto" and options.steps is not None:
+        groups = shape.layers + (config.output_rank_factor is not None)
+        config = settled(config, options.steps, groups, cluster.gpus)
     return Workload(
         shape,
         cluster,
@@ -134,7 +139,7 @@ def _workload(options: argparse.Namespace) -> Workload:
         options.checkpointing != "off",
         options.offload,
         options.shard_ranks,
-        _config(options),
+        config,
         options.lora_rank,
     )
 

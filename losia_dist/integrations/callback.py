@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.reporting.facts import GB, peak_memory, write_facts
+from losia_dist.reporting.records import FACTS
+from losia_dist.reporting.subnet_log import SubnetLog
+
+# Of the training arguments, for the report.
+_ARGUMENTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "gradient_checkpointing",
+    "optim",
+    "seed",
+)
 
 
 class LoSiACallback(TrainerCallback):
@@ -25,6 +52,9 @@ class LoSiACallback(TrainerCallback):
     `losia_parameter_groups` passed as `optimizers=(optimizer, None)`, and `save_strategy="no"`: that Trainer would write
     checkpoints of weights without their subnets' present values. Keep the result with
     `export_model(callback.losia, directory)`.
+
+    On the first rank it writes `subnets.jsonl`, `losia_run.json` and `losia_config.json` into `output_dir`, which
+    `losia-dist report` reads beside the Trainer's own logs. Where they cannot be written, a warning says so.
 
     Args:
         losia_config: the configuration the model was converted with.
@@ -43,7 +73,11 @@ class LoSiACallback(TrainerCallback):
         # Set by a trainer that exports instead of saving its state dict, and resumes once the conductor is there.
         self.saves_plain_models = False
         self.when_made: Callable[[LoSiA], None] | None = None
+        # The trainer's own loss of a batch, for init="importance"; None: the model's.
+        self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
         self._localized: list[str] = []
+        self._subnets: SubnetLog | None = None
+        self._device = torch.device("cpu")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.losia_config is None:
@@ -60,14 +94,22 @@ class LoSiACallback(TrainerCallback):
                 "no subnets. Use LoSiATrainer (or LoSiATrainerMixin), or take resume_from_checkpoint out."
             )
         if self.losia is not None:  # train() called again
+            self._stop_log()
             self.losia.detach()
         optimizer = kwargs["optimizer"]
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config)
-        self._localized = []
+        self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config, total_steps=state.max_steps)
+        self._localized, self._device = [], args.device
+        if state.is_world_process_zero:
+            self._subnets = SubnetLog(self.losia)
         if self.when_made is not None:
             self.when_made(self.losia)
+        if not self.losia.located:
+            self.losia.locate(self._first_batches(kwargs["train_dataloader"]), self.compute_loss)
+        if self._subnets is not None:
+            self._describe(args, state)
+            self._subnets.begin(Path(args.output_dir), continues=state.global_step > 0)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.losia is not None
@@ -77,9 +119,12 @@ class LoSiACallback(TrainerCallback):
             self.losia.discard_step()
         else:
             self._localized = localizing
+        if self._subnets is not None:
+            self._subnets.write()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.losia is not None
+        self._stop_log()
         self.losia.consolidate()
 
     def metrics(self) -> dict[str, float]:
@@ -87,8 +132,43 @@ class LoSiACallback(TrainerCallback):
 
         "losia/learning_rate/<group>": rewarming included ("learning_rate" is the scheduler's). "losia/localizing": place of
         the (first) localizing group in localization order, from 0; with several per slot, those that follow it too.
+        "losia/peak_memory_gb": what this rank held at most so far, in 10^9 bytes, on its GPU or as a process on a CPU.
         """
         if self.losia is None or not self._localized:
             return {}
         rates = {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
-        return {**rates, "losia/localizing": self.losia.clock.names.index(self._localized[0])}
+        place = self.losia.clock.names.index(self._localized[0])
+        memory = peak_memory(self._device) / GB
+        return {**rates, "losia/localizing": place, "losia/peak_memory_gb": memory}
+
+    def _describe(self, args: Any, state: Any) -> None:
+        losia = self.losia
+        assert losia is not None and self.losia_config is not None
+        facts = {
+            "method": "losia",
+            "engine": f"Trainer, {AcceleratorState().distributed_type.value}",
+            "ranks": args.world_size,
+            "steps": state.max_steps,
+            "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in losia.model.parameters() if p.requires_grad),
+            "groups_per_slot": losia.clock.per_slot,
+            "options": {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)},
+        }
+        try:
+            write_facts(Path(args.output_dir), self.losia_config, losia.clock.names, self._device, **facts)
+        except OSError as error:
+            warnings.warn(f"{FACTS} cannot be written ({error}): the run's report will lack it.", stacklevel=2)
+
+    def _first_batches(self, loader: Any) -> list[Any]:
+        """The batches that training begins with, as many as calibration asks for; the order of the data stays what it was."""
+        assert self.losia is not None
+        device = self._device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            batches = list(itertools.islice(loader, self.losia.config.calibration_batches))
+        if hasattr(loader, "end"):
+            loader.end()  # Accelerate keeps a loader for active until it has run to its end
+        return [send_to_device(batch, device) for batch in batches]
+
+    def _stop_log(self) -> None:
+        if self._subnets is not None:
+            self._subnets.close()
+            self._subnets = None

@@ -41,6 +41,8 @@ class LoSiATrainerMixin:
       is used as it is, and so is an "optimizer" in the DeepSpeed configuration. Any scheduler works; rewarming multiplies it.
     - Importance comes from the gradient that trains: the mean over ranks and micro-batches as the Trainer scales the loss,
       before clipping. `max_grad_norm` clips the subnets' gradients (and whatever else trains).
+    - `init="importance"`: the first subnets are located from the first `calibration_batches` batches of the training data, by the
+      trainer's own loss; `layers_per_slot="auto"` follows `max_steps`.
     - Logs carry each group's true learning rate and the localizing group (`LoSiACallback.metrics`).
     - `save_model` and checkpoints hold a plain Transformers model. `output_dir/_losia_state` holds what resuming needs
       besides, for all checkpoints of the run (the base once); it is rotated with them.
@@ -79,6 +81,7 @@ class LoSiATrainerMixin:
         self.losia_callback = LoSiACallback(losia_config)
         self.losia_callback.saves_plain_models = True
         self.losia_callback.when_made = self._start
+        self.losia_callback.compute_loss = self._calibration_loss
         self._checkpoints = TrainerCheckpoints(group)
         self._add_own_callback()
         if not subnet_layers(self.model):
@@ -185,6 +188,10 @@ class LoSiATrainerMixin:
         if self.is_deepspeed_enabled:
             losia.carried["deepspeed"] = EngineCounters(self.model_wrapped)
         self._checkpoints.resume(losia, self.lr_scheduler, goes_on_saving=not self.args.save_only_model)
+
+    def _calibration_loss(self, model: Any, batch: Any) -> Any:
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            return self.compute_loss(model, self._prepare_inputs(batch))  # type: ignore[attr-defined]
 
     def _load_best_model(self) -> None:
         assert self.losia is not None

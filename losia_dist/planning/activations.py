@@ -59,6 +59,14 @@ def backward_bytes(workload: Workload, localizing: bool = False) -> int:
     return workload.tokens * (2 * shape.hidden + 6 * shape.intermediate - 2 * product)
 
 
+def second_gradient_bytes(workload: Workload) -> int:
+    """What backward of a localizing layer takes beyond what was saved, when its second full gradient (`up_proj`'s) is there.
+
+    Gradients of the layer's output, of both branches and of the input; both branches and the product have been let go.
+    """
+    return 4 * workload.tokens * (workload.shape.hidden - workload.shape.intermediate // 2)
+
+
 def head_bytes(workload: Workload) -> int:
     """What the last norm and the output layer keep: 4 t H, and 2 t H for the weight's gradient or columns."""
     return 6 * workload.tokens * workload.shape.hidden

@@ -24,6 +24,7 @@ from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.modes import Localization, SlotGroup, make_localization
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
+from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.planning.workload import Workload
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import group_names, subnet_layers
@@ -131,7 +132,7 @@ def _meta_model(workload: Workload) -> Any:
 
 
 def _with_adamw(model: nn.Module) -> FakeRun:
-    return FakeRun(model, LoSiAAdamW([p for p in model.parameters() if p.requires_grad]), None, [])
+    return FakeRun(model, LoSiAAdamW(dense_parameter_groups(model, lr=1e-4)), None, [])
 
 
 def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from losia_dist.formulas import subnet_size
 from losia_dist.planning import activations
+from losia_dist.planning.in_flight import BF16, FP32, INT64, in_flight
 from losia_dist.planning.workload import Workload
-
-BF16, FP32, INT64 = 2, 4, 8
 
 # DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
 REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
@@ -100,6 +99,8 @@ def plan_memory(workload: Workload) -> Memory:
         steady |= dict.fromkeys(moved, 0)
     moments = _sharded_moments(workload, found) if workload.shards_weights else _whole_moments(workload, found)
     moments["update"] = _update(workload, found)
+    if workload.method == "losia" and workload.config.init == "importance":
+        moments["loss, locating first subnets"] = _locating(workload, moments["loss"])
     parts, moment = max((({**steady, **_sum(steady, extra)}, name) for name, extra in moments.items()), key=_total)
     return Memory({name: parts.get(name, 0) for name in PARTS}, moment, host)
 
@@ -136,19 +137,11 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     return steady
 
 
-def _in_flight(workload: Workload, found: _Sizes, passes: int) -> int:
-    """Of the layers that localize, until their step ends: whole gradients under reduction, own rows of them and of weights.
-
-    passes: micro-batches of the step whose backward is over or under way. The rows of the first are kept as they came, and
-    from the third on the sum is in fp32.
-    """
-    if not passes:
-        return 0
-    ranks = 1 if workload.config.localization == "rank_parallel" else workload.cluster.gpus
-    rows = BF16 * (2 if workload.shards_weights else 1) * found.localizing // ranks
-    if passes > 1 and workload.config.importance_accumulation == "step":
-        rows += (FP32 if passes > 2 else BF16) * found.localizing // ranks
-    return rows + (BF16 * found.localizing if ranks > 1 else 0)
+def _locating(workload: Workload, loss: dict[str, int]) -> dict[str, int]:
+    """The loss of a calibration batch: every layer keeps what localizing asks for, and no gradient is there yet."""
+    layers = workload.shape.layers
+    saved = _layer_activations(workload, layers, layers) + activations.head_bytes(workload)
+    return {**loss, "activations": saved, "importance": 0, "gradients": 0}
 
 
 def _layer_activations(workload: Workload, layers: int, localizing: int) -> int:
@@ -166,12 +159,19 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
     live = BF16 * min(MAX_LIVE_PARAMETERS + found.layer_weights, layers * found.layer_weights + found.outer_weights)
     zero3 = workload.engine == "zero3"
     gathered = {count: live if zero3 else outer + count * unit for count in (1, 2, 3)}
-    localizing = min(workload.localizing_layers, layers)
+    localizing, passes = min(workload.localizing_layers, layers), workload.accumulation
     moments: dict[str, dict[str, int]] = {}
     whole = found.all_trained(layers)
-    # With accumulation, of earlier micro-batches: the sums of gradients, and transfers that no one has waited for yet.
-    before = BF16 * whole // shards if workload.accumulation > 1 else 0
-    flying = _in_flight(workload, found, workload.accumulation - 1)
+    # With accumulation, of earlier micro-batches: the sums of gradients, and what localizing layers keep.
+    before = BF16 * whole // shards if passes > 1 else 0
+    flying = in_flight(workload, passes - 1, localizing)
+    # What was gathered for the layer before is let go when the next layer's weights are copied out of it.
+    moments["forward of layer 1"] = {
+        "gathered": live if zero3 else 2 * (outer + unit),
+        "gradients": before,
+        "importance": flying,
+        "activations": activations.checkpoint_bytes(workload),
+    }
     moments["forward"] = {
         "gathered": gathered[3 if layers > 1 else 2],
         "gradients": before,
@@ -191,51 +191,51 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
         left = layers - done
         at_work_localizes = done < localizing
         saved = activations.saved_bytes(workload, at_work_localizes)
-        share = min(1.0, done / localizing) if localizing else 0.0
         reduced = max(before, BF16 * done * found.layer_trained // shards)
         sending = FP32 * found.layer_trained if done else 0
         waiting = gathered[2 if left > 1 else 1]
         rest = left if workload.checkpointing else left - 1
         here = _layer_activations(workload, rest, max(0, localizing - done - 1) if not workload.checkpointing else 0)
-        moments[f"backward of layer {left}"] = {
-            "gathered": waiting,
-            "gradients": reduced + sending + head + BF16 * largest,
-            "importance": max(flying, int(share * _in_flight(workload, found, workload.accumulation))),
-            "activations": here + saved + activations.backward_bytes(workload, at_work_localizes),
-        }
+        common = {"gathered": waiting, "gradients": reduced + sending + head + BF16 * largest}
+        for name, linears, used in _inside_backward(workload, at_work_localizes):
+            moments[f"{name} of layer {left}"] = {
+                **common,
+                "importance": in_flight(workload, passes, min(done, localizing), linears),
+                "activations": here + saved + used,
+            }
         moments[f"reduction of layer {left}"] = {
             "gathered": waiting - (0 if zero3 else unit),
             "gradients": reduced + head + (BF16 + FP32) * found.layer_trained + FP32 * found.layer_trained // shards,
-            "importance": max(
-                flying,
-                int(min(1.0, (done + 1) / localizing) * _in_flight(workload, found, workload.accumulation))
-                if localizing
-                else 0,
-            ),
+            "importance": in_flight(workload, passes, min(done + 1, localizing)),
             "activations": _layer_activations(workload, rest, 0) + activations.checkpoint_bytes(workload),
         }
     moments["reduction outside the layers"] = {
         "gradients": BF16 * whole // shards + (BF16 + FP32) * found.outer_trained + BF16 * found.outer_trained // shards,
-        "importance": _in_flight(workload, found, workload.accumulation),
+        "importance": in_flight(workload, passes, localizing),
     }
     return moments
 
 
+def _inside_backward(workload: Workload, localizes: bool) -> list[tuple[str, int, int]]:
+    """Moments of one layer's backward: (name, linear layers whose full gradients are there, bytes beyond what was saved)."""
+    fullest = ("backward", int(localizes), activations.backward_bytes(workload, localizes))
+    return [fullest, ("gradients", 2, activations.second_gradient_bytes(workload))] if localizes else [fullest]
+
+
 def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
-    """Moments of an engine whose GPUs keep all weights: loss, and backward of the last and of the first layer."""
-    layers = workload.shape.layers
+    """Moments of an engine whose GPUs keep all weights: loss, and backward of every layer."""
+    layers, passes = workload.shape.layers, workload.accumulation
     whole = BF16 * found.all_trained(layers)
     localizing = min(workload.localizing_layers, layers)
     if workload.engine == "ddp":
         whole *= 2  # gradients, and the buckets they are reduced in
     elif workload.engine == "zero2":
         whole //= workload.shards
-    before = whole if workload.accumulation > 1 or workload.engine == "ddp" else 0
-    flying = _in_flight(workload, found, workload.accumulation - 1)
+    before = whole if passes > 1 or workload.engine == "ddp" else 0
     moments = {
         "loss": {
             "gradients": before,
-            "importance": flying,
+            "importance": in_flight(workload, passes - 1, localizing),
             "activations": _layer_activations(workload, layers, localizing) + activations.head_bytes(workload),
             "logits": activations.logits_bytes(workload),
         }
@@ -243,32 +243,32 @@ def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int
     for done in range(layers):
         left = layers - done
         rest = left if workload.checkpointing else left - 1
-        share = min(1.0, done / localizing) if localizing else 0.0
-        saved = activations.saved_bytes(workload, done < localizing)
-        moments[f"backward of layer {left}"] = {
-            "gradients": max(before, whole * (done + 1) // layers),
-            "importance": max(flying, int(share * _in_flight(workload, found, workload.accumulation))),
-            "activations": _layer_activations(workload, rest, max(0, localizing - done - 1))
-            + saved
-            + activations.backward_bytes(workload, done < localizing),
-        }
+        at_work_localizes = done < localizing
+        here = _layer_activations(workload, rest, max(0, localizing - done - 1))
+        for name, linears, used in _inside_backward(workload, at_work_localizes):
+            moments[f"{name} of layer {left}"] = {
+                "gradients": max(before, whole * (done + 1) // layers),
+                "importance": in_flight(workload, passes, min(done, localizing), linears),
+                "activations": here + activations.saved_bytes(workload, at_work_localizes) + used,
+            }
     return moments
 
 
 def _update(workload: Workload, found: _Sizes) -> dict[str, int]:
     """The optimizer's step: all gradients, and fp32 copies of one parameter group's.
 
-    LoSiA has a group for each layer; the others have one group in all.
+    There is a group for each decoder layer, and one for each module outside of them.
     """
     layers, shards = workload.shape.layers, workload.shards
     trained = found.all_trained(layers)
-    group = max(found.layer_trained, found.outer_trained) if workload.method == "losia" else trained
+    table = workload.shape.vocabulary * workload.shape.hidden  # of the embedding, and of the output layer
+    group = max(found.layer_trained, min(found.outer_trained, table))
     copies = 2 if workload.engine == "ddp" else 1
     over = 1 if workload.engine in ("ddp", "zero1") else shards
     if workload.offload != "none":
         group = 0  # the update runs on the host
     return {
         "gradients": copies * BF16 * trained // over,
-        "importance": _in_flight(workload, found, workload.accumulation),
+        "importance": in_flight(workload, workload.accumulation, min(workload.localizing_layers, layers)),
         "update": FP32 * group // shards,
     }

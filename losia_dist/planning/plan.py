@@ -17,6 +17,7 @@ from losia_dist.formulas import (
 from losia_dist.planning.compute import Compute, plan_compute
 from losia_dist.planning.memory import BF16, Memory, plan_memory, sizes
 from losia_dist.planning.traffic import Traffic, plan_traffic
+from losia_dist.planning.warm_start import plan_warm_start
 from losia_dist.planning.workload import Workload
 
 
@@ -88,6 +89,7 @@ class Plan:
         }
         if workload.method == "losia":
             record["schedule"] = _schedule(workload, steps)
+            record["warm_start"] = plan_warm_start(workload)
         return record
 
 
@@ -125,15 +127,15 @@ def _possible(workload: Workload, engine: str, checkpointing: bool, offload: str
 def _schedule(workload: Workload, steps: int | None) -> dict[str, Any]:
     config, groups = workload.config, workload.groups
     ranks = workload.cluster.gpus if config.localization == "rank_parallel" else 1
-    cycle = cycle_steps(groups, config.period, config.layers_per_slot * ranks)
+    cycle = cycle_steps(groups, config.period, workload.layers_per_slot * ranks)
     schedule: dict[str, Any] = {
         "groups": groups,
         "period": config.period,
-        "layers_per_slot": config.layers_per_slot,
+        "layers_per_slot": workload.layers_per_slot,
         "cycle_steps": cycle,
     }
     if steps is not None:
-        advised = layers_per_slot_for(steps, groups, config.period)
+        advised = layers_per_slot_for(steps, groups, config.period, config.cycles)
         schedule |= {
             "steps": steps,
             "cycles": steps / cycle,

@@ -54,6 +54,8 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
     )
     if "schedule" in records[0]:
         parts.append(_schedule(records[0]["schedule"]))
+        if records[0]["warm_start"] is not None:
+            parts.append(_warm_start(records[0]["warm_start"]))
     return "\n\n".join(parts)
 
 
@@ -78,6 +80,15 @@ def _step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
         row("checkpoint of a step, GB", lambda r: f"{r['disk_bytes']['step'] / GB:.2f}"),
         row("host memory per node, GB", lambda r: f"{r['host_bytes_per_node'] / GB:.1f}"),
     ]
+
+
+def _warm_start(found: dict[str, Any]) -> str:
+    passes = found["passes"]
+    return (
+        f"First subnets: {passes} pass{'es' if passes > 1 else ''} over {found['batches_per_pass']} batches a GPU, "
+        f"{found['seconds']:.0f} s; {found['sums_bytes'] / GB:.3f} GB of sums are kept and {found['sent_for_sums_bytes'] / GB:.3f} GB "
+        f"sent, beside one full gradient at a time ({found['largest_gradient_bytes'] / GB:.2f} GB)."
+    )
 
 
 def _schedule(schedule: dict[str, Any]) -> str:

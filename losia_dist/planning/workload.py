@@ -141,6 +141,15 @@ class Workload:
                 "a plan covers target_modules='all-linear' (and output_rank_factor) with nothing trained in full; take "
                 "target_modules, modules_to_save, train_norms and train_embeddings out of the configuration to plan it."
             )
+        if config.rank_pattern:
+            raise ConfigError(
+                "a plan takes one rank factor for all layers: take rank_pattern out of the configuration, and set "
+                "rank_factor to the largest in it."
+            )
+        if config.layers_per_slot == "auto":
+            raise ConfigError(
+                "layers_per_slot='auto' follows from the length of the run: give --steps, or a number (--layers-per-slot)."
+            )
         for name, (m, n) in self.shape.linears().items():
             if not (subnet_size(m, config.row_factor) and subnet_size(n, config.column_factor)):
                 raise ConfigError(
@@ -169,7 +178,13 @@ class Workload:
     @property
     def localizing_layers(self) -> int:
         """Decoder layers whose importance one rank works at in a slot (the output layer takes its turn like a layer)."""
-        return min(self.config.layers_per_slot, self.groups) if self.method == "losia" else 0
+        return min(self.layers_per_slot, self.groups) if self.method == "losia" else 0
+
+    @property
+    def layers_per_slot(self) -> int:
+        """Groups that localize in a slot; "auto" was refused."""
+        assert isinstance(self.config.layers_per_slot, int)
+        return self.config.layers_per_slot
 
     @property
     def groups(self) -> int:

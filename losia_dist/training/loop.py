@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from losia_dist.errors import DivergenceError
+from losia_dist.reporting.facts import GB, peak_memory
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.engines import Engine
 from losia_dist.training.heldout import held_out_loss, sample_answers
@@ -96,6 +97,9 @@ def train_steps(
                 values["tokens_per_second"] = tokens / seconds
                 if run.grad_norm is not None:
                     values["grad_norm"] = float(run.grad_norm)
+                values["peak_memory_gb"] = _largest_over_ranks(peak_memory(run.device), run.device) / GB
+                if run.losia is not None:
+                    values["learning_rates"] = run.losia.learning_rates()
                 if localizing is not None:
                     values["localizing"] = localizing[0] if len(localizing) == 1 else f"{localizing[0]} .. {localizing[-1]}"
                 summary["train_loss"] = values["loss"]
@@ -126,6 +130,15 @@ def _over_ranks(value: Tensor) -> float:
         dist.all_reduce(mean)
         mean /= _world_size()
     return mean.item()
+
+
+def _largest_over_ranks(value: int, device: torch.device) -> int:
+    """Called by all ranks; waits for the device."""
+    if _world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def _check_finite(loss: float, step: int) -> None:

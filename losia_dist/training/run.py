@@ -25,7 +25,11 @@ from losia_dist.data import make_evaluation_loader, make_loader
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.optim.adamw import LoSiAAdamW
+from losia_dist.optim.dense_groups import dense_parameter_groups
+from losia_dist.reporting.facts import write_facts
+from losia_dist.reporting.subnet_log import SubnetLog
 from losia_dist.subnet.groups import losia_parameter_groups
+from losia_dist.training.calibrate import locate_first_subnets
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
@@ -72,6 +76,7 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
     checkpoints.check(describe(options, choice.precision, inputs.fingerprint(), len(inputs.train), steps, place.world_size))
     run = _start(inputs.model, config, choice, options, place, steps, inputs.weights, agreement)
+    subnets = SubnetLog(run.losia) if run.losia is not None and place.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
     continues = source is not None and source.is_own
     log = RunLog(Path(options.output_dir), steps, enabled=place.rank == 0, begun=begun, continues=continues)
@@ -88,6 +93,10 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         f"{summary['method']}, {run.name}, {choice.precision}, {place.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
     )
+    agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
+    log.follow(subnets, continues)
+    if source is None and run.losia is not None and not run.losia.located:
+        log.say(locate_first_subnets(run, loader))
     if inputs.notes:
         summary["notes"] = inputs.notes
         log.say("\n".join(inputs.notes))
@@ -151,7 +160,7 @@ def _start(
         if config is not None:
             groups: Any = losia_parameter_groups(wrapped, lr=rate, weight_decay=decay)
         else:
-            groups = [p for p in wrapped.parameters() if p.requires_grad]
+            groups = dense_parameter_groups(wrapped, lr=rate, weight_decay=decay)
         return LoSiAAdamW(groups, lr=rate, weight_decay=decay)
 
     if choice.deepspeed is not None:
@@ -169,6 +178,7 @@ def _start(
                 optimizer=None if "optimizer" in choice.deepspeed else make_optimizer(model),
                 lr=rate,
                 lr_scheduler=schedule,
+                total_steps=steps,
             )
             return DeepSpeedRun(engine, engine.losia)
         engine, *_ = integration.initialize_dense(model, choice.deepspeed, make_optimizer(model), schedule)
@@ -193,7 +203,7 @@ def _start(
             devices = [place.device.index] if place.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, **DDP_KEEPS_BUFFERS)
     optimizer = make_optimizer(model)
-    losia = LoSiA(model, optimizer, config) if config is not None else None
+    losia = LoSiA(model, optimizer, config, total_steps=steps) if config is not None else None
     return PlainRun(
         name, model, optimizer, schedule(optimizer), losia, max_grad_norm=options.max_grad_norm, device=place.device
     )
@@ -226,6 +236,25 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
         tokenizer.save_pretrained(directory)
     except OSError as error:
         raise ConfigError(f"the tokenizer could not be written to {directory}: {error}. The model has been written.") from error
+
+
+def _describe(
+    run: Engine, config: LoSiAConfig | None, options: argparse.Namespace, place: Place, summary: dict[str, Any]
+) -> None:
+    """Write what the run is. Rank 0 calls it."""
+    clock = run.losia.clock if run.losia is not None else None
+    facts = {**summary, "groups_per_slot": clock.per_slot} if clock is not None else summary
+    try:
+        write_facts(
+            Path(options.output_dir),
+            config,
+            clock.names if clock is not None else [],
+            place.device,
+            **facts,
+            options=_comparable(options),
+        )
+    except OSError as error:
+        raise ConfigError(f"--output_dir {options.output_dir} cannot be written: {error}.") from error
 
 
 def _comparable(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,8 +17,8 @@ LAYERS = [
     ["_version", "compat", "errors", "agreement", "formulas", "fingerprint", "config", "kernels"],
     ["subnet"],
     ["localization", "optim", "sharding"],
-    ["loss", "model", "guard", "heartbeat", "watch", "liveness", "conductor"],
-    ["integrations", "checkpoint", "data", "planning"],
+    ["loss", "model", "guard", "heartbeat", "watch", "liveness", "conductor", "warm_start", "allocation"],
+    ["integrations", "checkpoint", "data", "planning", "reporting"],
     ["training", "doctor", "cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

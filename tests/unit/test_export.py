@@ -1,5 +1,6 @@
 """The exported directory: a plain model, exactly the trained one, from every engine; and never half a model."""
 
+import copy
 import json
 import weakref
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups
 from losia_dist.checkpoint import files, model_directory
 from losia_dist.checkpoint.export import save_whole_model
 from losia_dist.checkpoint.names import unwrap
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, UnsupportedError
 from tests.support.models import tiny_llama
 from tests.support.training import Run, _deepspeed_loop, _plain_loop, global_batches, prepared_model
 
@@ -235,6 +236,27 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
         with pytest.raises(ConfigError, match="could not be written to .*taken"):
             export_model(conductor(), target)
     assert (tmp_path / "taken").read_text() == "kept"
+
+
+def test_the_models_own_way_to_save_is_refused(tmp_path):
+    """It would write the weights that the model had before training, without a word."""
+    losia = conductor()
+    with torch.no_grad():
+        losia.layers[0].subnet.add_(1.0)
+    trainer = Trainer(model=losia.model, args=TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
+    ways = {
+        "the model": losia.model.save_pretrained,
+        "a model in it": losia.model.model.save_pretrained,
+        "a copy": copy.deepcopy(losia.model).save_pretrained,
+        "a plain Trainer": trainer.save_model,
+    }
+    for name, save in ways.items():
+        with pytest.raises(UnsupportedError, match=r"export_model\(losia, directory\)"):
+            save(tmp_path / name)
+    export_model(losia, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "again")  # other models of the class keep theirs
+    assert torch.equal(loaded.get_submodule(losia.layers[0].name).weight, losia.layers[0].weight)
 
 
 def test_what_is_not_a_live_run_is_refused(tmp_path):

@@ -1,0 +1,116 @@
+"""`subnets.jsonl`: where every layer's subnet lies, from the beginning of a run on, a line for each time it is set."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from losia_dist.conductor import LoSiA
+from losia_dist.localization.moves import SubnetMove
+from losia_dist.reporting.records import SUBNETS, cut_records
+
+
+class SubnetLog:
+    """Listens to a conductor on the one rank that writes; the others have none. Nothing is communicated.
+
+    The indices wait on their device until `write`, which the loop calls between steps. A file that cannot be written is
+    warned of once, and the run goes on: only its report will lack the subnets.
+
+    A line holds: step (optimizer steps done), reason ("random", "located", "relocalized"; "resumed" where the lines before
+    are not there), layer, group, shape [m, n], rows and columns (sorted), captured (share of the layer's importance inside
+    the subnet, or null), random_share (what a random subnet of that size holds on average).
+
+    Args:
+        losia: of the run; made before the first subnets are located, so that this is told of it.
+    """
+
+    def __init__(self, losia: LoSiA) -> None:
+        self._losia = losia
+        self._pending: list[SubnetMove] = []
+        self._file: Any = None
+        losia.on_move.append(self._note)
+
+    def begin(self, directory: Path, continues: bool) -> None:
+        """Open the file, and write where the subnets lie now.
+
+        Args:
+            continues: the lines there, up to the conductor's step, are this run's and stay; else they are replaced.
+        """
+        path, step = directory / SUBNETS, self._losia.steps
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = cut_records(path, lambda record: record.get("step", step + 1) <= step) if continues else 0
+            self._file = path.open("a" if continues else "w", encoding="utf-8")
+        except OSError as error:
+            self._give_up(error)
+            return
+        if not kept:
+            self._write_first()
+        self.write()
+
+    def write(self) -> None:
+        """Write what the conductor has told since the last call. Called between steps."""
+        if self._file is None:
+            self._pending.clear()
+            return
+        moves, self._pending[:] = list(self._pending), []
+        for move in moves:
+            self._line(move.step, move.reason, move.layer, move.group, move.shape, move.rows, move.columns, move.captured)
+
+    def close(self) -> None:
+        """Write the rest and stop listening."""
+        self.write()
+        self._losia.on_move.remove(self._note)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _note(self, move: SubnetMove) -> None:
+        self._pending.append(move)
+
+    def _write_first(self) -> None:
+        losia = self._losia
+        reason = "resumed" if losia.steps else "located" if losia.located and losia.config.init != "random" else "random"
+        moved = {move.layer for move in self._pending}  # what was there before is nobody's concern
+        for layer in losia.layers:
+            if layer.name not in moved:
+                shape = (layer.out_features, layer.in_features)
+                self._line(losia.steps, reason, layer.name, layer.group_name, shape, layer.row_index, layer.col_index, None)
+
+    def _line(
+        self,
+        step: int,
+        reason: str,
+        layer: str,
+        group: str,
+        shape: tuple[int, int],
+        rows: Tensor,
+        columns: Tensor,
+        captured: float | None,
+    ) -> None:
+        if self._file is None:
+            return
+        record = {
+            "step": step,
+            "reason": reason,
+            "layer": layer,
+            "group": group,
+            "shape": list(shape),
+            "rows": rows.tolist(),
+            "columns": columns.tolist(),
+            "captured": None if captured is None else round(captured, 6),
+            "random_share": round(rows.numel() * columns.numel() / (shape[0] * shape[1]), 9),
+        }
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warnings.warn(f"{SUBNETS} cannot be written ({error}): the run's report will lack its subnets.", stacklevel=3)
+        self._file = None
