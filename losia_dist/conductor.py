@@ -192,9 +192,7 @@ class LoSiA:
         mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
         counts = self.collectives.stack(mine).flatten().tolist()
         if len(set(counts)) > 1 or not counts[0]:
-            raise ConfigError(
-                f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank."
-            )
+            raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
         if self.steps or self.in_mid_step:
             raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
         choices, passes = locate_all(self, batches, compute_loss)

@@ -136,9 +136,7 @@ class LoSiAConfig:
         if pattern is None:
             return
         if not isinstance(pattern, dict) or not pattern or not all(isinstance(name, str) and name for name in pattern):
-            raise ConfigError(
-                f"rank_pattern={pattern!r}: give names with their factors, {{'down_proj': 0.25}}, or null."
-            )
+            raise ConfigError(f"rank_pattern={pattern!r}: give names with their factors, {{'down_proj': 0.25}}, or null.")
         self.rank_pattern = {name: _factors(f"rank_pattern[{name!r}]", factor) for name, factor in pattern.items()}
 
     @property

@@ -86,8 +86,8 @@ def _warm_start(found: dict[str, Any]) -> str:
     passes = found["passes"]
     return (
         f"First subnets: {passes} pass{'es' if passes > 1 else ''} over {found['batches_per_pass']} batches a GPU, "
-        f"{found['seconds']:.0f} s; {found['sums_bytes'] / GB:.3f} GB of sums are kept and {found['sent_for_sums_bytes'] / GB:.3f} GB "
-        f"sent, beside one full gradient at a time ({found['largest_gradient_bytes'] / GB:.2f} GB)."
+        f"{found['seconds']:.0f} s; {found['sums_bytes'] / GB:.3f} GB of sums are kept and "
+        f"{found['sent_for_sums_bytes'] / GB:.3f} GB sent, beside one full gradient at a time ({found['largest_gradient_bytes'] / GB:.2f} GB)."
     )
 
 

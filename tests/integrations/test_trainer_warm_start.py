@@ -1,4 +1,4 @@
-"""init="importance" in the Trainer: the subnets are those of the first batches, and the data come in the order they always do."""
+"""init="importance" in the Trainer: subnets of the first batches, and the data in the order that they always come in."""
 
 import pytest
 import torch
