@@ -84,10 +84,11 @@ def _step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
 
 def _warm_start(found: dict[str, Any]) -> str:
     passes = found["passes"]
+    kept, sent, gradient = (found[f"{name}_bytes"] / GB for name in ("sums", "sent_for_sums", "largest_gradient"))
     return (
         f"First subnets: {passes} pass{'es' if passes > 1 else ''} over {found['batches_per_pass']} batches a GPU, "
-        f"{found['seconds']:.0f} s; {found['sums_bytes'] / GB:.3f} GB of sums are kept and "
-        f"{found['sent_for_sums_bytes'] / GB:.3f} GB sent, beside one full gradient at a time ({found['largest_gradient_bytes'] / GB:.2f} GB)."
+        f"{found['seconds']:.0f} s; {kept:.3f} GB of sums are kept and {sent:.3f} GB sent, beside one full gradient at a time "
+        f"({gradient:.2f} GB)."
     )
 
 

@@ -84,8 +84,8 @@ def _check_pattern(config: LoSiAConfig, targets: list[Target]) -> None:
     for name in config.rank_pattern or {}:
         if not any(matches(name, module) for module in inner):
             raise ConfigError(
-                f"rank_pattern names {name!r}, which no target layer is called or ends with. Target layers: {inner[0]}, ... Give "
-                "a full module name, or its last parts after a dot."
+                f"rank_pattern names {name!r}, which no target layer is called or ends with. Target layers: {inner[0]}, ... "
+                "Give a full module name, or its last parts after a dot."
             )
 
 
