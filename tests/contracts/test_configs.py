@@ -30,7 +30,7 @@ def by_name(path: Path) -> str:
 def test_losia_recipes_load(path):
     config = LoSiAConfig.from_file(path)
     assert set(yaml.safe_load(path.read_text())) <= {field.name for field in dataclasses.fields(LoSiAConfig)}
-    assert config.rank_factor == 0.125  # the paper's
+    assert config.row_factor * config.column_factor == 1 / 64  # as many values as the paper's 1/8 x 1/8
     assert path.read_text().startswith("#")
 
 
