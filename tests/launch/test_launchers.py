@@ -75,7 +75,10 @@ def test_the_log_holds_every_step_and_tensorboard_shows_the_same(launched):
     lines = [line for line in run.metrics if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
     for line in lines:
-        assert set(line) == {"step", "seconds", "loss", "lr", "tokens_per_second", "grad_norm", "localizing"}
+        own = {"learning_rates", "peak_memory_gb", "localizing"}
+        assert set(line) == {"step", "seconds", "loss", "lr", "tokens_per_second", "grad_norm", *own}
+        assert len(line["learning_rates"]) == 4 and max(line["learning_rates"]) <= line["lr"] + 1e-12  # rewarming included
+        assert 0.05 < line["peak_memory_gb"] < 20
     slots = ["model.layers.0 .. model.layers.1"] * 2 + ["model.layers.2 .. lm_head"] * 2
     assert [line["localizing"] for line in lines] == slots * 2
     # Linear warmup over a tenth of the steps, then a cosine: the rate that each step was taken with.
