@@ -77,7 +77,7 @@ def test_the_log_holds_every_step_and_tensorboard_shows_the_same(launched):
     for line in lines:
         own = {"learning_rates", "peak_memory_gb", "localizing"}
         assert set(line) == {"step", "seconds", "loss", "lr", "tokens_per_second", "grad_norm", *own}
-        assert len(line["learning_rates"]) == 4 and max(line["learning_rates"]) <= line["lr"] + 1e-12  # rewarming included
+        assert len(line["learning_rates"]) == 4 and max(line["learning_rates"]) <= 1.001 * line["lr"]  # rewarming included
         assert 0.05 < line["peak_memory_gb"] < 20
     slots = ["model.layers.0 .. model.layers.1"] * 2 + ["model.layers.2 .. lm_head"] * 2
     assert [line["localizing"] for line in lines] == slots * 2
