@@ -57,7 +57,7 @@ class Movement:
             step, reason = int(record["step"]), str(record["reason"])
             name, group = str(record["layer"]), str(record["group"])
             m, n = map(int, record["shape"])
-            rows, columns = (np.asarray(record[key], dtype=np.int64) for key in ("rows", "columns"))
+            rows, columns = _indices(record["rows"], m), _indices(record["columns"], n)
             captured = None if record.get("captured") is None else float(record["captured"])
         except (KeyError, TypeError, ValueError, OverflowError):
             return False
@@ -89,6 +89,10 @@ class Movement:
     def of_kind(self, kind: str) -> list[Layer]:
         """By depth."""
         return [layer for layer in self.layers.values() if layer.kind == kind]
+
+
+def _indices(written: Any, size: int) -> Indices:
+    return np.arange(size) if written == "all" else np.asarray(written, dtype=np.int64)
 
 
 def _share_kept(old: Indices, new: Indices) -> float:

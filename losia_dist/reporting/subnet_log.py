@@ -21,8 +21,8 @@ class SubnetLog:
     warned of once, and the run goes on: only its report will lack the subnets.
 
     A line holds: step (optimizer steps done), reason ("random", "located", "relocalized"; "resumed" where the lines before
-    are not there), layer, group, shape [m, n], rows and columns (sorted), captured (share of the layer's importance inside
-    the subnet, or null), random_share (what a random subnet of that size holds on average).
+    are not there), layer, group, shape [m, n], rows and columns (sorted, or "all"), captured (share of the layer's
+    importance inside the subnet, or null), random_share (what a random subnet of that size holds on average).
 
     Args:
         losia: of the run; made before the first subnets are located, so that this is told of it.
@@ -100,8 +100,8 @@ class SubnetLog:
             "layer": layer,
             "group": group,
             "shape": list(shape),
-            "rows": rows.tolist(),
-            "columns": columns.tolist(),
+            "rows": _indices(rows, shape[0]),
+            "columns": _indices(columns, shape[1]),
             "captured": None if captured is None else round(captured, 6),
             "random_share": round(rows.numel() * columns.numel() / (shape[0] * shape[1]), 9),
         }
@@ -114,3 +114,7 @@ class SubnetLog:
     def _give_up(self, error: OSError) -> None:
         warnings.warn(f"{SUBNETS} cannot be written ({error}): the run's report will lack its subnets.", stacklevel=3)
         self._file = None
+
+
+def _indices(chosen: Tensor, size: int) -> list[int] | str:
+    return "all" if chosen.numel() == size else chosen.tolist()

@@ -156,6 +156,19 @@ def test_the_log_says_where_the_subnets_really_are(tmp_path):
     assert not losia.on_move
 
 
+def test_all_rows_are_written_as_a_word(tmp_path):
+    losia = make_losia(LoSiAConfig(rank_factor=(1.0, 0.25), period=1, layers_per_slot=3))
+    log = subnet_log.SubnetLog(losia)
+    log.begin(tmp_path, continues=False)
+    train_steps(losia, log, 1)
+    log.close()
+    assert {line["rows"] for line in lines_of(tmp_path / "subnets.jsonl")} == {"all"}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert {move.overlap[0] for move in read_run(tmp_path).movement.moves if move.overlap is not None} == {1.0}
+    words = " ".join(Reader(report(tmp_path)).text)
+    assert "36 output and 36 input neurons, of which 36 and 9 are chosen" in words
+
+
 def test_a_resumed_run_goes_on_with_its_lines_and_drops_what_came_after_its_checkpoint(tmp_path):
     losia = make_losia(LoSiAConfig(rank_factor=0.25, period=1))
     log = subnet_log.SubnetLog(losia)
@@ -216,6 +229,7 @@ def test_overlap_is_the_share_of_the_new_neurons_that_were_there_before():
     assert found.add(record(2, [0, 1, 2, 7], [4, 5], captured=0.5))
     assert found.add(record(4, [0, 1, 2, 7], [3, 4], captured=0.25))
     assert [move.overlap for move in found.moves] == [None, (0.75, 0.0), (1.0, 0.5)]
+    assert not found.add(record(5, "some", [3, 4]))
     (layer,) = found.layers.values()
     assert (layer.kind, layer.captured, layer.random_share) == ("mlp.up", 0.25, 4 * 2 / 48)
     assert layer.first[0].tolist() == [0, 1, 2, 3] and layer.latest[1].tolist() == [3, 4]
