@@ -123,8 +123,12 @@ def test_every_subnet_is_logged_at_the_start_and_whenever_it_moves(script_run):
     }
     assert SEEN == {1: 0, 2: 2, 3: 2, 4: 4, 5: 4, 6: 6, 7: 6, 8: 8}
     for line in moved:
-        (m, n), r, c = line["shape"], len(line["rows"]), len(line["columns"])
-        assert line["rows"] == sorted(set(line["rows"])) and line["columns"] == sorted(set(line["columns"]))
+        m, n = line["shape"]
+        rows, columns = (
+            list(range(size)) if written == "all" else written for written, size in ((line["rows"], m), (line["columns"], n))
+        )
+        r, c = len(rows), len(columns)
+        assert rows == sorted(set(rows)) and columns == sorted(set(columns))
         assert line["random_share"] == pytest.approx(r * c / (m * n), rel=1e-6)
         assert line["random_share"] < line["captured"] <= 1  # chosen by importance, it holds more than a random one
 
