@@ -51,11 +51,20 @@ def measure(
     Called by all ranks, with equally many micro-batches on each, and the same on each; before training, like `LoSiA.locate`.
     Two passes over the batches serve all candidates. A candidate that leaves a layer no row or column is left out there; the
     output layer is not measured.
+
+    Raises:
+        ConfigError: a layer that every candidate leaves no row or column, and what `LoSiA.locate` refuses.
     """
 
     def sizes(shape: tuple[int, int]) -> list[tuple[Factors, tuple[int, int]]]:
         kept = [(pair, (subnet_size(shape[0], pair[0]), subnet_size(shape[1], pair[1]))) for pair in candidates]
-        return [(pair, size) for pair, size in kept if min(size) > 0]
+        possible = [(pair, size) for pair, size in kept if min(size) > 0]
+        if not possible:
+            raise ConfigError(
+                f"a layer of {shape[0]} x {shape[1]} keeps no row or no column under any shape of {list(candidates)}: give a "
+                "larger rank_factor, or leave the layer out of target_modules."
+            )
+        return possible
 
     def search_of(layer: SubnetLinear) -> Generator[Query, Sums, list[Choice]]:
         shape = whole_shape(losia.parameters, layer)

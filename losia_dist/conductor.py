@@ -75,7 +75,9 @@ class LoSiA:
         self._refuse_tied_micro_batches()
         group = _own_group(process_group)
         check_same_on_all_ranks("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps}, group)
-        self.config = config = settled(config, total_steps, len(group_names(self.layers)), _size(group))
+        self.collectives = RowCollectives(group)
+        groups = len(group_names(self.layers))
+        self.config = config = settled(config, total_steps, groups, self.collectives.world_size)
         check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
         check_kernels()
         check_same_on_all_ranks("the environment", {**liveness_settings(), VARIABLE: kernel_choice()}, group)
@@ -83,7 +85,6 @@ class LoSiA:
         self._watch_hook = None
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
             self._watch_hook = model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
-        self.collectives = RowCollectives(group)
         self.parameters = resolve_parameters(model)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
@@ -375,10 +376,6 @@ def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | N
         return None
     ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
     return dist.new_group(ranks) if len(ranks) > 1 else None
-
-
-def _size(group: dist.ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
 
 
 def _refuse_fp16(layers: list[SubnetLinear]) -> None:

@@ -18,7 +18,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.importance import importance_
 from losia_dist.localization.search import Query, Sums
-from losia_dist.localization.selection import masked_column_sums
+from losia_dist.localization.selection import mask_of, masked_column_sums
 from losia_dist.subnet.blocks import take_last
 
 
@@ -33,7 +33,7 @@ class ImportanceSums:
 
     def __init__(self, query: Query, shape: tuple[int, int], *, kind: str, device: torch.device, parts: int = 1) -> None:
         self.query, self.kind, self.parts = query, kind, parts
-        self.masks = [None if rows is None else _mask(rows, shape[0]) for rows in query.within_rows]
+        self.masks = [None if rows is None else mask_of(rows, shape[0]) for rows in query.within_rows]
         self.rows = torch.zeros(len(query.within_columns), shape[0], dtype=torch.float64, device=device)
         self.columns = torch.zeros(len(query.within_rows), shape[1], dtype=torch.float64, device=device)
         self.reached = torch.zeros((), dtype=torch.int64, device=device)  # micro-batches whose gradient came
@@ -127,9 +127,3 @@ def _answer(one: Located, sink: ImportanceSums, collectives: RowCollectives) -> 
         one.query = one.search.send(sums)
     except StopIteration as end:
         one.query, one.result = None, end.value
-
-
-def _mask(rows: Tensor, size: int) -> Tensor:
-    mask = torch.zeros(size, dtype=torch.bool, device=rows.device)
-    mask[rows] = True
-    return mask

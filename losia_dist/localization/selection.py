@@ -32,9 +32,7 @@ def select(search: Search, score: Tensor, total_rows: int, collectives: RowColle
         if rows is None:
             return collectives.sum_columns(score.sum(0, dtype=torch.float64))
         # How many of the chosen rows are this rank's is known to the device alone: a mask keeps the host out of it.
-        inside = torch.zeros(total_rows, dtype=torch.bool, device=score.device)
-        inside[rows] = True
-        return collectives.sum_columns(masked_column_sums(score, inside[start:stop]))
+        return collectives.sum_columns(masked_column_sums(score, mask_of(rows, total_rows)[start:stop]))
 
     try:
         query = next(search)
@@ -44,6 +42,13 @@ def select(search: Search, score: Tensor, total_rows: int, collectives: RowColle
     except StopIteration as end:
         choice: Choice = end.value
         return choice
+
+
+def mask_of(rows: Tensor, size: int) -> Tensor:
+    """bool [size], True at these rows."""
+    mask = torch.zeros(size, dtype=torch.bool, device=rows.device)
+    mask[rows] = True
+    return mask
 
 
 def masked_column_sums(score: Tensor, inside: Tensor) -> Tensor:

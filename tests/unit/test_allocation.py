@@ -38,6 +38,14 @@ def test_what_is_measured_is_what_the_greedy_choice_holds(measured):
         assert one.layer_importance == pytest.approx(score.sum().item(), rel=1e-5)
 
 
+def test_a_layer_that_no_candidate_fits_is_refused():
+    config = LoSiAConfig(rank_factor=0.25)
+    model = get_losia_model(tiny_llama(), config)
+    losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
+    with pytest.raises(ConfigError, match="36 x 36 keeps no row or no column.*larger rank_factor"):
+        measure(losia, calibration_batches(Run(calibration=1)), [(1.0, 0.01), (0.01, 1.0)])
+
+
 def test_the_best_shape_is_the_one_that_captures_most(measured):
     best = best_shapes(measured)
     assert set(best.values()) == {(0.5, 0.5)}  # the only one of four times the size
