@@ -13,6 +13,7 @@ from benchmarks.shapes import Shape
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 
 RANK_FACTOR = 0.125
+COLUMNS = (1.0, 1 / 64)  # the same number of weights as 1/8 x 1/8: all rows of a few columns
 NEVER = 1_000_000_000  # a period that no measurement reaches the end of
 
 

@@ -22,12 +22,22 @@ from benchmarks.shapes import DTYPES, Shape, add_shape_options, shape_from
 from benchmarks.timing import Timing, interleave
 
 PERIOD = 50  # T of the mean over a cycle
+_SHAPES = {"": "", "-columns": "1 x 1/64: "}  # ends of the names below, by the subnets that they measure
 _CYCLE_PERIOD = 2  # every second step of the cycle measured ends a slot
 
 METHODS: dict[str, Callable[[Shape], Method]] = {
     "losia": lambda shape: methods.losia(shape, localizing=False),
     "localizing": lambda shape: methods.losia(shape, localizing=True),
     "cycle": lambda shape: methods.losia(shape, localizing=True, period=_CYCLE_PERIOD, name="LoSiA, slots"),
+    "losia-columns": lambda shape: methods.losia(
+        shape, localizing=False, rank_factor=methods.COLUMNS, name="LoSiA 1 x 1/64, not localizing"
+    ),
+    "localizing-columns": lambda shape: methods.losia(
+        shape, localizing=True, rank_factor=methods.COLUMNS, name="LoSiA 1 x 1/64, localizing one layer"
+    ),
+    "cycle-columns": lambda shape: methods.losia(
+        shape, localizing=True, rank_factor=methods.COLUMNS, period=_CYCLE_PERIOD, name="LoSiA 1 x 1/64, slots"
+    ),
     "matmuls": methods.matmuls,
     "lora": lambda shape: methods.lora(shape, equal_lora_rank(shape)),
     "lora16": lambda shape: methods.lora(shape, 16),
@@ -87,8 +97,9 @@ def measure(shape: Shape, names: Sequence[str], rounds: int, budget: float) -> t
 def summarize(steps: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """Medians of every method, and the bars that they decide."""
     summaries = {name: Timing(**fields).summary() for name, fields in steps.items()}
-    if "cycle" in summaries:
-        summaries["cycle"] = {**summaries["cycle"], **_mean_of_cycle(summaries["cycle"])}
+    for suffix, of in _SHAPES.items():
+        if (name := "cycle" + suffix) in summaries:
+            summaries[name] = {**summaries[name], **_mean_of_cycle(of, summaries[name])}
     return {"methods": summaries, "bars": _bars(summaries, shape)}
 
 
@@ -101,31 +112,31 @@ def _pooled(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     return pooled
 
 
-def _mean_of_cycle(found: dict[str, Any]) -> dict[str, Any]:
+def _mean_of_cycle(of: str, found: dict[str, Any]) -> dict[str, Any]:
     """Over T steps of a slot: T - 1 that collect importance, and one that re-localizes besides."""
     end = found.get("slot_end_ratio", found["ratio"])
     mean = (found["ratio"] * (PERIOD - 1) + end) / PERIOD
-    return {"name": f"LoSiA, mean of a cycle at T = {PERIOD}", "ratio_within_slot": found["ratio"], "ratio": mean}
+    return {"name": f"{of}LoSiA, mean of a cycle at T = {PERIOD}", "ratio_within_slot": found["ratio"], "ratio": mean}
 
 
 def _bars(found: dict[str, dict[str, Any]], shape: Shape) -> list[dict[str, Any]]:
+    return [one for suffix, of in _SHAPES.items() for one in _bars_of_subnets(suffix, of, found, shape)]
+
+
+def _bars_of_subnets(suffix: str, of: str, found: dict[str, dict[str, Any]], shape: Shape) -> list[dict[str, Any]]:
+    """Bars of the subnets whose measurements' names end so."""
     ratio = {name: summary["ratio"] for name, summary in found.items()}
+    own, localizing, cycle = (ratio.get(name + suffix) for name in ("losia", "localizing", "cycle"))
+    others = [("lora64", "LoRA r = 64", 0.73 if shape.dtype == "bf16" else 0.85), ("full", "full fine-tuning", 0.75)]
     bars = []
-    if "losia" in ratio:
-        bars.append(bar("no group localizing / floor", ratio["losia"], 1.03))
-        if "lora64" in ratio:
-            limit = 0.73 if shape.dtype == "bf16" else 0.85
-            bars.append(bar("no group localizing / LoRA r = 64", ratio["losia"] / ratio["lora64"], limit))
-        if "full" in ratio:
-            bars.append(bar("no group localizing / full fine-tuning", ratio["losia"] / ratio["full"], 0.75))
-    if "localizing" in ratio and "matmuls" in ratio:
+    for what, value, limit in (("no group localizing", own, 1.03), (f"mean of a cycle, T = {PERIOD}", cycle, 1.05)):
+        if value is None:
+            continue
+        bars.append(bar(f"{of}{what} / floor", value, limit))
+        bars += [bar(f"{of}{what} / {title}", value / ratio[name], most) for name, title, most in others if name in ratio]
+    if localizing is not None and "matmuls" in ratio:
         extra = ratio["matmuls"] / (2 * shape.layers)
-        bars.append(bar("localizing / (floor + 1/2L of its matmuls)", ratio["localizing"] / (1 + extra), 1.03))
-    if "cycle" in ratio:
-        bars.append(bar(f"mean of a cycle, T = {PERIOD} / floor", ratio["cycle"], 1.05))
-        for name, limit in (("lora64", 0.73 if shape.dtype == "bf16" else 0.85), ("full", 0.75)):
-            if name in ratio:
-                bars.append(bar(f"mean of a cycle / {found[name]['name']}", ratio["cycle"] / ratio[name], limit))
+        bars.append(bar(f"{of}localizing / (floor + 1/2L of its matmuls)", localizing / (1 + extra), 1.03))
     return bars
 
 

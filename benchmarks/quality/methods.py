@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from benchmarks.methods import NEVER, NotInstalledError, target_linears
@@ -179,6 +181,9 @@ _PUBLISHED: dict[str, Any] = {
     "rewarm_steps": None,
     "reset_bias_correction": False,
 }
+# What this project recommends for a run of this length: the quickstart's configuration.
+RECOMMENDED = Path(__file__).parents[2] / "configs" / "losia" / "smollm2-135m.yaml"
+_RECOMMENDED: dict[str, Any] = yaml.safe_load(RECOMMENDED.read_text(encoding="utf-8"))
 _RANDOM: dict[str, Any] = {"rank_factor": 0.125, "init": "random", "period": NEVER}
 
 METHODS: dict[str, Method] = {
@@ -189,5 +194,5 @@ METHODS: dict[str, Method] = {
     "galore": Method("GaLore, rank 128", 1e-3, galore),
     "random": Method("random subnets, kept", 2e-3, losia, _RANDOM, _resolve_losia),
     "losia_published": Method("LoSiA as published, T = 2", 1e-3, losia, _PUBLISHED, _resolve_losia),
-    "losia": Method("LoSiA, this project's defaults", 1e-3, losia, {}, _resolve_losia),
+    "losia": Method("LoSiA, this project's defaults", 1e-3, losia, _RECOMMENDED, _resolve_losia),
 }

@@ -6,25 +6,22 @@ from typing import Any
 
 from benchmarks.methods import NEVER
 
-# In a run of 60 steps the default period moves no subnet. What concerns moving is varied from here: T = 2, and as many
-# layers a slot as locate each of 30 layers once.
-MOVING: dict[str, Any] = {"period": 2}
-
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "random start": {"init": "random"},
-    "random start, moving": {**MOVING, "init": "random"},
-    "located start, kept": {"init": "importance", "period": NEVER},
-    "greedy": {"selection": "greedy"},
+    "random start, kept": {"init": "random", "period": NEVER, "layers_per_slot": 1},
+    "located start, kept": {"period": NEVER, "layers_per_slot": 1},
     "alternating": {"selection": "alternating"},
-    "moving, T = 2": MOVING,
-    "moving, T = 5": {"period": 5},
-    "moving, T = 10": {"period": 10, "layers_per_slot": 6},
-    "moving, 3 layers a slot": {**MOVING, "layers_per_slot": 3},
-    "moving, 6 layers a slot": {**MOVING, "layers_per_slot": 6},
-    "moving, not rewarmed": {**MOVING, "rewarm_steps": 0},
-    "moving, moments kept": {**MOVING, "keep_moments": True},
-    "moving, bias correction not restarted": {**MOVING, "reset_bias_correction": False},
+    "one cycle": {"cycles": 1},
+    "three cycles": {"cycles": 3},
+    "T = 2": {"period": 2},
+    "T = 10": {"period": 10},
+    "one layer a slot": {"layers_per_slot": 1},
+    "not rewarmed": {"rewarm_steps": 0},
+    "rewarmed over the period": {"rewarm_steps": None},
+    "moments kept": {"keep_moments": True},
+    "bias correction not restarted": {"reset_bias_correction": False},
+    "norms frozen": {"train_norms": False},
     "rank factor 1/16": {"rank_factor": 1 / 16},
     "rank factor 1/8": {"rank_factor": 1 / 8},
     "rank factor 1/4": {"rank_factor": 1 / 4},
@@ -32,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shape 1/4 x 1/16": {"rank_factor": [1 / 4, 1 / 16]},
     "shape 1/16 x 1/4": {"rank_factor": [1 / 16, 1 / 4]},
     "shape 1/64 x 1": {"rank_factor": [1 / 64, 1.0]},
+    # What `losia-dist allocate` says of SmolLM2-135M; all other modules 1/2 x 1/32.
+    "shape per module": {"rank_pattern": {"q_proj": [1 / 4, 1 / 16], "k_proj": [1 / 4, 1 / 16], "up_proj": [1 / 32, 1 / 2]}},
 }
 
 

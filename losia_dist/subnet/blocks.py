@@ -49,8 +49,10 @@ def take_last(matrix: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return matrix
     if matrix.device.type == "cpu":
-        # index_select along the last dimension is three to five times slower than gather on the CPU.
-        return torch.gather(matrix, -1, index.expand(*matrix.shape[:-1], -1))
+        # On the CPU index_select along the last dimension is two to five times slower than gather, and gather in three
+        # dimensions up to twice as slow as in two.
+        flat = matrix.reshape(-1, matrix.shape[-1])
+        return torch.gather(flat, 1, index.expand(flat.shape[0], -1)).view(*matrix.shape[:-1], index.shape[0])
     return matrix.index_select(-1, index)
 
 
@@ -63,4 +65,7 @@ def subnet_gradient(grad_y: Tensor, kept: Tensor, rows: Tensor | None) -> Tensor
         from losia_dist.kernels.gradient import subnet_gradient as kernel
 
         return kernel(grad_y, kept, rows)
+    if rows is None:
+        # The same product, with the many rows of dy as its right side: up to twice as fast on the CPU for a few columns.
+        return (kept.t() @ grad_y).t().contiguous()
     return take_last(grad_y, rows).t() @ kept
