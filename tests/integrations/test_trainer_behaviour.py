@@ -87,8 +87,11 @@ def save_model(trainer):
     trainer.save_model()
 
 
-@pytest.mark.parametrize("engine", ["one", "zero3", "fsdp2"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "engine, tied",
+    [("one", False), ("one", True), ("zero3", False), ("fsdp2", True)]
+    + [pytest.param(engine, tied, marks=pytest.mark.slow) for engine, tied in [("zero3", True), ("fsdp2", False)]],
+)
 def test_the_saved_directory_is_a_plain_model_with_the_trained_weights(ranks, tmp_path, engine, tied):
     run = replace(SHORT, steps=5, model={"tie_word_embeddings": tied})
     saving = {"save_strategy": "steps", "save_steps": 5, "save_only_model": True}

@@ -6,7 +6,7 @@ import torch
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
-RUN = Run(dtype="bf16", max_grad_norm=0.5)
+RUN = Run(dtype="bf16", max_grad_norm=0.5, steps=24, config={**Run().config, "period": 3})
 FAMILIES = {
     "DeepSpeed": ["zero1", "zero2", "zero3"],
     "DeepSpeed, offloaded": ["zero3", "zero2-offload", "zero3-offload"],

@@ -69,12 +69,12 @@ def test_other_configurations_equal_it_too(ranks, expected, engine, config):
 
 @pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3"])
 def test_tied_embeddings_train_as_one_weight(ranks, expected, engine):
-    run = variant(ACCUMULATED, model={"tie_word_embeddings": True}, steps=24)
+    run = variant(ACCUMULATED, model={"tie_word_embeddings": True}, steps=16, config={**PLAIN.config, "period": 2})
     for result in run_on(ranks, engine, run):
         assert_same_run(result, expected(run))
 
 
-@pytest.mark.parametrize("engine", ["one", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["one", "zero3"])
 @pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_of_both_kinds_equals_it(ranks, expected, engine, checkpointing):
     run = variant(PLAIN, checkpointing=checkpointing, steps=20)
@@ -110,12 +110,12 @@ def train_with(engine: str, run: Run, kind: str):
 
 @pytest.mark.parametrize("engine, optimizer, kind", OPTIMIZERS_OF_DEEPSPEED)
 def test_optimizers_of_deepspeed_named_in_its_configuration_equal_it(ranks, expected, engine, optimizer, kind):
-    run = variant(PLAIN, deepspeed={"optimizer": optimizer})
+    run = variant(PLAIN, steps=16, deepspeed={"optimizer": optimizer})
     for result in ranks(2, train_with, engine, run, kind):
         assert_same_run(result, expected(run))
 
 
 def test_small_weights_that_stage_3_keeps_whole_are_rewritten_too(ranks, expected):
-    run = variant(PLAIN, steps=20, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 3000}})
+    run = variant(PLAIN, steps=10, config={**PLAIN.config, "period": 2}, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 3000}})
     for result in ranks(2, train, "zero3", run):
         assert_same_run(result, expected(run))
