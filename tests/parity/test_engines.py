@@ -116,6 +116,7 @@ def test_optimizers_of_deepspeed_named_in_its_configuration_equal_it(ranks, expe
 
 
 def test_small_weights_that_stage_3_keeps_whole_are_rewritten_too(ranks, expected):
-    run = variant(PLAIN, steps=10, config={**PLAIN.config, "period": 2}, deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 3000}})
+    kept_whole = {"zero_optimization": {"stage3_param_persistence_threshold": 3000}}
+    run = variant(PLAIN, steps=10, config={**PLAIN.config, "period": 2}, deepspeed=kept_whole)
     for result in ranks(2, train, "zero3", run):
         assert_same_run(result, expected(run))

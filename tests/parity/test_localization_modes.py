@@ -38,7 +38,8 @@ def test_four_ranks_localize_all_four_groups_in_one_slot(ranks):
 
 
 def test_more_ranks_than_groups_is_no_error(ranks):
-    run = variant(BASE, steps=8, accumulation=3, config={**RANK_PARALLEL, "output_rank_factor": None, "period": 4})  # three groups
+    three_groups = {**RANK_PARALLEL, "output_rank_factor": None, "period": 4}
+    run = variant(BASE, steps=8, accumulation=3, config=three_groups)
     for result in ranks(4, train, "ddp", run):
         assert_same_run(result, reference(run, ranks=4))
 
