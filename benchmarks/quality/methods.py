@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from benchmarks.methods import NEVER, NotInstalledError, target_linears
@@ -183,7 +182,7 @@ _PUBLISHED: dict[str, Any] = {
 }
 # What this project recommends for a run of this length: the quickstart's configuration.
 RECOMMENDED = Path(__file__).parents[2] / "configs" / "losia" / "smollm2-135m.yaml"
-_RECOMMENDED: dict[str, Any] = yaml.safe_load(RECOMMENDED.read_text(encoding="utf-8"))
+_RECOMMENDED = LoSiAConfig.from_file(RECOMMENDED).to_dict()
 _RANDOM: dict[str, Any] = {"rank_factor": 0.125, "init": "random", "period": NEVER}
 
 METHODS: dict[str, Method] = {

@@ -38,8 +38,9 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_slots(monkeypatch):
-    """Slots of one step: two cycles of the recommended five do not fit runs of three."""
+    """One cycle of slots of one step: the recommended schedule does not fit runs of three."""
     monkeypatch.setitem(METHODS["losia"].defaults, "period", 1)
+    monkeypatch.setitem(METHODS["losia"].defaults, "cycles", 1)
 
 
 @pytest.fixture(scope="module")
