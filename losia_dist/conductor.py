@@ -30,6 +30,7 @@ from losia_dist.localization.modes import Localization, SlotGroup, make_localiza
 from losia_dist.localization.moves import SubnetMove
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotClock
+from losia_dist.optim.carried import carry_state
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import first_subnet, group_names, subnet_layers
@@ -290,11 +291,20 @@ class LoSiA:
             left = self._write_back(layer)
             for told in self.on_retire:
                 told(layer, left)
-            taken = self._cut(layer, choice.rows, choice.columns)
-            prints.append(subnet_prints(layer, left, taken))
+            prints.append(subnet_prints(layer, left, self._move(layer, choice)))
         check_relocalized(layers, torch.stack(prints), self.collectives)
-        self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+        if self.config.moments == "cleared":
+            self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
         return choices
+
+    def _move(self, layer: SubnetLinear, choice: Choice) -> Tensor:
+        """Cut another subnet, [r, c], with its moments if those of weights that stay are kept."""
+        if self.config.moments == "cleared":
+            return self._cut(layer, choice.rows, choice.columns)
+        state, old = self.state.read_state(layer.subnet), (layer.row_index.clone(), layer.col_index.clone())
+        taken = self._cut(layer, choice.rows, choice.columns)
+        self.state.write_state(layer.subnet, carry_state(state, old, (choice.rows, choice.columns), taken))
+        return taken
 
     def _tell(self, reason: Literal["located", "relocalized"], layers: list[SubnetLinear], choices: list[Choice]) -> None:
         """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""

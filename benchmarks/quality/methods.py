@@ -124,12 +124,8 @@ def galore(start: Start, *, rank: int = 128, gap: int = 200, scale: float = 0.25
     return Trained(model, optimizer, lambda: model)
 
 
-def losia(start: Start, *, eps: float = 1e-6, keep_moments: bool = False, **settings: Any) -> Trained:
-    """This package, as a plain loop uses it. Settings are `LoSiAConfig`'s, and the optimizer's eps.
-
-    keep_moments: leave Adam's moments in place when a layer's subnet moves, though they belong to other weights; to see what
-    clearing them is good for.
-    """
+def losia(start: Start, *, eps: float = 1e-6, **settings: Any) -> Trained:
+    """This package, as a plain loop uses it. Settings are `LoSiAConfig`'s, and the optimizer's eps."""
     config = losia_config(settings, start.seed)
     model = get_losia_model(start.model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=start.rate), lr=start.rate, betas=BETAS, eps=eps)
@@ -138,8 +134,6 @@ def losia(start: Start, *, eps: float = 1e-6, keep_moments: bool = False, **sett
         chosen = [{"batch": batch} for batch in start.batches[: config.calibration_batches]]
         with autocast():
             conductor.locate(chosen, lambda inner, given: answer_loss(inner, given["batch"]))
-    if keep_moments:
-        conductor.state.clear = lambda group_name, restart_bias_correction: None
 
     def plain() -> Any:
         conductor.consolidate()
@@ -157,7 +151,7 @@ def losia_config(settings: dict[str, Any], seed: int) -> LoSiAConfig:
 
 
 def _resolve_losia(options: dict[str, Any]) -> dict[str, Any]:
-    own: dict[str, Any] = {"eps": 1e-6, "keep_moments": False}
+    own: dict[str, Any] = {"eps": 1e-6}
     settings = {name: value for name, value in options.items() if name not in own}
     return {**losia_config(settings, seed=0).to_dict(), **own, **{name: options[name] for name in own if name in options}}
 

@@ -19,7 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one layer a slot": {"layers_per_slot": 1},
     "not rewarmed": {"rewarm_steps": 0},
     "rewarmed over the period": {"rewarm_steps": None},
-    "moments kept": {"keep_moments": True},
+    "moments kept": {"moments": "kept"},
     "bias correction not restarted": {"reset_bias_correction": False},
     "norms frozen": {"train_norms": False},
     "rank factor 1/16": {"rank_factor": 1 / 16},

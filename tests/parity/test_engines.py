@@ -31,6 +31,7 @@ VARIANTS = {
         "rewarm_steps": 0,
         "target_modules": ["q_proj", "mlp.down_proj"],
     },
+    "moments of weights that stay are kept": {"rank_factor": 0.5, "period": 2, "rewarm_steps": 1, "moments": "kept"},
 }
 
 
@@ -59,7 +60,7 @@ def test_the_run_spans_two_cycles_and_clips():
     assert clipped["losses"] != free["losses"]
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_other_configurations_equal_it_too(ranks, expected, engine, config):
     run = variant(PLAIN, config=config, steps=16)

@@ -22,6 +22,7 @@ class DenseLoSiA:
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
     selection: how a subnet is chosen from a score.
+    moments: "cleared" at the end of a slot, or "kept" where a weight stays in its layer's subnet.
     importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
 
@@ -46,6 +47,7 @@ class DenseLoSiA:
         localization_ranks: int | None = None,
         importance_per_micro_batch: bool = False,
         selection: str = "greedy",
+        moments: str = "cleared",
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -62,6 +64,7 @@ class DenseLoSiA:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.rewarm_steps = period if rewarm_steps is None else rewarm_steps
         self.reset_bias_correction = reset_bias_correction
+        self.moments = moments
         self.max_grad_norm = max_grad_norm
         self.trainable_names = list(trainable_names)
 
@@ -135,6 +138,9 @@ class DenseLoSiA:
                     rows, columns = self.subnets[name]
                     score = self.I_mean[name] * self.I_deviation[name]
                     self.subnets[name] = chosen[name] = self.select(score, len(rows), len(columns))
+                    if self.moments == "kept":
+                        self._move_moments(name, (rows, columns), chosen[name])
+                        continue
                     count = self.adam[name]["step"]
                     self.adam[name] = self._fresh_moments((len(rows), len(columns)))
                     if not self.reset_bias_correction:
@@ -188,6 +194,17 @@ class DenseLoSiA:
 
     def _fresh_moments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         return {"step": 0, "m": torch.zeros(shape), "v": torch.zeros(shape)}
+
+    def _move_moments(self, name: str, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
+        """Through matrices of the weight's size, in which every weight has moments: its own, or a beginning."""
+        state, (rows, columns) = self.adam[name], old
+        m = torch.zeros_like(self.parameters[name])
+        average = state["v"].mean()
+        of_rows, of_columns = (torch.full((size,), average.item()) for size in m.shape)
+        of_rows[rows], of_columns[columns] = state["v"].mean(dim=1), state["v"].mean(dim=0)
+        v = torch.outer(of_rows, of_columns) / average
+        m[rows[:, None], columns[None, :]], v[rows[:, None], columns[None, :]] = state["m"], state["v"]
+        state["m"], state["v"] = m[new[0]][:, new[1]], v[new[0]][:, new[1]]
 
     def _adamw(self, name: str, value: Tensor, g: Tensor, lr: float) -> Tensor:
         state = self.adam[name]
