@@ -16,12 +16,14 @@ from benchmarks.methods import NEVER, target_linears
 from benchmarks.quality import search, summary
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.batches import collate, encode, evaluation_batches, training_batches
+from benchmarks.quality.flat import FlatNoise
 from benchmarks.quality.loss import answer_loss, mean_loss
 from benchmarks.quality.methods import METHODS, equal_rank
 from benchmarks.quality.setting import Setting, parse_options
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import final_number
 from benchmarks.quality.training import Bench, fit, rate_factor
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.data import load_records
 from tests.support.launching import make_material
 from tests.support.models import tiny_llama
@@ -285,3 +287,26 @@ def test_missing_data_and_wrong_options_are_said(bench, tmp_path, capsys):
 
 def test_random_subnets_never_move():
     assert METHODS["random"].options({})["period"] == NEVER
+
+
+def test_noise_is_there_while_gradients_are_taken_and_gone_when_weights_are_stepped():
+    model, config = tiny_llama(), LoSiAConfig(rank_factor=0.25)
+    model = get_losia_model(model, config)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
+    conductor = LoSiA(model, optimizer, config)
+    FlatNoise(conductor, model, optimizer, size=0.5, seed=3)
+    tokens = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    values = [layer.subnet.detach().clone() for layer in conductor.layers]
+
+    def is_noisy():
+        return [not torch.equal(layer.subnet, before) for layer, before in zip(conductor.layers, values, strict=True)]
+
+    quiet = model.eval()(**tokens).loss
+    assert not any(is_noisy())
+    loss = model.train()(**tokens).loss
+    assert all(is_noisy()) and loss != quiet
+    loss.backward()
+    optimizer.step()
+    conductor.step()
+    stepped = max((a.subnet - b).abs().max() for a, b in zip(conductor.layers, values, strict=True))
+    assert 0 < stepped <= 1.01e-3  # what AdamW's first step can come to, and no noise
