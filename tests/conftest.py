@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # DeepSpeed reads it at import, and finds ninja for its first build on the PATH.
 if "CUDA_VISIBLE_DEVICES" not in os.environ:
@@ -30,7 +31,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+# Cases that `make test` leaves out: they take seconds each, and another case of the same test shows almost the same.
+SLOW_CASES = set((Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").split())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid in SLOW_CASES:
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

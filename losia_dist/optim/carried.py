@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losia_dist.errors import ConfigError
+
 
 def carry_state(
     state: dict[str, Tensor], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], values: Tensor
@@ -23,14 +25,22 @@ def carry_state(
 
     Returns:
         entries for `StateAccess.write_state`. Nothing is communicated, and nothing beyond [r, c] is made.
+
+    Raises:
+        ConfigError: an optimizer whose entries are not one number per weight. Same on every rank.
     """
     rows, columns = _Places(old[0], new[0]), _Places(old[1], new[1])
     moved: dict[str, Tensor] = {}
     for name, entry in state.items():
         if name == "value":
             moved[name] = values.to(entry.dtype)
-        elif entry.shape != values.shape:
+        elif not entry.dim():
             moved[name] = entry
+        elif entry.shape != values.shape:
+            raise ConfigError(
+                f"moments='kept' needs an optimizer that keeps one number per weight, and its {name!r} is "
+                f"{list(entry.shape)} for a subnet of {list(values.shape)}. Use LoSiAAdamW, or moments='cleared'."
+            )
         else:
             began = _factored(entry, rows, columns) if "exp_avg_sq" in name else entry.new_zeros(())
             stays = rows.stays[:, None] & columns.stays[None, :]

@@ -191,6 +191,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             dist.destroy_process_group()
             return
         module, name, args, kwargs = request
+        known = _process_groups()
         try:
             torch.manual_seed(0)
             function = importlib.import_module(module)
@@ -202,4 +203,22 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             answer = pickle.dumps((False, failure))
             del error
         gc.collect()
+        for group in _process_groups() - known - _kept_by_deepspeed():
+            dist.destroy_process_group(group)
         pipe.send_bytes(answer)
+
+
+def _process_groups() -> set[Any]:
+    """All that this rank belongs to. Each has threads that look for work a hundred times a second: those of hundreds of
+    finished runs would take both cores of a small machine."""
+    from torch.distributed.distributed_c10d import _world
+
+    return set(_world.pg_map)
+
+
+def _kept_by_deepspeed() -> set[Any]:
+    """Process groups that DeepSpeed makes once and takes for every engine from then on."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    held = list(vars(groups).values()) if groups is not None else []
+    held += [group for value in held if isinstance(value, dict) for group in value.values()]
+    return {group for group in _process_groups() if any(group is one for one in held)}

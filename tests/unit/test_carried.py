@@ -72,3 +72,9 @@ def test_first_updates_of_new_weights_are_no_larger_than_the_learning_rate():
 def test_only_the_two_choices_exist():
     with pytest.raises(ConfigError, match="moments='halved' is not available in this version; available: 'cleared', 'kept'"):
         LoSiAConfig(moments="halved")
+
+
+def test_an_optimizer_without_a_number_per_weight_is_refused_by_name():
+    factored = {"value": torch.zeros(3, 4), "exp_avg_sq_row": torch.zeros(3)}
+    with pytest.raises(ConfigError, match=r"its 'exp_avg_sq_row' is \[3\] for a subnet of \[3, 4\]. Use LoSiAAdamW"):
+        carry_state(factored, OLD, NEW, torch.zeros(3, 4))
