@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     print(header())
-    bench = bench or Bench.load(options.model, options.data)
+    bench = bench or Bench.load(options.model, options.data, options.precision)
     runner = Runner(bench, Store(options.runs))
     missing: dict[str, str] = {}
     for task in options.tasks:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS
+from benchmarks.quality.loss import PRECISIONS
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.setting import Setting, parse_options
 from benchmarks.quality.variants import VARIANTS
@@ -64,6 +65,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="METHOD.OPTION=VALUE", help="may be given again")
     parser.add_argument("--scored", type=int, help="held-out problems to answer and score")
     parser.add_argument("--model", default="quickstart/model")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="fp32 where bf16 is slow, as on CPUs without it"
+    )
     parser.add_argument("--data", type=Path, default=Path("quickstart"), help="directory of the quickstart's data")
     parser.add_argument("--runs", default=str(RESULTS / "quality_runs.jsonl"), help="where finished runs are kept")
     parser.add_argument("--json", help="where the summary goes; default: with the results, but with --rates nowhere")
@@ -107,5 +111,6 @@ def setting_for(options: argparse.Namespace, task: str, method: str, more: dict[
         options=own,
         scored=options.scored,
         model=options.model,
+        precision=options.precision,
         resolved=known.resolve(known.options(own)),
     )

@@ -14,9 +14,12 @@ from benchmarks.quality.batches import Batch
 _CHUNK = 256  # tokens whose logits exist at a time without gradients
 
 
-def autocast(device: str = "cpu") -> Any:
-    """bf16 autocast, in which everything here runs."""
-    return torch.autocast(device, dtype=torch.bfloat16)
+PRECISIONS = ("bf16", "fp32")  # of the arithmetic; weights are fp32 in both
+
+
+def autocast(precision: str = "bf16", device: str = "cpu") -> Any:
+    """What a run computes in: bf16 autocast, or fp32 for processors on which bf16 is slow."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def answer_loss(model: Any, batch: Batch) -> Tensor:
@@ -27,12 +30,12 @@ def answer_loss(model: Any, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, batches: Sequence[Batch]) -> float:
+def mean_loss(model: Any, batches: Sequence[Batch], precision: str = "bf16") -> float:
     """Mean cross-entropy per answer token over all batches, in nats, in evaluation mode."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    with autocast():
+    with autocast(precision):
         for batch in batches:
             hidden = _hidden(model, batch)
             for piece, targets in zip(hidden.split(_CHUNK), batch.targets.split(_CHUNK), strict=True):

@@ -51,7 +51,7 @@ class Start:
     """What a method is given to begin with.
 
     model: a fresh copy of the untouched model, the method's to change. untouched: makes another one.
-    batches: what the run will train on, in order. rate, seed, steps: of the run.
+    batches: what the run will train on, in order. rate, seed, steps, precision: of the run.
     """
 
     model: Any
@@ -60,6 +60,7 @@ class Start:
     rate: float
     seed: int
     steps: int
+    precision: str = "bf16"
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def losia(start: Start, *, eps: float = 1e-6, noise: float = 0.0, **settings: An
     conductor = LoSiA(model, optimizer, config, total_steps=start.steps)
     if config.init == "importance":
         chosen = [{"batch": batch} for batch in start.batches[: config.calibration_batches]]
-        with autocast():
+        with autocast(start.precision):
             conductor.locate(chosen, lambda inner, given: answer_loss(inner, given["batch"]))
     if noise:
         FlatNoise(conductor, model, optimizer, noise, start.seed)

@@ -21,6 +21,7 @@ class Setting:
         options: settings of the method beside its own defaults.
         scored: held-out problems that are answered and scored.
         model: directory of the model, as it was named.
+        precision: of the arithmetic, one of `loss.PRECISIONS`.
         resolved: what the method's options came to, every default included, so that a changed default is another setting.
     """
 
@@ -33,6 +34,7 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
     scored: int = 0
     model: str = "quickstart/model"
+    precision: str = "bf16"
     resolved: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -50,14 +50,16 @@ class Bench:
         model: a causal language model of Transformers on the CPU, in fp32. It is never changed.
         tokenizer: its tokenizer.
         data: directory of the quickstart's data.
+        precision: of the arithmetic in every run and evaluation, one of `loss.PRECISIONS`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, data: Path = Path("quickstart")) -> None:
+    def __init__(self, model: Any, tokenizer: Any, data: Path = Path("quickstart"), precision: str = "bf16") -> None:
         self.model, self.tokenizer, self.data_directory = model.eval(), tokenizer, data
+        self.precision = precision
         self._data: dict[str, TaskData] = {}
 
     @classmethod
-    def load(cls, directory: str, data: Path) -> Bench:
+    def load(cls, directory: str, data: Path, precision: str) -> Bench:
         """Read a model's directory.
 
         Raises:
@@ -68,7 +70,7 @@ class Bench:
         if not Path(directory, "config.json").is_file():
             raise SystemExit(f"{directory} holds no model: python launch/prepare_quickstart.py --output {data}")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(directory), data)
+        return cls(model, AutoTokenizer.from_pretrained(directory), data, precision)
 
     def data(self, name: str) -> TaskData:
         """A task's data, encoded when it is first asked for."""
@@ -87,7 +89,8 @@ class Bench:
 
     def losses(self, model: Any, data: TaskData) -> dict[str, float]:
         """Mean loss per token on the problems of the choice, on the held-out ones and on unrelated text."""
-        return {name: mean_loss(model, batches) for name, batches in [*data.batches.items(), ("unrelated", self.unrelated)]}
+        measured = [*data.batches.items(), ("unrelated", self.unrelated)]
+        return {name: mean_loss(model, batches, self.precision) for name, batches in measured}
 
     def before(self, data: TaskData) -> dict[str, float]:
         """What `losses` gives for the untouched model; measured once."""
@@ -132,10 +135,10 @@ def fit(model: Any, untouched: Callable[[], Any], data: TaskData, setting: Setti
     batches = training_batches(data.train, setting.batch or data.task.batch, setting.steps, setting.seed)
     reset_peak("cpu")
     began = time.perf_counter()
-    start = Start(model.train(), untouched, batches, setting.rate, setting.seed, setting.steps)
+    start = Start(model.train(), untouched, batches, setting.rate, setting.seed, setting.steps, setting.precision)
     trained = method.build(start, **method.options(setting.options))
     prepared = time.perf_counter() - began
-    losses, seconds = train(trained, batches)
+    losses, seconds = train(trained, batches, setting.precision)
     return Fit(trained, losses, seconds, prepared, peak_bytes("cpu"))
 
 
@@ -165,7 +168,7 @@ def run(bench: Bench, setting: Setting) -> dict[str, Any]:
     return finite(result)
 
 
-def train(trained: Trained, batches: list[Any]) -> tuple[list[float], list[float]]:
+def train(trained: Trained, batches: list[Any], precision: str = "bf16") -> tuple[list[float], list[float]]:
     """The loop: one step a batch. Returns each step's loss and seconds."""
     optimizer, parameters, steps = trained.optimizer, trained.parameters, len(batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
@@ -173,7 +176,7 @@ def train(trained: Trained, batches: list[Any]) -> tuple[list[float], list[float
     seconds: list[float] = []
     for batch in batches:
         began = time.perf_counter()
-        with autocast():
+        with autocast(precision):
             loss = answer_loss(trained.model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)

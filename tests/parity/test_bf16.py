@@ -1,4 +1,8 @@
-"""bf16: engines that share a rounding order are one trajectory to the last bit, all others agree to 1e-3 of the loss."""
+"""bf16: engines that share a rounding order are one trajectory to the last bit, all others agree to 1e-3 of the loss.
+
+ZeRO-3 cuts its vectors elsewhere than stages 1 and 2, and what lies at a vector's end is stepped by another loop of torch's
+fused AdamW, which rounds alike on some processors only: there single weights may be one bf16 step apart.
+"""
 
 import pytest
 import torch
@@ -7,12 +11,9 @@ from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
 RUN = Run(dtype="bf16", max_grad_norm=0.5, steps=24, config={**Run().config, "period": 3})
-FAMILIES = {
-    "DeepSpeed": ["zero1", "zero2", "zero3"],
-    "DeepSpeed, offloaded": ["zero3", "zero2-offload", "zero3-offload"],
-    "FSDP2": ["fsdp2", "fsdp2-noreshard", "fsdp2-offload"],
-}
-HSDP = pytest.param("hsdp", marks=pytest.mark.slow)  # four ranks on two cores
+FAMILIES = {"DeepSpeed": ["zero1", "zero2"], "FSDP2": ["fsdp2", "fsdp2-noreshard", "fsdp2-offload"]}
+SLOW = pytest.mark.slow
+HSDP = pytest.param("hsdp", marks=SLOW)  # four ranks on two cores
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,29 @@ def assert_close(result, expected):
     assert ((ours - theirs).abs() / theirs).max() < 1e-3
 
 
-@pytest.mark.parametrize("family", ["DeepSpeed", "FSDP2", pytest.param("DeepSpeed, offloaded", marks=pytest.mark.slow)])
+def assert_a_rounding_apart(result, expected):
+    assert_same_run(result, expected, tolerance=1e-3)  # the same subnets
+    apart = count = 0
+    for name, weight in expected["weights"].items():
+        difference = (result["weights"][name] - weight).abs()
+        assert (difference <= weight.abs() * 2**-7).all(), name  # the largest step between neighbours in bf16
+        apart, count = apart + difference.count_nonzero(), count + weight.numel()
+    assert apart < 1e-3 * count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_engines_of_one_family_are_one_trajectory(trained, family):
     first, *others = FAMILIES[family]
     for other in others:
         assert trained(other)["losses"] == trained(first)["losses"]
         assert_same_run(trained(other), trained(first), tolerance=0.0)
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero3", pytest.param("zero2-offload", marks=SLOW), pytest.param("zero3-offload", marks=SLOW)]
+)
+def test_forms_of_zero_are_one_trajectory_up_to_single_roundings(trained, engine):
+    assert_a_rounding_apart(trained(engine), trained("zero2"))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero0", "zero2", "fsdp2", HSDP])

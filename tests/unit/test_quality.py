@@ -114,6 +114,18 @@ def test_an_interrupted_night_goes_on_where_it_stopped(bench, task, tmp_path, ca
     assert stored["share_of_full"] == whole["share_of_full"] and stored["share_of_full"]["full"] == 1.0
 
 
+def test_fp32_arithmetic_is_another_run_and_computes_in_fp32(bench, task, tmp_path):
+    exact = Bench(bench.model, bench.tokenizer, bench.data_directory, "fp32")
+    arguments = ["--tasks", task, "--methods", "losia", "--rates", "1e-2", "--seeds", "0"]
+    ((_, ours),) = runs_of(quality(exact, tmp_path, "--precision", "fp32", *arguments), task)
+    ((_, theirs),) = runs_of(quality(bench, tmp_path, *arguments), task)
+    assert len(Store(tmp_path / "runs.jsonl").records()) == 2
+    examples = exact.data(task).batches["held_out"]
+    whole = mean_loss(copy.deepcopy(bench.model).double(), examples, "fp32")
+    assert abs(ours["before"]["held_out"] - whole) < 1e-5 < abs(theirs["before"]["held_out"] - whole)
+    assert 0 < abs(ours["gain"] - theirs["gain"]) < 2e-2
+
+
 def test_the_result_is_drawn(bench, task, tmp_path):
     pytest.importorskip("matplotlib")
     quality(bench, tmp_path, "--methods", "full", "losia", "--tasks", task, "--seeds", "0")
