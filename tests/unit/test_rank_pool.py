@@ -32,6 +32,16 @@ def die(rank):
     time.sleep(60)
 
 
+def make_a_group():
+    dist.all_reduce(torch.ones(1), group=dist.new_group([0, 1]))
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
+
+
+def test_process_groups_of_finished_functions_leave_no_threads(ranks):
+    (first, _), *_, (last, _) = [ranks(2, make_a_group) for _ in range(8)]
+    assert last <= first + 4  # a group has about three
+
+
 def test_results_come_in_rank_order(ranks):
     assert ranks(2, add_up, 10) == [(0, 21), (1, 21)]
 
