@@ -124,24 +124,25 @@ class RankPool:
 
 
 class Ranks:
-    """The `ranks` fixture: runs a test's function on a number of ranks, in a pool kept for the whole session."""
+    """The `ranks` fixture: runs a test's function on a number of ranks, in pools kept for the whole session, one a number."""
 
     def __init__(self) -> None:
-        self._pool: RankPool | None = None
+        self._pools: dict[int, RankPool] = {}
 
     def __call__(
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any
     ) -> list[Any]:
         """Run a module-level function on every rank; results in rank order."""
-        if self._pool is not None and (self._pool.world_size != world_size or not self._pool.alive):
-            self.close()
-        if self._pool is None:
-            self._pool = RankPool(world_size)
+        if world_size in self._pools and not self._pools[world_size].alive:
+            self._pools.pop(world_size).stop()
+        if world_size not in self._pools:
+            self._pools[world_size] = RankPool(world_size)
+        pool = self._pools[world_size]
         try:
-            return self._pool.run(function, args, kwargs, timeout)
+            return pool.run(function, args, kwargs, timeout)
         finally:
-            if not self._pool.alive:
-                self._pool = None
+            if not pool.alive:
+                self._pools.pop(world_size, None)
 
     def errors(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
         """Run a function that must raise on every rank; (type name, message) in rank order."""
@@ -156,9 +157,8 @@ class Ranks:
         raise AssertionError("no rank raised")
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool = None
+        while self._pools:
+            self._pools.popitem()[1].stop()
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
