@@ -32,7 +32,7 @@ def seeded() -> None:
 
 
 # Cases that `make test` leaves out: they take seconds each, and another case of the same test shows almost the same.
-SLOW_CASES = set((Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").split())
+SLOW_CASES = set((Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").splitlines())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

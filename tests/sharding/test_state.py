@@ -58,7 +58,7 @@ def count(engine_name: str, dtype: str) -> dict[str, int]:
         seen["parameters"] = len(losia.layers)
         shapes = {losia.parameters.shape(layer.weight) for layer in losia.layers}
         weights = {p.data_ptr() for p in engine.module.parameters()}
-        full = [t for t in live_tensors() if tuple(t.shape) in shapes and t.data_ptr() not in weights and id(t) not in older]
+        full = [t for t in live_tensors() if tuple(t.shape) in shapes and id(t) not in older and t.data_ptr() not in weights]
         seen["full_size"] = len(full)
 
     train(engine_name, variant(RUN, dtype=dtype), inspect)

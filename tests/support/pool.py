@@ -144,6 +144,12 @@ class Ranks:
             if not pool.alive:
                 self._pools.pop(world_size, None)
 
+    def fresh(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """The same in processes that have run nothing else."""
+        if world_size in self._pools:
+            self._pools.pop(world_size).stop()
+        return self(world_size, function, *args, **kwargs)
+
     def errors(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
         """Run a function that must raise on every rank; (type name, message) in rank order."""
         try:
@@ -204,7 +210,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             del error
         gc.collect()
         for group in _process_groups() - known - _kept_by_deepspeed():
-            dist.destroy_process_group(group)
+            if not group.group_desc.startswith("mesh_"):  # DTensor keeps meshes, and takes them up again for equal ones
+                dist.destroy_process_group(group)
         pipe.send_bytes(answer)
 
 
