@@ -43,3 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
+    known = {item.nodeid for item in items}
+    files = {nodeid.partition("::")[0] for nodeid in known}
+    gone = sorted(case for case in SLOW_CASES - known if case.partition("::")[0] in files)
+    if gone and not any("::" in argument for argument in sys.argv):
+        raise pytest.UsageError(f"tests/slow_cases.txt names what is no test: {gone[0]}")

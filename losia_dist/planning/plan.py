@@ -140,6 +140,7 @@ def _schedule(workload: Workload, steps: int | None) -> dict[str, Any]:
             "steps": steps,
             "cycles": steps / cycle,
             "recommended_layers_per_slot": None if advised is None else -(-advised // ranks),
+            "recommended_for_cycles": config.cycles,
         }
     return schedule
 

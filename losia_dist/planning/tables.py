@@ -97,8 +97,11 @@ def _schedule(schedule: dict[str, Any]) -> str:
         f"Re-localization: {schedule['groups']} groups, period {schedule['period']}, {schedule['layers_per_slot']} a slot: a "
         f"full cycle takes {schedule['cycle_steps']:,} steps."
     )
+    if schedule["layers_per_slot"] > 1:
+        text += " Half the period and half as many layers a slot take as long, with half of the averages."
     if "steps" not in schedule:
         return text
-    advised = schedule["recommended_layers_per_slot"]
-    advice = "shorten the period" if advised is None else f"for one full cycle use layers_per_slot: {advised}"
+    advised, cycles = schedule["recommended_layers_per_slot"], schedule["recommended_for_cycles"]
+    wanted = "one full cycle" if cycles == 1 else f"{cycles} full cycles"
+    advice = "shorten the period" if advised is None else f"for {wanted} use layers_per_slot: {advised}"
     return f"{text} A run of {schedule['steps']:,} steps makes {schedule['cycles']:.2f} cycles; {advice}."

@@ -153,7 +153,9 @@ def test_the_command_prints_one_record(capsys):
 def test_the_command_prints_tables(capsys):
     text = run(capsys, *BASE, "--compare", "--steps", "1000")
     assert "| fits" in text and "NO" in text
-    assert "use layers_per_slot: 9" in text and "989 TFLOP/s at 40%" in text
+    assert (
+        "for one full cycle use layers_per_slot: 9" in text and "Half the period" not in text and "989 TFLOP/s at 40%" in text
+    )
     assert "Recommended: " in text
 
 
@@ -171,6 +173,8 @@ def test_settings_come_from_a_file_and_options_override_them(capsys, tmp_path):
     (tmp_path / "losia.yaml").write_text("layers_per_slot: auto\ncycles: 2\n")
     schedule = json.loads(run(capsys, *words[:-2], "--steps", "2001"))["schedule"]
     assert schedule["layers_per_slot"] == schedule["recommended_layers_per_slot"] == 8
+    text = run(capsys, *(word for word in words[:-2] if word != "--json"), "--steps", "2001")
+    assert "for 2 full cycles use layers_per_slot: 8" in text and "Half the period and half as many layers a slot" in text
 
 
 def test_a_figure_is_drawn_or_its_extra_is_named(capsys, tmp_path):
