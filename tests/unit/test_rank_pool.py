@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support import pool
 from tests.support.pool import RankError
 
 
@@ -46,7 +47,12 @@ def test_results_come_in_rank_order(ranks):
     assert ranks(2, add_up, 10) == [(0, 21), (1, 21)]
 
 
-def test_a_failing_rank_shows_its_traceback_and_does_not_keep_the_others_waiting(ranks):
+@pytest.fixture
+def little_grace(monkeypatch):
+    monkeypatch.setattr(pool, "GRACE_SECONDS", 1.0)
+
+
+def test_a_failing_rank_shows_its_traceback_and_does_not_keep_the_others_waiting(ranks, little_grace):
     began = time.monotonic()
     with pytest.raises(RankError, match=r"rank 1 failed: ValueError: no luck on 1[\s\S]*in fail_on"):
         ranks(2, fail_on, 1)
@@ -54,7 +60,7 @@ def test_a_failing_rank_shows_its_traceback_and_does_not_keep_the_others_waiting
     assert ranks(2, add_up, 0) == [(0, 1), (1, 1)]  # a new pool works
 
 
-def test_errors_expects_every_rank_to_raise(ranks):
+def test_errors_expects_every_rank_to_raise(ranks, little_grace):
     assert ranks.errors(2, fail_everywhere) == [("KeyError", "0"), ("KeyError", "1")]
     with pytest.raises(AssertionError, match=r"ranks \[0\] did not raise"):
         ranks.errors(2, fail_on, 1)
@@ -62,6 +68,6 @@ def test_errors_expects_every_rank_to_raise(ranks):
         ranks.errors(2, add_up, 0)
 
 
-def test_a_rank_that_dies_is_reported_with_its_exit_code(ranks):
+def test_a_rank_that_dies_is_reported_with_its_exit_code(ranks, little_grace):
     with pytest.raises(RankError, match="rank 1 failed: Died: the process ended with exit code 7"):
         ranks(2, die, 1)
