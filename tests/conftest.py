@@ -35,7 +35,7 @@ def seeded() -> None:
 SLOW_CASES = set((Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").splitlines())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid in SLOW_CASES:
             item.add_marker(pytest.mark.slow)
@@ -46,5 +46,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     known = {item.nodeid for item in items}
     files = {nodeid.partition("::")[0] for nodeid in known}
     gone = sorted(case for case in SLOW_CASES - known if case.partition("::")[0] in files)
-    if gone and not any("::" in argument for argument in sys.argv):
+    if gone and not any("::" in argument for argument in config.args):
         raise pytest.UsageError(f"tests/slow_cases.txt names what is no test: {gone[0]}")

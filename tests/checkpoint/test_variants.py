@@ -123,6 +123,7 @@ def load_on_other_ranks(directory):
         close()
 
 
+@pytest.mark.slow
 def test_rank_parallel_localization_resumes_on_its_ranks_and_on_others_between_slots(ranks, tmp_path):
     undisturbed = ranks(2, save_twice, tmp_path)
     for ours, theirs in zip(ranks(2, runs.resume, "ddp", RANK_PARALLEL, tmp_path, 7), undisturbed, strict=True):

@@ -204,6 +204,7 @@ def test_options_that_differ_between_ranks_stop_all(ranks, material, apart):
         assert kind == "ConfigError" and "ranks differ in the options: seed is 0 on rank 0 and 1 on rank 1" in message
 
 
+@pytest.mark.slow
 def test_a_launch_with_different_data_on_one_rank_ends_with_one_line(material, apart):
     shorter(apart[1])
     enter = f'cd "{apart[0].parent}/$([ "$LOCAL_RANK" = 0 ] && echo zero || echo one)" && exec python "$@"'

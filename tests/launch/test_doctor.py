@@ -271,6 +271,7 @@ def test_under_torchrun_the_ranks_meet_compare_themselves_and_measure(tmp_path):
     assert not (tmp_path / "run").exists() and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named_within_the_limit():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -282,6 +282,7 @@ def steps(directory: Path) -> list[int]:
 REAL = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HEAD": "localhost"}
 
 
+@pytest.mark.slow
 def test_the_torchrun_script_trains(launched, material, tmp_path):
     (tmp_path / "bin").mkdir()
     words = arguments(material, tmp_path / "run", eval_steps=2)
@@ -345,6 +346,7 @@ def test_the_slurm_script_does_not_train_where_the_doctor_finds_an_error(slurm):
     assert "trained" not in slurm.log and slurm.requeued == 0
 
 
+@pytest.mark.slow
 def test_a_slurm_job_near_its_time_limit_saves_is_queued_again_and_goes_on(slurm, ranks, material, tmp_path):
     run, whole = tmp_path / "run", tmp_path / "whole"
     long = {"max_steps": 40, "eval_file": None}

@@ -151,6 +151,7 @@ def train_until_told(words, step, rank):
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_sharded_runs_go_on_across_epochs_and_on_one_process(ranks, material, tmp_path):
     """10 steps an epoch; lost in the second one; logs and checkpoints at steps of their own, written in the background."""
     whole, run, alone = (tmp_path / name for name in ("whole", "run", "alone"))

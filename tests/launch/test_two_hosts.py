@@ -174,6 +174,7 @@ def examine(hosts, *words, second: dict[str, str] | None = None) -> list[str]:
     return [f"{process.returncode}: {text}" for process, text in zip(processes, said, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_doctor_measures_the_link_and_names_a_host_that_does_not_answer_or_differs(hosts, tmp_path):
     (tmp_path / "other" / "tqdm-4.65.0.dist-info").mkdir(parents=True)
     (tmp_path / "other" / "tqdm-4.65.0.dist-info" / "METADATA").write_text("Name: tqdm\nVersion: 4.65.0\n")

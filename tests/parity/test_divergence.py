@@ -111,6 +111,7 @@ def test_a_replica_of_hsdp_is_read_by_itself_and_named_as_a_whole(ranks, where, 
         assert f"Differing from ranks 0, 1 (no majority: either may be wrong), ranks 2, 3: {part} of {LAYER}." in message
 
 
+@pytest.mark.slow
 def test_with_two_ranks_both_are_named(ranks):
     for kind, message in ranks.errors(2, train_with_a_fault, "ddp", 0, "weight"):
         assert kind == "DivergenceError"

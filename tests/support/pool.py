@@ -133,21 +133,14 @@ class Ranks:
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any
     ) -> list[Any]:
         """Run a module-level function on every rank; results in rank order."""
-        if world_size in self._pools and not self._pools[world_size].alive:
-            self._pools.pop(world_size).stop()
-        if world_size not in self._pools:
+        if world_size not in self._pools or not self._pools[world_size].alive:
+            self._end(world_size)
             self._pools[world_size] = RankPool(world_size)
-        pool = self._pools[world_size]
-        try:
-            return pool.run(function, args, kwargs, timeout)
-        finally:
-            if not pool.alive:
-                self._pools.pop(world_size, None)
+        return self._pools[world_size].run(function, args, kwargs, timeout)
 
     def fresh(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """The same in processes that have run nothing else."""
-        if world_size in self._pools:
-            self._pools.pop(world_size).stop()
+        self._end(world_size)
         return self(world_size, function, *args, **kwargs)
 
     def errors(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[str, str]]:
@@ -163,8 +156,13 @@ class Ranks:
         raise AssertionError("no rank raised")
 
     def close(self) -> None:
-        while self._pools:
-            self._pools.popitem()[1].stop()
+        for world_size in list(self._pools):
+            self._end(world_size)
+
+    def _end(self, world_size: int) -> None:
+        pool = self._pools.pop(world_size, None)
+        if pool is not None:
+            pool.stop()
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
@@ -209,9 +207,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             answer = pickle.dumps((False, failure))
             del error
         gc.collect()
-        for group in _process_groups() - known - _kept_by_deepspeed():
-            if not group.group_desc.startswith("mesh_"):  # DTensor keeps meshes, and takes them up again for equal ones
-                dist.destroy_process_group(group)
+        for group in _process_groups() - known - _kept_by_libraries():
+            dist.destroy_process_group(group)
         pipe.send_bytes(answer)
 
 
@@ -223,9 +220,9 @@ def _process_groups() -> set[Any]:
     return set(_world.pg_map)
 
 
-def _kept_by_deepspeed() -> set[Any]:
-    """Process groups that DeepSpeed makes once and takes for every engine from then on."""
+def _kept_by_libraries() -> set[Any]:
+    """Process groups that are taken up again: DeepSpeed makes its own once, and DTensor keeps those of meshes."""
     groups = sys.modules.get("deepspeed.utils.groups")
     held = list(vars(groups).values()) if groups is not None else []
     held += [group for value in held if isinstance(value, dict) for group in value.values()]
-    return {group for group in _process_groups() if any(group is one for one in held)}
+    return {group for group in _process_groups() if group.group_desc.startswith("mesh_") or any(group is one for one in held)}

@@ -22,6 +22,7 @@ TINY = Shape(layers=2, hidden=64, intermediate=96, vocabulary=64, length=16)
 SIZES = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64", "--length", "16"]
 
 
+@pytest.mark.slow
 def test_step_time_measures_every_method_and_pools_runs(tmp_path):
     path = tmp_path / "step_time.json"
     arguments = ["--dtype", "fp32", "--rounds", "2", "--json", str(path), *SIZES]
@@ -101,12 +102,14 @@ def test_memory_counts_what_is_kept_and_held():
     assert losia["peak"] > 1e8  # a process with torch in it
 
 
+@pytest.mark.slow
 def test_memory_measures_each_method_in_a_process_of_its_own(tmp_path):
     path = tmp_path / "memory.json"
     (entry,) = memory.main(["--dtype", "bf16", "--methods", "losia", "full-master", "--json", str(path), *SIZES])
     assert [b["met"] for b in entry["bars"]] == [True, True] and path.exists()
 
 
+@pytest.mark.slow
 def test_relocalization_and_growth_at_tiny_sizes(tmp_path):
     sizes = [*SIZES[2:], "--heads", "4"]
     (moved,) = relocalization.main(["--dtype", "fp32", "--depth", "3", "--json", str(tmp_path / "relocalization.json"), *sizes])
@@ -130,6 +133,7 @@ def test_every_benchmark_that_is_listed_exists():
     assert all(importlib.util.find_spec(f"benchmarks.{name}") is not None for name in BENCHMARKS)
 
 
+@pytest.mark.slow
 def test_the_gpu_run_rehearses_and_streams(tmp_path):
     path = tmp_path / "gpu.jsonl"
     arguments = ["--rehearse", "--output", str(path), "--only", "nccl", "1b-2048"]

@@ -34,6 +34,7 @@ def test_a_killed_rank_ends_the_others_at_once_and_is_named():
     assert_ended(ranks, 1, "losia_dist: rank 1 (host ", "ended without a word", "out of memory?")
 
 
+@pytest.mark.slow
 def test_so_does_a_killed_first_rank_which_hosts_the_rendezvous_and_the_watch():
     ranks = run(3, "ddp", "kill-0")
     assert ranks[0].code == -9
@@ -66,6 +67,7 @@ def test_so_does_one_that_is_done_and_lives_on():
     assert_ended(ranks, 0, "losia_dist: rank 0 (host ", "left after step 3, while rank 1 is in step 4")
 
 
+@pytest.mark.slow
 def test_a_rank_may_take_its_time_in_a_step_and_may_work_on_alone_after_the_last():
     ranks = run(2, "ddp", "patient-1")  # rank 0, the hub, has ended long before rank 1 is through
     assert [ended.code for ended in ranks] == [0, 0] and "SOLO WORK DONE" in ranks[1].text
@@ -73,6 +75,7 @@ def test_a_rank_may_take_its_time_in_a_step_and_may_work_on_alone_after_the_last
         assert "losia_dist" not in ended.text and "Warning" not in ended.text, ended.text
 
 
+@pytest.mark.slow
 def test_a_normal_end_makes_no_noise():
     for ended in run(3, "ddp", "none"):
         assert ended.code == 0 and ended.text.strip() == "TRAINED"
