@@ -13,7 +13,6 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.guard import (
     EngagementCheck,
-    any_rank,
     check_finite,
     check_relocalized,
     check_same_on_all_ranks,
@@ -30,11 +29,10 @@ from losia_dist.localization.modes import Localization, SlotGroup, make_localiza
 from losia_dist.localization.moves import SubnetMove
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotClock
-from losia_dist.optim.carried import carry_state
 from losia_dist.optim.rewarming import Rewarming
+from losia_dist.placement import Placement
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
-from losia_dist.subnet.convert import first_subnet, group_names, subnet_layers
-from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
+from losia_dist.subnet.convert import group_names, subnet_layers
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 from losia_dist.subnet.operator import make_findable
 from losia_dist.warm_start import layers_per_slot, locate_all, settled
@@ -89,6 +87,7 @@ class LoSiA:
         self.parameters = resolve_parameters(model)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
+        self.placement = Placement(self.layers, self.parameters, self.state, keep_moments=config.moments == "kept")
         create_state = getattr(self.state.optimizer, "create_state", None)
         if create_state is not None:
             create_state()
@@ -103,7 +102,7 @@ class LoSiA:
         self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
         self.rewarming.allow = self._check_located
         self.located = config.init == "random"  # subnets stand where the configuration wants the first ones
-        self._cut_awaited(group)
+        self.placement.cut_awaited(config.seed, group)
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
@@ -201,7 +200,7 @@ class LoSiA:
         check_finite([choice.inside for choice in choices], self.layers)
         with torch.no_grad():
             for layer, choice in zip(self.layers, choices, strict=True):
-                self._cut(layer, choice.rows, choice.columns)
+                self.placement.cut(layer, choice.rows, choice.columns)
         self._note_changes()
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement = EngagementCheck(self.layers, self.state, self.collectives)
@@ -243,7 +242,7 @@ class LoSiA:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving."""
         self.parameters.settle()
         for layer in self.layers:
-            self._write_back(layer)
+            self.placement.write_back(layer)
 
     def detach(self) -> None:
         """Take the conductor off the model and the optimizer; the subnets' values stay where they are.
@@ -272,7 +271,7 @@ class LoSiA:
             if layer.group_name not in groups:
                 continue
             group, device = groups[layer.group_name], layer.row_index.device
-            accumulator = self.localization.accumulator(group, self._shape(layer), device)
+            accumulator = self.localization.accumulator(group, self.placement.shape(layer), device)
             if accumulator is not None:
                 self._accumulators[layer] = layer.gradient_sink = accumulator
 
@@ -284,27 +283,18 @@ class LoSiA:
             kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
             accumulator = self._accumulators.pop(layer, None)
-            choices.append(self.localization.choose(group, accumulator, self._shape(layer), kept, device))
+            choices.append(self.localization.choose(group, accumulator, self.placement.shape(layer), kept, device))
         check_finite([choice.inside for choice in choices], layers)
         prints: list[Tensor] = []
         for layer, choice in zip(layers, choices, strict=True):
-            left = self._write_back(layer)
+            left = self.placement.write_back(layer)
             for told in self.on_retire:
                 told(layer, left)
-            prints.append(subnet_prints(layer, left, self._move(layer, choice)))
+            prints.append(subnet_prints(layer, left, self.placement.move(layer, choice)))
         check_relocalized(layers, torch.stack(prints), self.collectives)
         if self.config.moments == "cleared":
             self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
         return choices
-
-    def _move(self, layer: SubnetLinear, choice: Choice) -> Tensor:
-        """Cut another subnet, [r, c], with its moments if those of weights that stay are kept."""
-        if self.config.moments == "cleared":
-            return self._cut(layer, choice.rows, choice.columns)
-        state, old = self.state.read_state(layer.subnet), (layer.row_index.clone(), layer.col_index.clone())
-        taken = self._cut(layer, choice.rows, choice.columns)
-        self.state.write_state(layer.subnet, carry_state(state, old, (choice.rows, choice.columns), taken))
-        return taken
 
     def _tell(self, reason: Literal["located", "relocalized"], layers: list[SubnetLinear], choices: list[Choice]) -> None:
         """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
@@ -312,7 +302,7 @@ class LoSiA:
             return
         parts = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
         for layer, choice, (inside, total) in zip(layers, choices, parts, strict=True):
-            (m, n), (r, c) = self._shape(layer), (choice.rows.numel(), choice.columns.numel())
+            (m, n), (r, c) = self.placement.shape(layer), (choice.rows.numel(), choice.columns.numel())
             move = SubnetMove(
                 step=self.steps,
                 reason=reason,
@@ -335,34 +325,6 @@ class LoSiA:
                 "before the first step, or set init='random'."
             )
 
-    @torch.no_grad()
-    def _cut(self, layer: SubnetLinear, rows: Tensor, columns: Tensor) -> Tensor:
-        """Place a subnet; its values, in the model and in the optimizer, become those that the weight has there: [r, c]."""
-        layer.row_index.copy_(rows)
-        layer.col_index.copy_(columns)
-        values = read_subnet(self.parameters, layer, rows, columns)
-        self.parameters.write_whole(layer.subnet, values)
-        self.state.write_master(layer.subnet, values.to(torch.float32))
-        return values
-
-    def _cut_awaited(self, group: dist.ProcessGroup | None) -> None:
-        """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
-
-        Where one rank alone had the weights (the others receive them from it), all ranks cut again, to the same values.
-        """
-        if not any_rank(any(layer.awaits_weights for layer in self.layers), group):
-            return
-        if any_rank(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index)), group):
-            raise ConfigError(
-                "the model is still on the meta device: after get_losia_model (and fully_shard) call "
-                "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
-            )
-        for layer in self.layers:
-            size, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
-            rows, columns = first_subnet(layer.name, self._shape(layer), size, self.config.seed)
-            self._cut(layer, rows.to(device), columns.to(device))
-            layer.awaits_weights = False
-
     def _refuse_tied_micro_batches(self) -> None:
         tied = any(isinstance(module, TiedSubnetEmbedding) for module in self.model.modules())
         if tied and self.config.importance_accumulation == "micro_batch":
@@ -370,14 +332,6 @@ class LoSiA:
                 "importance_accumulation='micro_batch' does not work with an output layer that shares the embedding's weight: "
                 "its gradient comes in two parts that must be added first. Use importance_accumulation='step'."
             )
-
-    def _write_back(self, layer: SubnetLinear) -> Tensor:
-        values = self.parameters.read_whole(layer.subnet)
-        write_back(self.parameters, layer, layer.row_index, layer.col_index, values)
-        return values
-
-    def _shape(self, layer: SubnetLinear) -> tuple[int, int]:
-        return whole_shape(self.parameters, layer)
 
 
 def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
