@@ -16,6 +16,7 @@ from torch import nn
 
 from benchmarks.methods import NEVER, NotInstalledError, target_linears
 from benchmarks.quality.batches import Batch
+from benchmarks.quality.columns import ColumnSteps
 from benchmarks.quality.flat import FlatNoise
 from benchmarks.quality.loss import answer_loss, autocast
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
@@ -126,8 +127,11 @@ def galore(start: Start, *, rank: int = 128, gap: int = 200, scale: float = 0.25
     return Trained(model, optimizer, lambda: model)
 
 
-def losia(start: Start, *, eps: float = 1e-6, noise: float = 0.0, **settings: Any) -> Trained:
-    """This package, as a plain loop uses it. Settings are `LoSiAConfig`'s, the optimizer's eps, and the size of `FlatNoise`."""
+def losia(start: Start, *, eps: float = 1e-6, noise: float = 0.0, column_exponent: float = 0.0, **settings: Any) -> Trained:
+    """This package, as a plain loop uses it. Settings are `LoSiAConfig`'s and the optimizer's eps.
+
+    Of the benchmark alone: noise, the size of `FlatNoise`, and column_exponent, of `ColumnSteps`.
+    """
     config = losia_config(settings, start.seed)
     model = get_losia_model(start.model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=start.rate), lr=start.rate, betas=BETAS, eps=eps)
@@ -138,6 +142,8 @@ def losia(start: Start, *, eps: float = 1e-6, noise: float = 0.0, **settings: An
             conductor.locate(chosen, lambda inner, given: answer_loss(inner, given["batch"]))
     if noise:
         FlatNoise(conductor, model, optimizer, noise, start.seed)
+    if column_exponent:
+        ColumnSteps(conductor, optimizer, column_exponent)
 
     def plain() -> Any:
         conductor.consolidate()
@@ -155,7 +161,7 @@ def losia_config(settings: dict[str, Any], seed: int) -> LoSiAConfig:
 
 
 def _resolve_losia(options: dict[str, Any]) -> dict[str, Any]:
-    own = {"eps": 1e-6, **{name: options[name] for name in ("eps", "noise") if name in options}}
+    own = {"eps": 1e-6, **{name: options[name] for name in ("eps", "noise", "column_exponent") if name in options}}
     settings = {name: value for name, value in options.items() if name not in own}
     return {**losia_config(settings, seed=0).to_dict(), **own}
 

@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "moments kept": {"moments": "kept"},
     "bias correction not restarted": {"reset_bias_correction": False},
     "flat noise 0.05": {"noise": 0.05},
+    "steps over input size": {"column_exponent": 1.0},
     "output layer, 1/8 of its rows": {"output_rank_factor": 0.125},
     "embeddings too": {"train_embeddings": True},
     "norms frozen": {"train_norms": False},

@@ -16,6 +16,7 @@ from benchmarks.methods import NEVER, target_linears
 from benchmarks.quality import search, summary
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.batches import collate, encode, evaluation_batches, training_batches
+from benchmarks.quality.columns import ColumnSteps
 from benchmarks.quality.flat import FlatNoise
 from benchmarks.quality.loss import answer_loss, mean_loss
 from benchmarks.quality.methods import METHODS, equal_rank
@@ -332,3 +333,21 @@ def test_noise_is_there_while_gradients_are_taken_and_gone_when_weights_are_step
     conductor.step()
     stepped = max((a.subnet - b).abs().max() for a, b in zip(conductor.layers, values, strict=True))
     assert 0 < stepped <= 1.01e-3  # what AdamW's first step can come to, and no noise
+
+
+def test_with_steps_over_input_size_all_columns_move_the_output_alike_and_as_much_as_before():
+    model, config = tiny_llama(), LoSiAConfig(rank_factor=0.25)
+    model = get_losia_model(model, config)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3, eps=1e-12)
+    conductor = LoSiA(model, optimizer, config)
+    layer, seen = conductor.layers[0], []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    ColumnSteps(conductor, optimizer, exponent=1.0)
+    before = layer.subnet.detach().clone()
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    steps = (layer.subnet.detach() - before).abs().mean(dim=0)  # AdamW's first step is the rate everywhere
+    sizes = seen[0].flatten(0, -2).square().mean(0).sqrt()[layer.col_index]
+    assert sizes.max() > 1.2 * sizes.min()
+    torch.testing.assert_close(steps * sizes, (steps * sizes).mean().expand_as(sizes), rtol=1e-3, atol=0)
+    torch.testing.assert_close(steps.mean(), torch.tensor(1e-3), rtol=1e-3, atol=0)

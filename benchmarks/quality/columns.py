@@ -1,0 +1,49 @@
+"""Steps of a column divided by the size of its input neuron: tells what the neurons with the largest activations do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_dist import LoSiA
+from losia_dist.subnet.linear import SubnetLinear
+
+
+class ColumnSteps:
+    """Adam steps every weight by about the learning rate, so that an output neuron moves most with its largest inputs, which
+    are the ones that a located subnet holds. Here the optimizer's step of column j is multiplied by
+    (r / r_j)^exponent over its mean (r_j: root mean square of input neuron j over the tokens of the first forward pass;
+    r: their mean over the subnet), at most 4 times: the subnet's mean rate stays, and with exponent 1 all columns move the
+    output alike. One process."""
+
+    def __init__(self, conductor: LoSiA, optimizer: torch.optim.Optimizer, exponent: float) -> None:
+        self.layers, self.exponent = conductor.layers, exponent
+        self.sizes: dict[SubnetLinear, Tensor] = {}
+        self.before: list[Tensor] = []
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._measure)
+        optimizer.register_step_pre_hook(lambda *_: self._keep())
+        optimizer.register_step_post_hook(lambda *_: self._scale())
+
+    def factors(self, layer: SubnetLinear) -> Tensor:
+        """What the steps of the subnet's columns are multiplied by, [c]."""
+        sizes = self.sizes[layer][layer.col_index].clamp_min(1e-6)
+        relative = (sizes.mean() / sizes) ** self.exponent
+        return (relative / relative.mean()).clamp_max(4.0)
+
+    @torch.no_grad()
+    def _measure(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        if layer not in self.sizes:
+            self.sizes[layer] = inputs[0].float().flatten(0, -2).square().mean(0).sqrt()
+
+    @torch.no_grad()
+    def _keep(self) -> None:
+        self.before = [layer.subnet.clone() for layer in self.layers]
+
+    @torch.no_grad()
+    def _scale(self) -> None:
+        for layer, before in zip(self.layers, self.before, strict=True):
+            layer.subnet.sub_(before).mul_(self.factors(layer)).add_(before)
+        self.before = []
