@@ -8,6 +8,8 @@ BIN := $(abspath $(VENV))/bin
 # Deferred: DeepSpeed looks for ninja on the PATH, and runs on the CPU only if told so.
 RUN = PATH="$(BIN):$$PATH" $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() else "env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1")')
 RANKS ?= 2
+# bf16 is several times slower than fp32 on a CPU without units for it.
+PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "--precision fp32")')
 
 QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval_file quickstart/heldout.jsonl \
 	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save
@@ -30,13 +32,13 @@ $(VENV)/.ready: setup.cfg pyproject.toml requirements/quickstart.txt
 quickstart: venv
 	$(RUN) python launch/prepare_quickstart.py --output quickstart
 	$(RUN) deepspeed --num_accelerators $(RANKS) launch/train.py $(LOSIA_FLAGS) --deepspeed configs/deepspeed/zero2.json \
-		$(QUICKSTART) --output_dir runs/quickstart-losia
+		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-losia
 
 # The same run without --losia: every weight trains, for comparison.
 quickstart-full: venv
 	$(RUN) python launch/prepare_quickstart.py --output quickstart
 	$(RUN) deepspeed --num_accelerators $(RANKS) launch/train.py $(FULL_FLAGS) --deepspeed configs/deepspeed/zero2.json \
-		$(QUICKSTART) --output_dir runs/quickstart-full
+		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-full
 
 test: venv
 	$(RUN) python -m pytest -q -m "not slow and not gpu"
