@@ -292,7 +292,7 @@ class LoSiA:
                 told(layer, left)
             prints.append(subnet_prints(layer, left, self.placement.move(layer, choice)))
         check_relocalized(layers, torch.stack(prints), self.collectives)
-        if self.config.moments == "cleared":
+        if not self.placement.keep_moments:
             self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
         return choices
 

@@ -13,10 +13,9 @@ from losia_dist.subnet.linear import SubnetLinear
 
 class ColumnSteps:
     """Adam steps every weight by about the learning rate, so that an output neuron moves most with its largest inputs, which
-    are the ones that a located subnet holds. Here the optimizer's step of column j is multiplied by
-    (r / r_j)^exponent over its mean (r_j: root mean square of input neuron j over the tokens of the first forward pass;
-    r: their mean over the subnet), at most 4 times: the subnet's mean rate stays, and with exponent 1 all columns move the
-    output alike. One process."""
+    are the ones that a located subnet holds. Here the optimizer's step of column j is multiplied by r_j^-exponent over its
+    mean in the subnet (r_j: root mean square of input neuron j over the tokens of the first forward pass), at most by 4:
+    the subnet's mean rate stays, and with exponent 1 all columns move the output alike. One process."""
 
     def __init__(self, conductor: LoSiA, optimizer: torch.optim.Optimizer, exponent: float) -> None:
         self.layers, self.exponent = conductor.layers, exponent
@@ -29,9 +28,8 @@ class ColumnSteps:
 
     def factors(self, layer: SubnetLinear) -> Tensor:
         """What the steps of the subnet's columns are multiplied by, [c]."""
-        sizes = self.sizes[layer][layer.col_index].clamp_min(1e-6)
-        relative = (sizes.mean() / sizes) ** self.exponent
-        return (relative / relative.mean()).clamp_max(4.0)
+        inverse = self.sizes[layer][layer.col_index].clamp_min(1e-6) ** -self.exponent
+        return (inverse / inverse.mean()).clamp_max(4.0)
 
     @torch.no_grad()
     def _measure(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
