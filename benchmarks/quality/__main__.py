@@ -27,26 +27,44 @@ from benchmarks.quality.variants import VARIANTS, variant_of
 Record = dict[str, Any]
 
 
+class NotStoredError(LookupError):
+    """A run is not in the store, and none is to be made."""
+
+
 class Runner:
     """Makes a run, or takes it from the store; keeps the records of all that were asked for, by task.
 
     Args:
+        bench: what runs are made on; None: none is made.
         make: runs a setting on a bench and returns the result.
     """
 
-    def __init__(self, bench: Bench, store: Store, make: Callable[[Bench, Setting], dict[str, Any]] = run) -> None:
+    def __init__(self, bench: Bench | None, store: Store, make: Callable[[Bench, Setting], dict[str, Any]] = run) -> None:
         self.bench, self.store, self.make = bench, store, make
         self.asked: dict[str, dict[str, Record]] = {}
 
     def __call__(self, setting: Setting) -> Record:
+        """Raises:
+        NotStoredError: the run is not there, and none is made.
+        """
         record = self.store.find(setting)
         found = record is not None
         if record is None:
+            if self.bench is None:
+                raise NotStoredError(f"rate {setting.rate:.3g}, seed {setting.seed}")
             record = self.store.append(setting, self.make(self.bench, setting), header())
         record = {**record, "setting": setting.to_dict()}  # as it was asked for: a default may be named, or left out
         self.asked.setdefault(setting.task, {})[json.dumps(record["setting"], sort_keys=True)] = record
         print(_line(setting, record["result"], found), flush=True)
         return record
+
+    def take(self, seeds: Sequence[int], rates: Sequence[float], setting: Setting) -> int:
+        """Take every run of these seeds (and rates, if given) that is in the store, whatever a search would ask for."""
+        family = [Setting(**record["setting"]) for record in self.store.family(setting)]
+        taken = [one for one in family if one.seed in seeds and (not rates or one.rate in rates)]
+        for one in taken:
+            self(setting.at(rate=one.rate, seed=one.seed))
+        return len(taken)
 
     def records(self, task: str) -> list[Record]:
         """What was asked for of one task, in order."""
@@ -58,25 +76,32 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     print(header())
-    bench = bench or Bench.load(options.model, options.data, options.precision)
+    if options.stored:
+        bench = None
+    elif bench is None:
+        bench = Bench.load(options.model, options.data, options.precision)
     runner = Runner(bench, Store(options.runs))
     missing: dict[str, str] = {}
     for task in options.tasks:
         print(f"\n== {task}", flush=True)
         try:
-            bench.data(task)
+            if bench is not None:
+                bench.data(task)
         except MissingDataError as error:
             missing[task] = str(error)
-            print(f"{task}: left out: {error}")
             continue
         for setting in _settings(options, task):
             try:
                 _run(options, setting, runner)
             except NotInstalledError as error:
                 missing[setting.method] = str(error)
-                print(f"{setting.method}: not measured: {error}")
+            except NotStoredError as error:
+                found = runner.take(options.seeds, _rates(options, setting), setting)
+                missing[f"{task}: {setting.label}"] = f"{found} stored runs; the first that is not there: {error}"
     tasks = [task for task in options.tasks if runner.records(task)]
     results = {**_summary(tasks, runner), "missing": missing}
+    for what, why in missing.items():
+        print(f"{what}: {why}")
     if options.sequence:
         results["sequence"] = _sequence(options, tasks, runner)
     if options.json:
@@ -94,12 +119,17 @@ def _settings(options: argparse.Namespace, task: str) -> list[Setting]:
     return [setting_for(options, task, REFERENCE)] + [setting_for(options, task, "losia", VARIANTS[name]) for name in variants]
 
 
+def _rates(options: argparse.Namespace, setting: Setting) -> Sequence[float]:
+    """Learning rates that were asked for; none, where they are searched: they are the variants', not full fine-tuning's."""
+    return [] if options.ablation is not None and setting.method == REFERENCE else options.rates or []
+
+
 def _run(options: argparse.Namespace, setting: Setting, runner: Runner) -> None:
-    centre = METHODS[setting.method].centre
+    centre, rates = METHODS[setting.method].centre, _rates(options, setting)
     if options.sequence:
         search_rate(setting, centre, runner)
-    elif options.rates:
-        for rate in options.rates:
+    elif rates:
+        for rate in rates:
             for seed in options.seeds:
                 runner(setting.at(rate=rate, seed=seed))
     else:

@@ -20,11 +20,13 @@ USAGE = """Fine-tuning quality, beside what a user would pick instead.
 
     python -m benchmarks.quality [--form short] [--methods losia lora ...] [--tasks gsm8k reasoning FILE.jsonl]
     python -m benchmarks.quality --methods losia --rates 1e-3 2e-3 --seeds 0 1 --set losia.rank_factor=0.25
-    python -m benchmarks.quality --ablation [NAME ...]
+    python -m benchmarks.quality --ablation [NAME ...] [--rates 1e-3]
     python -m benchmarks.quality --sequence --methods losia lora full
+    python -m benchmarks.quality --stored
 
 Every finished run is appended to --runs at once, and a run that is there is not made again: an interrupted night goes on
-where it stopped. With --rates there is no search: every method runs at these rates with every seed.
+where it stopped. With --rates there is no search: every method (of an ablation, every variant) runs at these rates with
+every seed.
 """
 
 
@@ -70,11 +72,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=Path("quickstart"), help="directory of the quickstart's data")
     parser.add_argument("--runs", default=str(RESULTS / "quality_runs.jsonl"), help="where finished runs are kept")
+    parser.add_argument("--stored", action="store_true", help="make no run: summarize those that are there, say what is not")
     parser.add_argument("--json", help="where the summary goes; default: with the results, but with --rates nowhere")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if options.ablation is not None and options.sequence:
         parser.error("--ablation and --sequence are two benchmarks: give one of them.")
+    if options.stored and options.sequence:
+        parser.error("--stored summarizes single runs, and a sequence is one run: leave --sequence out.")
     if options.ablation is not None:
         options.form = "ablation"
         unknown = [name for name in options.ablation if name not in VARIANTS]

@@ -39,6 +39,15 @@ class Store:
                 return record
         return None
 
+    def family(self, setting: Setting) -> list[dict[str, Any]]:
+        """The latest record of every learning rate and seed that was run with these settings, by seed and rate."""
+        found = {}
+        for record in self.records():
+            stored = Setting(**record["setting"])
+            if stored.at(rate=setting.rate, seed=setting.seed).key == setting.key:
+                found[stored.seed, stored.rate] = record
+        return [found[place] for place in sorted(found)]
+
     def append(self, setting: Setting, result: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
         """Add a finished run and return its record."""
         record = {"setting": setting.to_dict(), "result": result, "header": header}

@@ -125,6 +125,25 @@ def test_an_interrupted_night_goes_on_where_it_stopped(bench, task, tmp_path, ca
     assert stored["share_of_full"] == whole["share_of_full"] and stored["share_of_full"]["full"] == 1.0
 
 
+def test_stored_runs_are_summarized_without_making_any_and_what_is_not_there_is_said(bench, task, tmp_path, no_search, capsys):
+    arguments = ["--tasks", task, "--methods", "full", "losia", "random", "--seeds", "0", "1"]
+    quality(bench, tmp_path, "--tasks", task, "--methods", "full", "losia", "--rates", "1e-3", "--seeds", "0")
+    quality(bench, tmp_path, "--tasks", task, "--methods", "full", "--seeds", "0", "1")
+    capsys.readouterr()
+    lines = (tmp_path / "runs.jsonl").read_text()
+    found = quality(bench, tmp_path, *arguments, "--stored")
+    assert (tmp_path / "runs.jsonl").read_text() == lines
+    seeds = {name: entry["seeds"] for name, entry in found["tasks"][task].items()}
+    assert seeds == {"full": [0, 1], "losia": [0]} and found["share_of_full"]["losia"] > 0
+    assert found["missing"] == {
+        f"{task}: losia": "1 stored runs; the first that is not there: rate 0.001, seed 1",
+        f"{task}: random": "0 stored runs; the first that is not there: rate 0.002, seed 0",
+    }
+    assert "random: 0 stored runs" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quality(bench, tmp_path, "--sequence", "--stored")
+
+
 def test_fp32_arithmetic_is_another_run_and_computes_in_fp32(bench, task, tmp_path):
     rounded = Bench(bench.model, bench.tokenizer, bench.data_directory, "bf16")
     arguments = ["--tasks", task, "--methods", "losia", "--rates", "1e-2", "--seeds", "0"]
@@ -288,7 +307,10 @@ def test_a_final_number_is_read_as_gsm8k_writes_it():
 def test_variants_and_sequences_run_from_their_own_options(bench, task, tmp_path, no_search):
     found = quality(bench, tmp_path, "--ablation", "random start", "rank factor 1/4", "--tasks", task)
     labels = list(found["tasks"][task])
-    assert labels[0] == "full" and len(labels) == 3 and all(found["tasks"][task][label]["share"] for label in labels)
+    assert labels[0] == "full" and len(labels) == 3 and found["tasks"][task]["full"]["rate"] == 1e-4
+    again = quality(bench, tmp_path, "--ablation", "random start", "--tasks", task, "--rates", "2e-2")
+    assert [entry["rate"] for entry in again["tasks"][task].values()] == [1e-4, 2e-2]
+    assert all(found["tasks"][task][label]["share"] for label in labels)
     found = quality(bench, tmp_path, "--sequence", "--methods", "full", "losia", "--tasks", task, task)
     for record in found["sequence"]:
         stages = record["result"]["stages"]
