@@ -47,16 +47,18 @@ class Runner:
         """Raises:
         NotStoredError: the run is not there, and none is made.
         """
+        asked, key = self.asked.setdefault(setting.task, {}), json.dumps(setting.to_dict(), sort_keys=True)
+        if key in asked:
+            return asked[key]
         record = self.store.find(setting)
         found = record is not None
         if record is None:
             if self.bench is None:
                 raise NotStoredError(f"rate {setting.rate:.3g}, seed {setting.seed}")
             record = self.store.append(setting, self.make(self.bench, setting), header())
-        record = {**record, "setting": setting.to_dict()}  # as it was asked for: a default may be named, or left out
-        self.asked.setdefault(setting.task, {})[json.dumps(record["setting"], sort_keys=True)] = record
+        asked[key] = {**record, "setting": setting.to_dict()}  # as it was asked for: a default may be named, or left out
         print(_line(setting, record["result"], found), flush=True)
-        return record
+        return asked[key]
 
     def take(self, seeds: Sequence[int], rates: Sequence[float], setting: Setting) -> int:
         """Take every run of these seeds (and rates, if given) that is in the store, whatever a search would ask for."""
@@ -89,19 +91,21 @@ def main(arguments: Sequence[str] | None = None, bench: Bench | None = None) -> 
                 bench.data(task)
         except MissingDataError as error:
             missing[task] = str(error)
+            print(f"{task}: left out: {error}")
             continue
         for setting in _settings(options, task):
             try:
                 _run(options, setting, runner)
             except NotInstalledError as error:
                 missing[setting.method] = str(error)
+                print(f"{setting.method}: not measured: {error}")
             except NotStoredError as error:
                 found = runner.take(options.seeds, _rates(options, setting), setting)
-                missing[f"{task}: {setting.label}"] = f"{found} stored runs; the first that is not there: {error}"
+                what = f"{task}: {setting.label}"
+                missing[what] = f"{found} stored runs; the first that is not there: {error}"
+                print(f"{what}: {missing[what]}")
     tasks = [task for task in options.tasks if runner.records(task)]
     results = {**_summary(tasks, runner), "missing": missing}
-    for what, why in missing.items():
-        print(f"{what}: {why}")
     if options.sequence:
         results["sequence"] = _sequence(options, tasks, runner)
     if options.json:

@@ -73,7 +73,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("quickstart"), help="directory of the quickstart's data")
     parser.add_argument("--runs", default=str(RESULTS / "quality_runs.jsonl"), help="where finished runs are kept")
     parser.add_argument("--stored", action="store_true", help="make no run: summarize those that are there, say what is not")
-    parser.add_argument("--json", help="where the summary goes; default: with the results, but with --rates nowhere")
+    parser.add_argument(
+        "--json", help="where the summary goes; default: with the results, but with --rates or --stored nowhere"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if options.ablation is not None and options.sequence:
@@ -97,7 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = sorted(set(options.set) - set(options.methods))
     if unknown:
         parser.error(f"--set names {', '.join(unknown)}, which is not among the methods that run: {', '.join(options.methods)}")
-    if options.json is None and not options.rates:
+    if options.json is None and not options.rates and not options.stored:
         options.json = str(RESULTS / f"{JSON[options.form]}.json")
     return options
 

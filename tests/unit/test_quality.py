@@ -17,6 +17,7 @@ from benchmarks.quality import search, summary
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.batches import collate, encode, evaluation_batches, training_batches
 from benchmarks.quality.columns import ColumnSteps
+from benchmarks.quality.command import parse
 from benchmarks.quality.flat import FlatNoise
 from benchmarks.quality.loss import answer_loss, mean_loss
 from benchmarks.quality.methods import METHODS, equal_rank
@@ -139,7 +140,9 @@ def test_stored_runs_are_summarized_without_making_any_and_what_is_not_there_is_
         f"{task}: losia": "1 stored runs; the first that is not there: rate 0.001, seed 1",
         f"{task}: random": "0 stored runs; the first that is not there: rate 0.002, seed 0",
     }
-    assert "random: 0 stored runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "random: 0 stored runs" in said and said.count("[stored]") == 3  # each run once
+    assert parse(["--stored"]).json is None and parse([]).json is not None  # a whole result is not overwritten by a part
     with pytest.raises(SystemExit):
         quality(bench, tmp_path, "--sequence", "--stored")
 
