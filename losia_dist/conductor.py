@@ -25,10 +25,10 @@ from losia_dist.liveness import settings as liveness_settings
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.backward import Batch
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.modes import Localization, SlotGroup, make_localization
+from losia_dist.localization.modes import Localization, make_localization
 from losia_dist.localization.moves import SubnetMove
 from losia_dist.localization.search import Choice
-from losia_dist.localization.slots import SlotClock
+from losia_dist.localization.slots import SlotClock, SlotGroup, Wanted
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.placement import Placement
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
@@ -127,11 +127,11 @@ class LoSiA:
     @property
     def in_mid_step(self) -> bool:
         """Whether micro-batches of an optimizer step were run that `step()` has not seen the end of, on this rank."""
-        return self.rewarming.stepped or any(accumulator.in_mid_step for accumulator in self._accumulators.values())
+        return self.rewarming.stepped or any(layer.in_mid_step for layer in self.layers)
 
     @property
     def localizing(self) -> list[str]:
-        """Names of the groups that accumulate importance in the step in progress."""
+        """Names of the groups that get new subnets at the end of the slot in progress, and collect importance until then."""
         return self.clock.localizing
 
     def learning_rates(self) -> dict[str, float]:
@@ -187,9 +187,12 @@ class LoSiA:
             passes over the batches.
 
         Raises:
-            ConfigError: no batch, unequal counts, training has begun, or a layer that no gradient reaches. Same on every rank.
+            ConfigError: selection="random", no batch, unequal counts, training has begun, or a layer that no gradient reaches.
+                Same on every rank.
             DivergenceError: importance is not finite.
         """
+        if self.config.selection == "random":
+            raise ConfigError("selection='random' draws subnets and locates none: leave losia.locate(...) out.")
         mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
         counts = self.collectives.stack(mine).flatten().tolist()
         if len(set(counts)) > 1 or not counts[0]:
@@ -211,6 +214,8 @@ class LoSiA:
 
     def discard_step(self) -> None:
         """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
+        for layer in self.layers:
+            layer.in_mid_step = False
         for accumulator in self._accumulators.values():
             accumulator.discard_step()
 
@@ -281,9 +286,10 @@ class LoSiA:
         choices: list[Choice] = []
         for layer in layers:
             kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
+            wanted = Wanted(layer.name, self.steps + 1, self.placement.shape(layer), kept, device)
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
             accumulator = self._accumulators.pop(layer, None)
-            choices.append(self.localization.choose(group, accumulator, self.placement.shape(layer), kept, device))
+            choices.append(self.localization.choose(group, accumulator, wanted))
         check_finite([choice.inside for choice in choices], layers)
         prints: list[Tensor] = []
         for layer, choice in zip(layers, choices, strict=True):

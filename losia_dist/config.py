@@ -17,7 +17,7 @@ IMPORTANCES = ("param_mix", "first_order", "second_order")
 
 # Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
 _AVAILABLE = {
-    "selection": ("greedy", "alternating"),
+    "selection": ("greedy", "alternating", "random"),
     "init": ("random", "importance"),
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
@@ -49,7 +49,8 @@ class LoSiAConfig:
             "first_order" |wg|, "second_order" (wg)^2.
         importance_betas: (b1, b2) of the averages of I and of its deviation, each in [0, 1). Paper: 0.85, 0.85.
         selection: "greedy", the best of the paper's candidates (algorithm 1). "alternating": from there on, rows given the
-            columns and columns given the rows in turn, while the score inside the subnet grows.
+            columns and columns given the rows in turn, while the score inside the subnet grows. "random": drawn anew, by seed,
+            layer and step: no importance is collected, nothing is sent for it, and a slot costs no more than other steps.
         layers_per_slot: groups (decoder layers) that localize in one slot. At least 1. "auto": as few as locate every group
             `cycles` times in the length of the run, which `LoSiA(..., total_steps=...)` is told.
         cycles: with layers_per_slot="auto", how often every group is located after the start. At least 1.
@@ -67,7 +68,7 @@ class LoSiAConfig:
         importance_accumulation: "step": importance comes from the gradient summed over an optimizer step's micro-batches
             (exact). "micro_batch": from each micro-batch's part of that sum as it comes, so that no sum is kept (a third
             less memory while localizing); the averages then move once a micro-batch.
-        seed: of the random first subnets. They depend on the seed and the layer's name alone.
+        seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
     rank_factor: float | tuple[float, float] = 0.125
@@ -119,6 +120,18 @@ class LoSiAConfig:
         for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
+        if self.selection == "random":
+            self._refuse_importance()
+
+    def _refuse_importance(self) -> None:
+        """Nothing collects importance: what would ask for it, or change it, must be as it is by default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("init", "localization", "importance", "importance_betas", "importance_accumulation"):
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} has no meaning with selection='random', which draws subnets and collects "
+                    f"no importance: leave {name} out, or take selection='greedy'."
+                )
 
     def _check_targets(self) -> None:
         targets = self.target_modules

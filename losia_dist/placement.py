@@ -11,7 +11,7 @@ from losia_dist.guard import any_rank
 from losia_dist.localization.search import Choice
 from losia_dist.optim.carried import carry_state
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
-from losia_dist.subnet.convert import first_subnet
+from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
 from losia_dist.subnet.linear import SubnetLinear
 
@@ -79,6 +79,6 @@ class Placement:
             )
         for layer in self.layers:
             size, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
-            rows, columns = first_subnet(layer.name, self.shape(layer), size, seed)
+            rows, columns = draw_subnet(layer.name, self.shape(layer), size, seed)
             self.cut(layer, rows.to(device), columns.to(device))
             layer.awaits_weights = False

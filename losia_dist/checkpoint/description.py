@@ -16,7 +16,7 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.errors import CheckpointError
 from losia_dist.subnet.kinds import stores_transposed, whole_shape
 
-_FREE_TO_DIFFER = ("seed", "init")  # they decide about a run's first subnets only
+_FREE_TO_DIFFER = ("seed", "init")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
 
 def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
@@ -98,9 +98,10 @@ def check_scheduler(scheduler: Any, reader: Reader) -> None:
 
 def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None:
     defaults = LoSiAConfig().to_dict()
+    free = ("init",) if config.selection == "random" else _FREE_TO_DIFFER
     for field in fields(LoSiAConfig):
         here, there = config.to_dict()[field.name], saved.get(field.name, defaults[field.name])
-        if here != there and field.name not in _FREE_TO_DIFFER:
+        if here != there and field.name not in free:
             raise CheckpointError(
                 f"{path} was saved with {field.name}={there!r}, and this run has {field.name}={here!r}: use the saved "
                 "configuration, or start a new run from an exported model."

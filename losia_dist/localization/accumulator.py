@@ -46,7 +46,6 @@ class ImportanceAccumulator:
         self.gradient: Tensor | None = None  # of the optimizer step in progress
         self.weight_rows: Tensor | None = None
         self.pending: PendingRows | None = None
-        self.in_mid_step = False  # a micro-batch came since the last optimizer step ended
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, weight: Tensor) -> None:
@@ -56,7 +55,6 @@ class ImportanceAccumulator:
         One transfer of a layer is under way at a time: the next one first waits for the one before it.
         """
         self._drain()
-        self.in_mid_step = True
         self.pending = self.collectives.reduce_scatter_rows(gradient)
         rows = weight.detach()[self.start : self.stop]
         alone = self.collectives.world_size == 1
@@ -103,4 +101,3 @@ class ImportanceAccumulator:
 
     def _forget(self) -> None:
         self.gradient = self.weight_rows = None
-        self.in_mid_step = False

@@ -1,8 +1,7 @@
-"""Who localizes what in a time slot: all ranks each layer together ("reduced"), or every rank a layer of its own."""
+"""Who localizes what in a time slot: all ranks each layer together ("reduced"), or every rank a layer of its own; or nobody."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,16 +9,10 @@ import torch
 from losia_dist.config import LoSiAConfig
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.drawn import DrawnLocalization
 from losia_dist.localization.search import SEARCHES, Choice
 from losia_dist.localization.selection import select
-
-
-@dataclass
-class SlotGroup:
-    """A group's place among those that localize in one slot; in "rank_parallel" it names the rank that works at it."""
-
-    name: str
-    place: int
+from losia_dist.localization.slots import SlotGroup, Wanted
 
 
 class Localization(Protocol):
@@ -33,14 +26,7 @@ class Localization(Protocol):
         """What collects the importance of a layer of this group on this rank, or None if this rank does not."""
         ...
 
-    def choose(
-        self,
-        group: SlotGroup,
-        accumulator: ImportanceAccumulator | None,
-        shape: tuple[int, int],
-        kept: tuple[int, int],
-        device: torch.device,
-    ) -> Choice:
+    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         """The new subnet of a layer of this group, equal on every rank."""
         ...
 
@@ -61,16 +47,9 @@ class ReducedLocalization:
     def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> ImportanceAccumulator | None:
         return ImportanceAccumulator(shape, device=device, collectives=self.collectives, **self.settings)
 
-    def choose(
-        self,
-        group: SlotGroup,
-        accumulator: ImportanceAccumulator | None,
-        shape: tuple[int, int],
-        kept: tuple[int, int],
-        device: torch.device,
-    ) -> Choice:
+    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         assert accumulator is not None
-        return select(self.search(shape, kept), accumulator.score(), shape[0], self.collectives)
+        return select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.collectives)
 
 
 class RankParallelLocalization:
@@ -92,21 +71,14 @@ class RankParallelLocalization:
             return None
         return ImportanceAccumulator(shape, device=device, collectives=self.alone, **self.settings)
 
-    def choose(
-        self,
-        group: SlotGroup,
-        accumulator: ImportanceAccumulator | None,
-        shape: tuple[int, int],
-        kept: tuple[int, int],
-        device: torch.device,
-    ) -> Choice:
+    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         if accumulator is not None:
-            chosen = select(self.search(shape, kept), accumulator.score(), shape[0], self.alone)
+            chosen = select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.alone)
             packed = torch.cat([part.to(torch.float64).reshape(-1) for part in chosen])
         else:
-            packed = torch.empty(sum(kept) + 2, dtype=torch.float64, device=device)
+            packed = torch.empty(sum(wanted.kept) + 2, dtype=torch.float64, device=wanted.device)
         packed = self.collectives.broadcast(packed, self._owner(group))  # float64 holds every index exactly
-        rows, columns, inside, total = packed.split([*kept, 1, 1])
+        rows, columns, inside, total = packed.split([*wanted.kept, 1, 1])
         return Choice(rows.to(torch.int64), columns.to(torch.int64), inside.reshape(()), total.reshape(()))
 
     def _owner(self, group: SlotGroup) -> int:
@@ -121,6 +93,8 @@ _MODES: dict[str, type[ReducedLocalization] | type[RankParallelLocalization]] = 
 
 def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool) -> Localization:
     """What the configuration asks for, over the ranks of the collectives."""
+    if config.selection == "random":
+        return DrawnLocalization(config.seed)
     return _MODES[config.localization](
         collectives,
         selection=config.selection,

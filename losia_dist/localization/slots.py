@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot_of
+
+
+@dataclass
+class SlotGroup:
+    """A group's place among those that localize in one slot; in "rank_parallel" it names the rank that works at it."""
+
+    name: str
+    place: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A layer that is to get another subnet at a slot's end.
+
+    layer: its name. step: optimizer steps done by then. shape: (m, n) of the weight. kept: (r, c) of the subnet. device: where
+    the layer is.
+    """
+
+    layer: str
+    step: int
+    shape: tuple[int, int]
+    kept: tuple[int, int]
+    device: torch.device
 
 
 class SlotClock:

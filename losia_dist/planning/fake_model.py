@@ -21,7 +21,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.modes import Localization, SlotGroup, make_localization
+from losia_dist.localization.modes import Localization, make_localization
+from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
@@ -60,11 +61,10 @@ class FakeRun:
         """The end of a slot: choose the subnets of the layers that localized."""
         for layer in self.localizing:
             accumulator, layer.gradient_sink = layer.gradient_sink, None
-            kept = (layer.row_index.numel(), layer.col_index.numel())
             assert self.localization is not None
-            shape = (layer.out_features, layer.in_features)
-            group = SlotGroup(layer.group_name, 0)
-            self.localization.choose(group, accumulator, shape, kept, layer.row_index.device)  # type: ignore[arg-type]
+            shape, kept = (layer.out_features, layer.in_features), (layer.row_index.numel(), layer.col_index.numel())
+            wanted = Wanted(layer.name, 1, shape, kept, layer.row_index.device)
+            self.localization.choose(SlotGroup(layer.group_name, 0), accumulator, wanted)  # type: ignore[arg-type]
             del accumulator
 
 
@@ -138,7 +138,8 @@ def _with_adamw(model: nn.Module) -> FakeRun:
 def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
     layers, access, config = subnet_layers(model), resolve_parameters(model), workload.config
-    names = group_names([layer for layer in layers if not layer.is_output])[-workload.localizing_layers :]
+    names = group_names([layer for layer in layers if not layer.is_output])
+    names = names[len(names) - min(len(names), workload.localizing_layers) :]
     localization = make_localization(config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [layer for layer in layers if layer.group_name in names]
     for layer in localizing:

@@ -131,6 +131,7 @@ def _schedule(workload: Workload, steps: int | None) -> dict[str, Any]:
     schedule: dict[str, Any] = {
         "groups": groups,
         "period": config.period,
+        "selection": config.selection,
         "layers_per_slot": workload.layers_per_slot,
         "cycle_steps": cycle,
     }

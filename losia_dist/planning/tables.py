@@ -97,7 +97,7 @@ def _schedule(schedule: dict[str, Any]) -> str:
         f"Re-localization: {schedule['groups']} groups, period {schedule['period']}, {schedule['layers_per_slot']} a slot: a "
         f"full cycle takes {schedule['cycle_steps']:,} steps."
     )
-    if schedule["layers_per_slot"] > 1:
+    if schedule["layers_per_slot"] > 1 and schedule["selection"] != "random":
         text += " Half the period and half as many layers a slot take as long, with half of the averages."
     if "steps" not in schedule:
         return text

@@ -178,7 +178,8 @@ class Workload:
     @property
     def localizing_layers(self) -> int:
         """Decoder layers whose importance one rank works at in a slot (the output layer takes its turn like a layer)."""
-        return min(self.layers_per_slot, self.groups) if self.method == "losia" else 0
+        collects = self.method == "losia" and self.config.selection != "random"
+        return min(self.layers_per_slot, self.groups) if collects else 0
 
     @property
     def layers_per_slot(self) -> int:

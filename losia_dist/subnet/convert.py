@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from losia_dist.config import LoSiAConfig, matches
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
+from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import BlockAccess, read_subnet, whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
 from losia_dist.subnet.targets import Target, find_targets, saved_modules
@@ -33,7 +33,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
         parameter.requires_grad_(False)
     for target in targets:
         weight = target.module.weight
-        rows, columns = first_subnet(target.name, shapes[target.name], sizes[target.name], config.seed)
+        rows, columns = draw_subnet(target.name, shapes[target.name], sizes[target.name], config.seed)
         rows, columns = rows.to(weight.device), columns.to(weight.device)
         values = read_subnet(access, target.module, rows, columns)
         layer = SubnetLinear.adopt(
@@ -52,19 +52,6 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
             TiedSubnetEmbedding.adopt(embedding, layer)
     for parameter in trained_in_full:
         parameter.requires_grad_(True)
-
-
-def first_subnet(name: str, shape: tuple[int, int], size: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """Random rows and columns of a layer's first subnet: int64 [r] and [c] on the CPU, sorted.
-
-    Seeded by name, so that which layers are targets does not change the subnet of any one of them.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-    rows, columns = (
-        torch.randperm(total, generator=generator, device="cpu")[:kept].sort().values
-        for total, kept in zip(shape, size, strict=True)
-    )
-    return rows, columns
 
 
 def subnet_layers(model: nn.Module) -> list[SubnetLinear]:

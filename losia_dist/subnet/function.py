@@ -60,6 +60,7 @@ def subnet_backward(
         else:
             grad_subnet = _give_up(flat_grad.t() @ flat_kept, layer, matrix, sink)
         grad_subnet = grad_subnet.to(subnet.dtype)
+        layer.in_mid_step = True
         if layer.gradient_witness is not None:
             layer.gradient_witness(grad_subnet)
     return grad_x, grad_subnet

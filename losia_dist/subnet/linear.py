@@ -53,6 +53,7 @@ class SubnetLinear(nn.Linear):
     gradient_sink: GradientSink | None  # set while the group localizes
     kept_inputs: dict[int, Tensor]  # under torch.compile: inputs of this step that await their backward, while it localizes
     gradient_witness: Callable[[Tensor], None] | None  # set until the subnet was seen to train
+    in_mid_step: bool  # a backward formed the subnet's gradient since the last optimizer step ended
 
     @classmethod
     def adopt(
@@ -89,6 +90,7 @@ class SubnetLinear(nn.Linear):
         linear.gradient_sink = None
         linear.kept_inputs = {}
         linear.gradient_witness = None
+        linear.in_mid_step = False
         return linear
 
     @property
@@ -122,6 +124,7 @@ class SubnetLinear(nn.Linear):
     def note_change(self) -> None:
         """An optimizer step ended: the subnet or its place may have changed in a way that no version shows."""
         self.written = None
+        self.in_mid_step = False
         self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
 
     def forward(self, input: Tensor) -> Tensor:

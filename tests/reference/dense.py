@@ -5,6 +5,7 @@ It imports nothing of the package and shares no code with it. Slow and plain on 
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ class DenseLoSiA:
     trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared.
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
-    selection: how a subnet is chosen from a score.
+    selection: how a subnet is chosen from a score; "random": drawn by seed, layer and step.
     moments: "cleared" at the end of a slot, or "kept" where a weight stays in its layer's subnet.
     importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
@@ -47,6 +48,7 @@ class DenseLoSiA:
         localization_ranks: int | None = None,
         importance_per_micro_batch: bool = False,
         selection: str = "greedy",
+        seed: int = 0,
         moments: str = "cleared",
     ) -> None:
         self.model = model
@@ -57,7 +59,8 @@ class DenseLoSiA:
         self.lr_schedule = lr_schedule
         self.localization_ranks = localization_ranks
         self.importance_per_micro_batch = importance_per_micro_batch
-        self.select = {"greedy": select, "alternating": select_alternating}[selection]
+        self.selection, self.seed = selection, seed
+        self.select = {"greedy": select, "alternating": select_alternating}.get(selection)
         self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
         self.importance_betas = importance_betas
@@ -136,8 +139,11 @@ class DenseLoSiA:
                 chosen = {}
                 for name in self.groups[index]:
                     rows, columns = self.subnets[name]
-                    score = self.I_mean[name] * self.I_deviation[name]
-                    self.subnets[name] = chosen[name] = self.select(score, len(rows), len(columns))
+                    if self.selection == "random":
+                        chosen[name] = self._draw(name, len(rows), len(columns))
+                    else:
+                        chosen[name] = self.select(self.I_mean[name] * self.I_deviation[name], len(rows), len(columns))
+                    self.subnets[name] = chosen[name]
                     if self.moments == "kept":
                         self._move_moments(name, (rows, columns), chosen[name])
                         continue
@@ -151,6 +157,14 @@ class DenseLoSiA:
         self.t += 1
         self.losses.append(loss)
         return loss
+
+    def _draw(self, name: str, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:
+        layer, (m, n) = name.removesuffix(".weight"), self.parameters[name].shape
+        generator = torch.Generator()
+        generator.manual_seed(binascii.crc32(f"{self.seed}/{layer}/{self.t + 1}".encode()))
+        shuffled_rows = torch.randperm(m, generator=generator)
+        shuffled_columns = torch.randperm(n, generator=generator)
+        return shuffled_rows[:row_count].sort().values, shuffled_columns[:column_count].sort().values
 
     def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
         """For each rank that localizes by itself (one, if they do it together): the gradients it takes importance from."""

@@ -106,6 +106,7 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         localization_ranks=ranks if config.localization == "rank_parallel" else None,
         importance_per_micro_batch=config.importance_accumulation == "micro_batch",
         selection=config.selection,
+        seed=config.seed,
     )
     if run.calibration:
         dense.locate(calibration_batches(run))

@@ -1,0 +1,30 @@
+"""selection="random": a slot ends with subnets drawn anew. No importance is collected, and nothing is sent."""
+
+from __future__ import annotations
+
+import torch
+
+from losia_dist.localization.search import Choice
+from losia_dist.localization.slots import SlotGroup, Wanted
+from losia_dist.subnet.drawn import draw_subnet
+
+
+class DrawnLocalization:
+    """Draws every subnet from the seed, the layer's name and the step, equally on every rank.
+
+    seed: of the configuration.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def groups_per_slot(self, layers_per_slot: int) -> int:
+        return layers_per_slot
+
+    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> None:
+        return None
+
+    def choose(self, group: SlotGroup, accumulator: None, wanted: Wanted) -> Choice:
+        rows, columns = draw_subnet(wanted.layer, wanted.shape, wanted.kept, self.seed, wanted.step)
+        unmeasured = torch.zeros((), dtype=torch.float64, device=wanted.device)
+        return Choice(rows.to(wanted.device), columns.to(wanted.device), unmeasured, unmeasured)

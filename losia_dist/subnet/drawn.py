@@ -1,0 +1,27 @@
+"""Subnets at random: the same on every rank, in every engine and after a restart, with nothing sent."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def draw_subnet(name: str, shape: tuple[int, int], size: tuple[int, int], seed: int, step: int = 0) -> tuple[Tensor, Tensor]:
+    """Random rows and columns of a layer: int64 [r] and [c] on the CPU, sorted.
+
+    Seeded by name, so that which layers are targets does not change the subnet of any one of them.
+
+    Args:
+        name: of the layer, in the model that was converted.
+        shape: (m, n) of its weight. size: (r, c).
+        step: optimizer steps done when the subnet is drawn; 0: the first one.
+    """
+    key = f"{seed}/{name}" if step == 0 else f"{seed}/{name}/{step}"
+    generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(key.encode()))
+    rows, columns = (
+        torch.randperm(total, generator=generator, device="cpu")[:kept].sort().values
+        for total, kept in zip(shape, size, strict=True)
+    )
+    return rows, columns

@@ -1,0 +1,111 @@
+"""selection="random": subnets drawn anew, against the dense reference; the same ones everywhere, with nothing sent for them."""
+
+import pytest
+import torch
+
+from losia_dist import LoSiAConfig, load_checkpoint, save_checkpoint
+from losia_dist.errors import CheckpointError, ConfigError
+from tests.support import resume as runs
+from tests.support.compare import assert_same_run
+from tests.support.training import Run, reference, train, variant
+
+DRAWN = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "selection": "random", "seed": 5}
+RUN = Run(steps=10, accumulation=2, max_grad_norm=0.5, config=DRAWN)
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
+def test_drawn_subnets_equal_the_reference(ranks, engine):
+    expected = reference(RUN)
+    for result in [train(engine, RUN)] if engine == "one" else ranks(2, train, engine, RUN):
+        assert_same_run(result, expected)
+
+
+@pytest.mark.parametrize("moments", ["cleared", "kept"])
+def test_moments_move_with_drawn_subnets(moments):
+    run = variant(RUN, config={**DRAWN, "moments": moments, "rewarm_steps": 0})
+    assert_same_run(train("one", run), reference(run))
+
+
+def test_every_draw_is_another_and_another_seed_draws_others():
+    history = reference(RUN)["history"]
+    of_layer = [chosen[name] for _, _, chosen in history for name in chosen if "layers.0.mlp.down_proj" in name]
+    drawn = [rows.tolist() for rows, _ in of_layer]
+    assert len(drawn) > 1 and len({tuple(rows) for rows in drawn}) == len(drawn)
+    other = reference(variant(RUN, config={**DRAWN, "seed": 6}))["history"]
+    name = next(name for name in history[0][2] if "down_proj" in name)
+    assert history[0][2][name][0].tolist() != other[0][2][name][0].tolist()
+
+
+def watch(engine: str) -> dict[str, int]:
+    """How many layers collected importance or formed a full gradient in any step, and what was measured of the moves."""
+    collecting, captured = [], []
+
+    def inspect(stage, losia, _):
+        collecting.append(len(losia.accumulators) + sum(layer.gradient_sink is not None for layer in losia.layers))
+        if not losia.on_move:
+            losia.on_move.append(lambda move: captured.append(move.captured))
+
+    train(engine, RUN, inspect)
+    return {"collecting": max(collecting), "moves": len(captured), "measured": sum(c is not None for c in captured)}
+
+
+def test_no_importance_is_collected_and_none_is_reported(ranks):
+    for found in ranks(2, watch, "ddp"):
+        assert found["collecting"] == found["measured"] == 0
+        assert found["moves"] > 0
+
+
+def save_in_mid_step(directory) -> None:
+    losia, stepper, close = runs.start("one", RUN)
+    runs.train_on(losia, stepper, RUN, 2)
+    losia.model(**runs.global_batches(RUN)[0][0], use_cache=False).loss.backward()
+    with pytest.raises(CheckpointError, match="in the middle of an optimizer step"):
+        save_checkpoint(directory, **runs.parts(losia))
+    with pytest.raises(CheckpointError, match="in the middle of an optimizer step"):
+        load_checkpoint(directory, **runs.parts(losia))
+    losia.discard_step()
+    save_checkpoint(directory, **runs.parts(losia))
+    close()
+
+
+def test_half_a_step_is_not_saved_though_nothing_collects_importance(tmp_path):
+    save_in_mid_step(tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_resumed_run_draws_what_the_undisturbed_one_draws(ranks, tmp_path, engine):
+    undisturbed = ranks(2, runs.train_and_save, engine, RUN, tmp_path, (5,))
+    for ours, theirs in zip(ranks(2, runs.resume, engine, RUN, tmp_path, None), undisturbed, strict=True):
+        assert ours["first"] == 5
+        runs.assert_equal(ours, theirs)
+
+
+def test_another_seed_is_refused_on_resume(tmp_path):
+    runs.train_and_save("one", RUN, tmp_path, (5,))
+    losia, _, close = runs.start("one", variant(RUN, config={**DRAWN, "seed": 6}))
+    with pytest.raises(CheckpointError, match="seed"):
+        load_checkpoint(tmp_path, **runs.parts(losia))
+    close()
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("init", "importance"),
+        ("localization", "rank_parallel"),
+        ("importance", "first_order"),
+        ("importance_betas", (0.5, 0.85)),
+        ("importance_accumulation", "micro_batch"),
+    ],
+)
+def test_what_asks_for_importance_is_refused(option, value):
+    with pytest.raises(ConfigError, match=f"{option}=.*no meaning with selection='random'.*selection='greedy'"):
+        LoSiAConfig(selection="random", **{option: value})
+
+
+def test_locating_is_refused():
+    def ask(stage, losia, _):
+        with pytest.raises(ConfigError, match="selection='random' draws subnets and locates none"):
+            losia.locate([{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}])
+
+    train("one", variant(RUN, steps=1), ask)
