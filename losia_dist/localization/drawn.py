@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.subnet.drawn import draw_subnet
@@ -24,7 +25,7 @@ class DrawnLocalization:
     def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> None:
         return None
 
-    def choose(self, group: SlotGroup, accumulator: None, wanted: Wanted) -> Choice:
+    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         rows, columns = draw_subnet(wanted.layer, wanted.shape, wanted.kept, self.seed, wanted.step)
         unmeasured = torch.zeros((), dtype=torch.float64, device=wanted.device)
         return Choice(rows.to(wanted.device), columns.to(wanted.device), unmeasured, unmeasured)

@@ -261,3 +261,24 @@ def test_a_warm_start_keeps_and_sends_sums_alone():
     assert tall["sums_bytes"] == 8 * 80 * sum(n for _, n in shape.linears().values())
     assert square["seconds"] == pytest.approx(2 * tall["seconds"], rel=1e-6)
     assert square["sums_bytes"] < 0.2e9 and square["largest_gradient_bytes"] == 2 * 8192 * 28672
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_drawn_subnets_cost_nothing_beyond_the_subnets_step(engine):
+    drawn, greedy = (make_plan(workload(engine=engine, config=LoSiAConfig(selection=s))) for s in ("random", "greedy"))
+    assert drawn.traffic.localization == drawn.memory.parts["importance"] == 0 < greedy.traffic.localization
+    assert drawn.peak < greedy.peak
+    one_layer = 2.0 * 4096 * find_shape("llama-2-70b").layer_weights
+    assert greedy.compute.total - drawn.compute.total == pytest.approx(one_layer * (1 - 1 / 64), rel=1e-3)
+    assert drawn.record()["disk_bytes"]["importance_inside_a_slot"] == 0
+    assert drawn.traffic.gradients == greedy.traffic.gradients
+
+
+def test_the_command_says_nothing_of_averages_where_subnets_are_drawn(capsys, tmp_path):
+    file = tmp_path / "losia.yaml"
+    file.write_text("selection: random\nlayers_per_slot: 4\n")
+    words = ["plan", "--model", "llama-2-7b", "--engine", "fsdp2", "--losia_config", str(file)]
+    said = run(capsys, *words)
+    assert "4 a slot" in said and "averages" not in said.split("Re-localization")[1]
+    file.write_text("layers_per_slot: 4\n")
+    assert "averages" in run(capsys, *words).split("Re-localization")[1]

@@ -32,6 +32,7 @@ CASES = [
     ("qwen3-0.6b", 2, {"sequence": 1024, "micro_batch": 2, "checkpointing": False}),
     ("qwen3-0.6b", 2, {"sequence": 1024, "method": "full"}),
     ("llama-2-7b", 4, {"sequence": 2048, "engine": "hsdp", "shard_ranks": 2}),
+    ("llama-2-70b", 4, {"sequence": 1024, "config": LoSiAConfig(selection="random")}),
     # The fullest moments of short rows: two full gradients of a localizing layer, and the first layer's forward.
     ("llama-2-70b", 4, {"sequence": 1024, "checkpointing": False}),
     ("qwen3-8b", 8, {"sequence": 1024}),
