@@ -99,7 +99,7 @@ class LoSiA:
         )
         per_slot = self.localization.groups_per_slot(layers_per_slot(config))
         self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
-        self.rewarming = Rewarming(self.state.optimizer, self.clock.scale)
+        self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
         self.rewarming.allow = self._check_located
         self.located = config.init == "random"  # subnets stand where the configuration wants the first ones
         self.placement.cut_awaited(config.seed, group)
@@ -262,6 +262,10 @@ class LoSiA:
         for layer in self.layers:
             layer.gradient_sink = layer.gradient_witness = None
         self._accumulators = {}
+
+    def _lr_scale(self, group: str | None) -> float:
+        """Factor on the scheduled learning rate of a group in the step in progress; None: what trains in full."""
+        return self.config.full_lr_scale if group is None else self.clock.scale(group)
 
     def _note_changes(self) -> None:
         for layer in self.layers:

@@ -45,6 +45,8 @@ class LoSiAConfig:
         modules_to_save: further modules trained in full, by name as above ("norm", "embed_tokens"). None: none.
         train_norms: train every normalization layer in full.
         train_embeddings: train the input embedding in full.
+        full_lr_scale: learning rate of all that trains in full (the three above), as a multiple of the subnets'. Above 0.
+            Subnets take larger rates than whole parameters do: random ones about eight times as large (docs/quality.md).
         importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
             "first_order" |wg|, "second_order" (wg)^2.
         importance_betas: (b1, b2) of the averages of I and of its deviation, each in [0, 1). Paper: 0.85, 0.85.
@@ -79,6 +81,7 @@ class LoSiAConfig:
     modules_to_save: list[str] | None = None
     train_norms: bool = False
     train_embeddings: bool = False
+    full_lr_scale: float = 1.0
     importance: str = "param_mix"
     importance_betas: tuple[float, float] = (0.85, 0.85)
     selection: str = "greedy"
@@ -120,8 +123,22 @@ class LoSiAConfig:
         for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
+        self._check_full_lr_scale()
         if self.selection == "random":
             self._refuse_importance()
+
+    def _check_full_lr_scale(self) -> None:
+        scale = self.full_lr_scale
+        if not _is_number(scale) or not 0 < scale < float("inf"):
+            raise ConfigError(
+                f"full_lr_scale={scale!r}: a number above 0 is needed; to freeze norms, embeddings and modules_to_save leave "
+                "them out."
+            )
+        if scale != 1 and not (self.modules_to_save or self.train_norms or self.train_embeddings):
+            raise ConfigError(
+                f"full_lr_scale={scale!r}, but nothing trains in full: set train_norms, train_embeddings or modules_to_save, "
+                "or leave full_lr_scale out."
+            )
 
     def _refuse_importance(self) -> None:
         """Nothing collects importance: what would ask for it, or change it, must be as it is by default."""

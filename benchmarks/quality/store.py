@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.setting import Setting
+from losia_dist.config import LoSiAConfig
+
+
+def _setting(record: dict[str, Any]) -> Setting:
+    """Of a stored run. An option of LoSiA that came later had its default then, which changes nothing."""
+    setting = Setting(**record["setting"])
+    if "rank_factor" not in setting.resolved:
+        return setting  # another method's
+    return replace(setting, resolved={**LoSiAConfig().to_dict(), **setting.resolved})
 
 
 class Store:
@@ -35,7 +45,7 @@ class Store:
     def find(self, setting: Setting) -> dict[str, Any] | None:
         """The latest record of a run with these settings, or None."""
         for record in reversed(self.records()):
-            if Setting(**record["setting"]).key == setting.key:
+            if _setting(record).key == setting.key:
                 return record
         return None
 
@@ -43,7 +53,7 @@ class Store:
         """The latest record of every learning rate and seed that was run with these settings, by seed and rate."""
         found = {}
         for record in self.records():
-            stored = Setting(**record["setting"])
+            stored = _setting(record)
             if stored.at(rate=setting.rate, seed=setting.seed).key == setting.key:
                 found[stored.seed, stored.rate] = record
         return [found[place] for place in sorted(found)]

@@ -65,9 +65,9 @@ class SlotClock:
         for name in relocalized:
             self.relocalized_at[name] = self.step
 
-    def scale(self, name: str | None) -> float:
-        """Learning rate factor of a group in the step in progress; 1 for parameters outside the subnets (None)."""
-        since = self.relocalized_at.get(name) if name is not None else None
+    def scale(self, name: str) -> float:
+        """Learning rate factor of a group in the step in progress."""
+        since = self.relocalized_at.get(name)
         return rewarm_scale(None if since is None else self.step - since, self.rewarm_steps)
 
     def state(self) -> dict[str, Any]:

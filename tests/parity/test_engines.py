@@ -22,6 +22,7 @@ VARIANTS = {
         "period": 5,
         "train_norms": True,
         "train_embeddings": True,
+        "full_lr_scale": 0.25,
         "reset_bias_correction": False,
         "importance": "second_order",
     },

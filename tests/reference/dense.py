@@ -19,7 +19,8 @@ class DenseLoSiA:
     groups: weight names per group, in localization order (decoder layers, output layer last).
     initial_subnets: weight name -> (rows, columns); their sizes stay for the whole run.
     lr_schedule: learning rate at the 0-based optimizer step, rewarming not included.
-    trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared.
+    trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared, at full_lr_scale times
+        the learning rate.
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
     selection: how a subnet is chosen from a score; "random": drawn by seed, layer and step.
@@ -49,6 +50,7 @@ class DenseLoSiA:
         importance_per_micro_batch: bool = False,
         selection: str = "greedy",
         seed: int = 0,
+        full_lr_scale: float = 1.0,
         moments: str = "cleared",
     ) -> None:
         self.model = model
@@ -70,6 +72,7 @@ class DenseLoSiA:
         self.moments = moments
         self.max_grad_norm = max_grad_norm
         self.trainable_names = list(trainable_names)
+        self.full_lr_scale = full_lr_scale
 
         self.t = 0
         self.group_of = {name: index for index, group in enumerate(groups) for name in group}
@@ -201,6 +204,8 @@ class DenseLoSiA:
         return total, {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
 
     def _ramp(self, name: str) -> float:
+        if name in self.trainable_names:
+            return self.full_lr_scale
         if name not in self.group_of or self.group_of[name] not in self.relocalized_at or self.rewarm_steps == 0:
             return 1.0
         j = self.t - self.relocalized_at[self.group_of[name]]

@@ -107,6 +107,7 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         importance_per_micro_batch=config.importance_accumulation == "micro_batch",
         selection=config.selection,
         seed=config.seed,
+        full_lr_scale=config.full_lr_scale,
     )
     if run.calibration:
         dense.locate(calibration_batches(run))

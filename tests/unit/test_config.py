@@ -91,3 +91,15 @@ def test_a_missing_file_is_refused_with_its_name(tmp_path):
 def test_rewarming_lasts_one_period_unless_set():
     assert LoSiAConfig(period=9).effective_rewarm_steps == 9
     assert LoSiAConfig(period=9, rewarm_steps=0).effective_rewarm_steps == 0
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, "half", float("inf"), True])
+def test_a_scale_of_the_learning_rate_must_be_above_0(scale):
+    with pytest.raises(ConfigError, match="full_lr_scale=.*above 0"):
+        LoSiAConfig(full_lr_scale=scale, train_norms=True)
+
+
+def test_a_scale_of_the_learning_rate_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="full_lr_scale=0.1, but nothing trains in full"):
+        LoSiAConfig(full_lr_scale=0.1)
+    assert LoSiAConfig(full_lr_scale=0.1, modules_to_save=["norm"]).full_lr_scale == 0.1
