@@ -23,7 +23,6 @@ from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_pa
 from losia_dist.formulas import subnet_size
 
 BETAS = (0.9, 0.999)
-_BUDGET = 1 / 8  # rank factor whose number of trainable parameters LoRA and DoRA are given
 
 
 @dataclass
@@ -92,13 +91,15 @@ def full(start: Start, *, linears_only: bool = False) -> Trained:
     return Trained(model, _adamw(model, start.rate), lambda: model)
 
 
-def lora(start: Start, *, rank: int | None = None, alpha: float | None = None, dora: bool = False) -> Trained:
-    """PEFT's LoRA or DoRA. rank: None: the smallest that trains no fewer parameters than LoSiA's subnets at 1/8."""
+def lora(
+    start: Start, *, equal_to: float = 1 / 16, rank: int | None = None, alpha: float | None = None, dora: bool = False
+) -> Trained:
+    """PEFT's LoRA or DoRA. equal_to: share of the weights than which it trains no fewer parameters; rank: instead of that."""
     try:
         import peft
     except ImportError:
         raise NotInstalledError("peft is not installed: pip install 'losia_dist[benchmarks]'") from None
-    rank = rank or equal_rank(start.model, dora)
+    rank = rank or equal_rank(start.model, equal_to, dora)
     alpha = 2 * rank if alpha is None else alpha
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(start.model, config)
@@ -106,10 +107,10 @@ def lora(start: Start, *, rank: int | None = None, alpha: float | None = None, d
     return Trained(inner, _adamw(inner, start.rate), adapted.merge_and_unload, details={"rank": rank})
 
 
-def equal_rank(model: Any, dora: bool = False) -> int:
-    """Smallest rank of LoRA (DoRA) on the decoder's linear layers that trains no fewer parameters than subnets of 1/8."""
+def equal_rank(model: Any, share: float, dora: bool = False) -> int:
+    """Smallest rank of LoRA (DoRA) on the decoder's linear layers that trains no fewer parameters than subnets of this share."""
     shapes = [tuple(module.weight.shape) for module in target_linears(model)]
-    budget = sum(subnet_size(m, _BUDGET) * subnet_size(n, _BUDGET) for m, n in shapes)
+    budget = sum(m * subnet_size(n, share) for m, n in shapes)
     magnitudes = sum(m for m, _ in shapes) if dora else 0
     return max(1, math.ceil((budget - magnitudes) / sum(m + n for m, n in shapes)))
 
@@ -186,16 +187,17 @@ _PUBLISHED: dict[str, Any] = {
 }
 # What this project recommends for a run of this length: the quickstart's configuration.
 RECOMMENDED = Path(__file__).parents[2] / "configs" / "losia" / "smollm2-135m.yaml"
-_RECOMMENDED = LoSiAConfig.from_file(RECOMMENDED).to_dict()
+RECOMMENDED_CONFIG = LoSiAConfig.from_file(RECOMMENDED)
+_SHARE = RECOMMENDED_CONFIG.row_factor * RECOMMENDED_CONFIG.column_factor  # of each weight, that trains
 _RANDOM: dict[str, Any] = {"rank_factor": 0.125, "init": "random", "period": NEVER}
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", 1e-4, full),
     "full_linears": Method("full fine-tuning, linear layers only", 1e-4, full, {"linears_only": True}),
-    "lora": Method("LoRA, equal parameters", 2e-3, lora),
-    "dora": Method("DoRA, equal parameters", 2e-3, lora, {"dora": True}),
+    "lora": Method("LoRA, equal parameters", 2e-3, lora, {"equal_to": _SHARE}),
+    "dora": Method("DoRA, equal parameters", 2e-3, lora, {"dora": True, "equal_to": _SHARE}),
     "galore": Method("GaLore, rank 128", 1e-3, galore),
     "random": Method("random subnets, kept", 2e-3, losia, _RANDOM, _resolve_losia),
     "losia_published": Method("LoSiA as published, T = 2", 1e-3, losia, _PUBLISHED, _resolve_losia),
-    "losia": Method("LoSiA, this project's defaults", 1e-3, losia, _RECOMMENDED, _resolve_losia),
+    "losia": Method("LoSiA, this project's defaults", 2e-3, losia, RECOMMENDED_CONFIG.to_dict(), _resolve_losia),
 }

@@ -6,35 +6,44 @@ from typing import Any
 
 from benchmarks.methods import NEVER
 
+_LOCATED: dict[str, Any] = {"selection": "greedy", "init": "importance"}
+# The recommendation for 1/64 of the weights that are located.
+_LOCATED_64: dict[str, Any] = {**_LOCATED, "rank_factor": [1 / 2, 1 / 32], "period": 3, "cycles": 3, "train_norms": True}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "random start": {"init": "random"},
-    "random start, kept": {"init": "random", "period": NEVER, "layers_per_slot": 1},
-    "located start, kept": {"period": NEVER, "layers_per_slot": 1},
-    "alternating": {"selection": "alternating"},
-    "one cycle": {"cycles": 1},
-    "T = 2": {"period": 2},
-    "T = 5, two cycles": {"period": 5, "cycles": 2},
-    "T = 10, one cycle": {"period": 10, "cycles": 1},
+    "drawn once, kept": {"period": NEVER, "layers_per_slot": 1},
+    "located": _LOCATED,
+    "located, alternating": {**_LOCATED, "selection": "alternating"},
+    "located, kept": {**_LOCATED, "period": NEVER, "layers_per_slot": 1},
+    "located, random start": {**_LOCATED, "init": "random"},
+    "T = 3, three cycles": {"period": 3, "cycles": 3},
+    "T = 1, ten cycles": {"period": 1, "cycles": 10},
+    "T = 2, one cycle": {"cycles": 1},
     "one layer a slot": {"layers_per_slot": 1},
     "not rewarmed": {"rewarm_steps": 0},
     "rewarmed over the period": {"rewarm_steps": None},
     "moments kept": {"moments": "kept"},
     "bias correction not restarted": {"reset_bias_correction": False},
     "flat noise 0.05": {"noise": 0.05},
-    "steps over input size": {"column_exponent": 1.0},
     "output layer, 1/8 of its rows": {"output_rank_factor": 0.125},
     "embeddings too": {"train_embeddings": True},
-    "norms frozen": {"train_norms": False},
+    "norms too, at half the rate": {"train_norms": True, "full_lr_scale": 0.5},
     "rank factor 1/16": {"rank_factor": 1 / 16},
     "rank factor 1/8": {"rank_factor": 1 / 8},
     "rank factor 1/4": {"rank_factor": 1 / 4},
     "shape 1 x 1/64": {"rank_factor": [1.0, 1 / 64]},
-    "shape 1/4 x 1/16": {"rank_factor": [1 / 4, 1 / 16]},
-    "shape 1/16 x 1/4": {"rank_factor": [1 / 16, 1 / 4]},
-    "shape 1/64 x 1": {"rank_factor": [1 / 64, 1.0]},
+    "shape 1/2 x 1/8": {"rank_factor": [1 / 2, 1 / 8]},
+    "shape 1/16 x 1": {"rank_factor": [1 / 16, 1.0]},
+    "located, 1/64": _LOCATED_64,
+    "located, 1/64, alternating": {**_LOCATED_64, "selection": "alternating"},
+    "located, 1/64, norms frozen": {**_LOCATED_64, "train_norms": False},
+    "located, 1/64, steps over input size": {**_LOCATED_64, "column_exponent": 1.0},
     # What `losia-dist allocate` says of SmolLM2-135M; all other modules 1/2 x 1/32.
-    "shape per module": {"rank_pattern": {"q_proj": [1 / 4, 1 / 16], "k_proj": [1 / 4, 1 / 16], "up_proj": [1 / 32, 1 / 2]}},
+    "located, 1/64, shape per module": {
+        **_LOCATED_64,
+        "rank_pattern": {"q_proj": [1 / 4, 1 / 16], "k_proj": [1 / 4, 1 / 16], "up_proj": [1 / 32, 1 / 2]},
+    },
 }
 
 
