@@ -108,7 +108,7 @@ def lora(
 
 
 def equal_rank(model: Any, share: float, dora: bool = False) -> int:
-    """Smallest rank of LoRA (DoRA) on the decoder's linear layers that trains no fewer parameters than subnets of this share."""
+    """Smallest rank of LoRA (DoRA) on the linear layers that trains no fewer parameters than subnets of this share."""
     shapes = [tuple(module.weight.shape) for module in target_linears(model)]
     budget = sum(m * subnet_size(n, share) for m, n in shapes)
     magnitudes = sum(m for m, _ in shapes) if dora else 0
