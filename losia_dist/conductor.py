@@ -191,7 +191,7 @@ class LoSiA:
                 Same on every rank.
             DivergenceError: importance is not finite.
         """
-        if self.config.selection == "random":
+        if not self.config.collects_importance:
             raise ConfigError("selection='random' draws subnets and locates none: leave losia.locate(...) out.")
         mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
         counts = self.collectives.stack(mine).flatten().tolist()

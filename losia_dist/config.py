@@ -124,7 +124,7 @@ class LoSiAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         self._check_full_lr_scale()
-        if self.selection == "random":
+        if not self.collects_importance:
             self._refuse_importance()
 
     def _check_full_lr_scale(self) -> None:
@@ -172,6 +172,11 @@ class LoSiAConfig:
         if not isinstance(pattern, dict) or not pattern or not all(isinstance(name, str) and name for name in pattern):
             raise ConfigError(f"rank_pattern={pattern!r}: give names with their factors, {{'down_proj': 0.25}}, or null.")
         self.rank_pattern = {name: _factors(f"rank_pattern[{name!r}]", factor) for name, factor in pattern.items()}
+
+    @property
+    def collects_importance(self) -> bool:
+        """Whether subnets are chosen by importance, and not drawn."""
+        return self.selection != "random"
 
     @property
     def row_factor(self) -> float:

@@ -91,9 +91,7 @@ def full(start: Start, *, linears_only: bool = False) -> Trained:
     return Trained(model, _adamw(model, start.rate), lambda: model)
 
 
-def lora(
-    start: Start, *, equal_to: float = 1 / 16, rank: int | None = None, alpha: float | None = None, dora: bool = False
-) -> Trained:
+def lora(start: Start, *, equal_to: float, rank: int | None = None, alpha: float | None = None, dora: bool = False) -> Trained:
     """PEFT's LoRA or DoRA. equal_to: share of the weights than which it trains no fewer parameters; rank: instead of that."""
     try:
         import peft
@@ -187,8 +185,8 @@ _PUBLISHED: dict[str, Any] = {
 }
 # What this project recommends for a run of this length: the quickstart's configuration.
 RECOMMENDED = Path(__file__).parents[2] / "configs" / "losia" / "smollm2-135m.yaml"
-RECOMMENDED_CONFIG = LoSiAConfig.from_file(RECOMMENDED)
-_SHARE = RECOMMENDED_CONFIG.row_factor * RECOMMENDED_CONFIG.column_factor  # of each weight, that trains
+_RECOMMENDED = LoSiAConfig.from_file(RECOMMENDED)
+_SHARE = _RECOMMENDED.row_factor * _RECOMMENDED.column_factor  # of each weight, that trains
 _RANDOM: dict[str, Any] = {"rank_factor": 0.125, "init": "random", "period": NEVER}
 
 METHODS: dict[str, Method] = {
@@ -199,5 +197,5 @@ METHODS: dict[str, Method] = {
     "galore": Method("GaLore, rank 128", 1e-3, galore),
     "random": Method("random subnets, kept", 2e-3, losia, _RANDOM, _resolve_losia),
     "losia_published": Method("LoSiA as published, T = 2", 1e-3, losia, _PUBLISHED, _resolve_losia),
-    "losia": Method("LoSiA, this project's defaults", 2e-3, losia, RECOMMENDED_CONFIG.to_dict(), _resolve_losia),
+    "losia": Method("LoSiA, this project's defaults", 2e-3, losia, _RECOMMENDED.to_dict(), _resolve_losia),
 }

@@ -98,7 +98,7 @@ def check_scheduler(scheduler: Any, reader: Reader) -> None:
 
 def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None:
     defaults = LoSiAConfig().to_dict()
-    free = ("init",) if config.selection == "random" else _FREE_TO_DIFFER
+    free = _FREE_TO_DIFFER if config.collects_importance else ("init",)
     for field in fields(LoSiAConfig):
         here, there = config.to_dict()[field.name], saved.get(field.name, defaults[field.name])
         if here != there and field.name not in free:

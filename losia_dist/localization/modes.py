@@ -93,7 +93,7 @@ _MODES: dict[str, type[ReducedLocalization] | type[RankParallelLocalization]] = 
 
 def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool) -> Localization:
     """What the configuration asks for, over the ranks of the collectives."""
-    if config.selection == "random":
+    if not config.collects_importance:
         return DrawnLocalization(config.seed)
     return _MODES[config.localization](
         collectives,

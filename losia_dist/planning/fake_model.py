@@ -138,8 +138,7 @@ def _with_adamw(model: nn.Module) -> FakeRun:
 def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
     layers, access, config = subnet_layers(model), resolve_parameters(model), workload.config
-    names = group_names([layer for layer in layers if not layer.is_output])
-    names = names[len(names) - min(len(names), workload.localizing_layers) :]
+    names = group_names([layer for layer in layers if not layer.is_output])[::-1][: workload.localizing_layers]
     localization = make_localization(config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [layer for layer in layers if layer.group_name in names]
     for layer in localizing:
