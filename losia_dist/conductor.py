@@ -28,14 +28,14 @@ from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.modes import Localization, make_localization
 from losia_dist.localization.moves import SubnetMove
 from losia_dist.localization.search import Choice
-from losia_dist.localization.slots import SlotClock, SlotGroup, Wanted
+from losia_dist.localization.slots import SlotClock, SlotGroup
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.placement import Placement
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 from losia_dist.subnet.operator import make_findable
-from losia_dist.warm_start import layers_per_slot, locate_all, settled
+from losia_dist.warm_start import draw_all, layers_per_slot, locate_all, settled
 
 
 class LoSiA:
@@ -101,7 +101,8 @@ class LoSiA:
         self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
         self.rewarming.allow = self._check_located
-        self.located = config.init == "random"  # subnets stand where the configuration wants the first ones
+        self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
+        self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
         self.placement.cut_awaited(config.seed, group)
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
@@ -174,6 +175,9 @@ class LoSiA:
     def locate(self, batches: Sequence[Batch], compute_loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> int:
         """Give every layer the subnet that importance in these batches asks for; before the first step, on every rank.
 
+        With selection="random" and an outlier_limit: a subnet drawn without the input neurons that stand out in these batches,
+        as all later ones will be. One forward pass; n numbers a layer are kept and communicated (`localization.inputs`).
+
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
         gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
         one forward and backward of the batches, with the weights' gradients, for each query of the search: two for
@@ -187,19 +191,24 @@ class LoSiA:
             passes over the batches.
 
         Raises:
-            ConfigError: selection="random", no batch, unequal counts, training has begun, or a layer that no gradient reaches.
-                Same on every rank.
-            DivergenceError: importance is not finite.
+            ConfigError: selection="random" without outlier_limit, no batch, unequal counts, training has begun, a layer that
+                no gradient (or forward) reaches, or an outlier_limit that leaves too few neurons. Same on every rank.
+            DivergenceError: importance, or the inputs, are not finite.
         """
-        if not self.config.collects_importance:
-            raise ConfigError("selection='random' draws subnets and locates none: leave losia.locate(...) out.")
+        if not (self.config.collects_importance or self.config.needs_calibration):
+            raise ConfigError(
+                "selection='random' draws subnets and locates none: leave losia.locate(...) out, or set outlier_limit."
+            )
         mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
         counts = self.collectives.stack(mine).flatten().tolist()
         if len(set(counts)) > 1 or not counts[0]:
             raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
         if self.steps or self.in_mid_step:
             raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
-        choices, passes = locate_all(self, batches, compute_loss)
+        if self.config.collects_importance:
+            choices, passes = locate_all(self, batches, compute_loss)
+        else:
+            choices, passes = draw_all(self, batches, compute_loss)
         check_finite([choice.inside for choice in choices], self.layers)
         with torch.no_grad():
             for layer, choice in zip(self.layers, choices, strict=True):
@@ -226,6 +235,7 @@ class LoSiA:
             "applied": [[name, rate] for name, rate in self.rewarming.applied.items()],
             "engaged": self._engagement is None,
             "located": self.located,
+            "outliers": self.outliers,
         }
 
     def restore_progress(self, progress: dict[str, Any]) -> None:
@@ -236,7 +246,7 @@ class LoSiA:
         self._note_changes()
         self.clock.restore(progress["clock"])
         self.rewarming.restore(dict(progress["applied"]))
-        self.located = progress["located"]
+        self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
         for layer in self.layers:
             layer.gradient_witness = None
         self._engagement = None if progress["engaged"] else EngagementCheck(self.layers, self.state, self.collectives)
@@ -289,8 +299,7 @@ class LoSiA:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
         choices: list[Choice] = []
         for layer in layers:
-            kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
-            wanted = Wanted(layer.name, self.steps + 1, self.placement.shape(layer), kept, device)
+            wanted = self.placement.wanted(layer, self.steps + 1, self.outliers)
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
             accumulator = self._accumulators.pop(layer, None)
             choices.append(self.localization.choose(group, accumulator, wanted))
@@ -329,11 +338,17 @@ class LoSiA:
 
     def _check_located(self) -> None:
         """An optimizer step is about to be made: the subnets must be those that the configuration asks for."""
-        if not self.located:
+        if self.located:
+            return
+        if self.config.outlier_limit is not None:
             raise ConfigError(
-                "init='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
-                "before the first step, or set init='random'."
+                f"outlier_limit={self.config.outlier_limit}, but no calibration batches were given: call losia.locate(batches) "
+                "on every rank before the first step, or leave outlier_limit out."
             )
+        raise ConfigError(
+            "init='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
+            "before the first step, or set init='random'."
+        )
 
     def _refuse_tied_micro_batches(self) -> None:
         tied = any(isinstance(module, TiedSubnetEmbedding) for module in self.model.modules())

@@ -53,12 +53,15 @@ class LoSiAConfig:
         selection: "greedy", the best of the paper's candidates (algorithm 1). "alternating": from there on, rows given the
             columns and columns given the rows in turn, while the score inside the subnet grows. "random": drawn anew, by seed,
             layer and step: no importance is collected, nothing is sent for it, and a slot costs no more than other steps.
+        outlier_limit: with selection="random": input neurons whose root mean square over calibration batches (`LoSiA.locate`,
+            as for init="importance", by forward passes alone) is above this multiple of their layer's median are never
+            drawn. Above 1. None: all may be drawn, and no batch is needed.
         layers_per_slot: groups (decoder layers) that localize in one slot. At least 1. "auto": as few as locate every group
             `cycles` times in the length of the run, which `LoSiA(..., total_steps=...)` is told.
         cycles: with layers_per_slot="auto", how often every group is located after the start. At least 1.
         init: first subnets: "random" (seeded, the paper's), or "importance": located before the first step by
             `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
-        calibration_batches: micro-batches of each rank that they are located from, where an integration takes them. At least 1.
+        calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
         moments: of Adam, when a layer's subnet moves: "cleared" (the paper's), or "kept": those of weights that are in the
             next subnet too stay, those of new weights are begun from their row's and column's, and the step count goes on.
@@ -85,6 +88,7 @@ class LoSiAConfig:
     importance: str = "param_mix"
     importance_betas: tuple[float, float] = (0.85, 0.85)
     selection: str = "greedy"
+    outlier_limit: float | None = None
     layers_per_slot: int | str = 1
     cycles: int = 1
     init: str = "random"
@@ -124,6 +128,7 @@ class LoSiAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         self._check_full_lr_scale()
+        self._check_outlier_limit()
         if not self.collects_importance:
             self._refuse_importance()
 
@@ -138,6 +143,22 @@ class LoSiAConfig:
             raise ConfigError(
                 f"full_lr_scale={scale!r}, but nothing trains in full: set train_norms, train_embeddings or modules_to_save, "
                 "or leave full_lr_scale out."
+            )
+
+    def _check_outlier_limit(self) -> None:
+        limit = self.outlier_limit
+        if limit is None:
+            return
+        if not _is_number(limit) or not 1 < limit < float("inf"):
+            raise ConfigError(f"outlier_limit={limit!r}: a number above 1 is needed, for example 4, or null to draw from all.")
+        if self.collects_importance:
+            raise ConfigError(
+                f"outlier_limit={limit!r} is for subnets that are drawn, and selection={self.selection!r} chooses them by "
+                "importance: set selection='random', or leave outlier_limit out."
+            )
+        if self.column_factor == 1 and all(_pair(factor)[1] == 1 for factor in (self.rank_pattern or {}).values()):
+            raise ConfigError(
+                f"outlier_limit={limit!r}, but subnets take all columns: leave it out, or lower rank_factor's second number."
             )
 
     def _refuse_importance(self) -> None:
@@ -177,6 +198,11 @@ class LoSiAConfig:
     def collects_importance(self) -> bool:
         """Whether subnets are chosen by importance, and not drawn."""
         return self.selection != "random"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `LoSiA.locate` must see calibration batches before the first step."""
+        return self.init == "importance" or self.outlier_limit is not None
 
     @property
     def row_factor(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from losia_dist.errors import ConfigError
 from losia_dist.guard import any_rank
 from losia_dist.localization.search import Choice
+from losia_dist.localization.slots import Wanted
 from losia_dist.optim.carried import carry_state
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.subnet.drawn import draw_subnet
@@ -61,6 +64,14 @@ class Placement:
         values = self.parameters.read_whole(layer.subnet)
         write_back(self.parameters, layer, layer.row_index, layer.col_index, values)
         return values
+
+    def wanted(self, layer: SubnetLinear, step: int, outliers: Mapping[str, Sequence[int]]) -> Wanted:
+        """What is asked for where the layer is to get another subnet after `step` optimizer steps.
+
+        outliers: columns that are not drawn, by layer.
+        """
+        kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
+        return Wanted(layer.name, step, self.shape(layer), kept, device, outliers.get(layer.name, ()))
 
     def cut_awaited(self, seed: int, group: dist.ProcessGroup | None) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.

@@ -1,4 +1,4 @@
-"""The start of a run: first subnets by importance, and as many groups per slot as the run's length asks for."""
+"""The start of a run: first subnets from calibration batches, and as many groups per slot as the run's length asks for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from losia_dist.errors import ConfigError
 from losia_dist.formulas import layers_per_slot_for
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
 from losia_dist.localization.calibration import Located, locate
+from losia_dist.localization.inputs import input_sizes, outliers_of
 from losia_dist.localization.search import SEARCHES, Choice, Query, Search, Sums
+from losia_dist.localization.slots import SlotGroup
 from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
@@ -41,11 +43,38 @@ def locate_all(losia: LoSiA, batches: Batches, compute_loss: Loss | None = None)
     return [one.result for one in found], passes
 
 
+def draw_all(losia: LoSiA, batches: Batches, compute_loss: Loss | None = None) -> tuple[list[Choice], int]:
+    """First subnets drawn without the input neurons that stand out in the calibration batches, which the conductor notes.
+
+    One forward pass, in evaluation mode. Called by all ranks; nothing is moved. Returns the choices and 1.
+    """
+    model, limit = _unwrapped(losia), losia.config.outlier_limit
+    assert limit is not None
+    loss, was_training = compute_loss or _own_loss, model.training
+
+    def run_pass() -> None:
+        for batch in batches:
+            with torch.compiler.set_stance("force_eager"):  # hooks, for a few batches only
+                loss(model, batch)
+
+    model.eval()
+    try:
+        sizes = input_sizes(losia.layers, run_pass, losia.collectives)
+    finally:
+        model.train(was_training)
+        losia.parameters.settle()
+    found = {layer.name: outliers_of(layer, size, limit) for layer, size in zip(losia.layers, sizes, strict=True)}
+    losia.outliers = {name: outliers for name, outliers in found.items() if outliers}
+    place = SlotGroup("", 0)  # all groups, at once
+    wanted = [losia.placement.wanted(layer, 0, losia.outliers) for layer in losia.layers]
+    return [losia.localization.choose(place, None, one) for one in wanted], 1
+
+
 def run_searches(
     losia: LoSiA, search_of: Callable[[SubnetLinear], Generator[Query, Sums, Any]], batches: Batches, compute_loss: Loss | None
 ) -> tuple[list[Located], int]:
     """Run a search of each layer over the calibration batches; the weights' gradients are formed, and no parameter changes."""
-    model = losia.model.module if isinstance(losia.model, DistributedDataParallel) else losia.model
+    model = _unwrapped(losia)
     tied = {m.__dict__["head"] for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
     searches = [
         Located(layer, whole_shape(losia.parameters, layer), search_of(layer), parts=2 if layer in tied else 1)
@@ -114,6 +143,10 @@ def layers_per_slot(config: LoSiAConfig) -> int:
     """Of a settled configuration."""
     assert isinstance(config.layers_per_slot, int)
     return config.layers_per_slot
+
+
+def _unwrapped(losia: LoSiA) -> nn.Module:
+    return losia.model.module if isinstance(losia.model, DistributedDataParallel) else losia.model
 
 
 def _own_loss(model: nn.Module, batch: Batch) -> Tensor:

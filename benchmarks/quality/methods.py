@@ -135,7 +135,7 @@ def losia(start: Start, *, eps: float = 1e-6, noise: float = 0.0, column_exponen
     model = get_losia_model(start.model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=start.rate), lr=start.rate, betas=BETAS, eps=eps)
     conductor = LoSiA(model, optimizer, config, total_steps=start.steps)
-    if config.init == "importance":
+    if config.needs_calibration:
         chosen = [{"batch": batch} for batch in start.batches[: config.calibration_batches]]
         with autocast(start.precision):
             conductor.locate(chosen, lambda inner, given: answer_loss(inner, given["batch"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,10 @@ class SlotGroup:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A layer that is to get another subnet at a slot's end.
+    """A layer that is to get another subnet, at a slot's end (or before the first step: step 0).
 
     layer: its name. step: optimizer steps done by then. shape: (m, n) of the weight. kept: (r, c) of the subnet. device: where
-    the layer is.
+    the layer is. left_out: columns that are not drawn.
     """
 
     layer: str
@@ -31,6 +32,7 @@ class Wanted:
     shape: tuple[int, int]
     kept: tuple[int, int]
     device: torch.device
+    left_out: Sequence[int] = ()
 
 
 class SlotClock:

@@ -87,8 +87,8 @@ def _warm_start(found: dict[str, Any]) -> str:
     kept, sent, gradient = (found[f"{name}_bytes"] / GB for name in ("sums", "sent_for_sums", "largest_gradient"))
     return (
         f"First subnets: {passes} pass{'es' if passes > 1 else ''} over {found['batches_per_pass']} batches a GPU, "
-        f"{found['seconds']:.0f} s; {kept:.3f} GB of sums are kept and {sent:.3f} GB sent, beside one full gradient at a time "
-        f"({gradient:.2f} GB)."
+        f"{found['seconds']:.0f} s; {kept:.3f} GB of sums are kept and {sent:.3f} GB sent"
+        + (f", beside one full gradient at a time ({gradient:.2f} GB)." if gradient else "; forward alone.")
     )
 
 

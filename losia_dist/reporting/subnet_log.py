@@ -74,7 +74,7 @@ class SubnetLog:
 
     def _write_first(self) -> None:
         losia = self._losia
-        reason = "resumed" if losia.steps else "located" if losia.located and losia.config.init != "random" else "random"
+        reason = "resumed" if losia.steps else "located" if losia.located and losia.config.needs_calibration else "random"
         moved = {move.layer for move in self._pending}  # what was there before is nobody's concern
         for layer in losia.layers:
             if layer.name not in moved:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def draw_subnet(name: str, shape: tuple[int, int], size: tuple[int, int], seed: int, step: int = 0) -> tuple[Tensor, Tensor]:
+def draw_subnet(
+    name: str, shape: tuple[int, int], size: tuple[int, int], seed: int, step: int = 0, left_out: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
     """Random rows and columns of a layer: int64 [r] and [c] on the CPU, sorted.
 
     Seeded by name, so that which layers are targets does not change the subnet of any one of them.
@@ -17,11 +20,15 @@ def draw_subnet(name: str, shape: tuple[int, int], size: tuple[int, int], seed: 
         name: of the layer, in the model that was converted.
         shape: (m, n) of its weight. size: (r, c).
         step: optimizer steps done when the subnet is drawn; 0: the first one.
+        left_out: columns that are not drawn; at least c others are there.
     """
     key = f"{seed}/{name}" if step == 0 else f"{seed}/{name}/{step}"
     generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(key.encode()))
-    rows, columns = (
+    drawable = torch.ones(shape[1], dtype=torch.bool, device="cpu")
+    drawable[list(left_out)] = False
+    candidates = drawable.nonzero().squeeze(1)
+    rows, places = (
         torch.randperm(total, generator=generator, device="cpu")[:kept].sort().values
-        for total, kept in zip(shape, size, strict=True)
+        for total, kept in zip((shape[0], candidates.numel()), size, strict=True)
     )
-    return rows, columns
+    return rows, candidates[places]

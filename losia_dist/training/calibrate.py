@@ -1,4 +1,4 @@
-"""First subnets by importance in the training script: from the first batches that training will see."""
+"""First subnets from calibration batches in the training script: from the first batches that training will see."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def locate_first_subnets(run: Engine, loader: Any) -> str:
         mine = list(itertools.islice(loader, run.losia.config.calibration_batches))
     mine = [{name: value.to(run.device) for name, value in batch.items()} for batch in mine]
     passes = run.losia.locate(mine, _mean_loss)
-    return f"subnets located from {len(mine)} batches a rank, in {passes} pass(es), {time.perf_counter() - began:.0f} s"
+    did = "located" if run.losia.config.collects_importance else "drawn without outliers"
+    return f"subnets {did} from {len(mine)} batches a rank, in {passes} pass(es), {time.perf_counter() - began:.0f} s"
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,6 +20,47 @@ def test_drawn_subnets_equal_the_reference(ranks, engine):
         assert_same_run(result, expected)
 
 
+LIMIT = 1.3  # the tiny model's inputs are all alike: about one in ten is above
+LIMITED = variant(RUN, calibration=4, config={**DRAWN, "outlier_limit": LIMIT})
+
+
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
+def test_input_neurons_that_stand_out_are_never_drawn(ranks, engine):
+    expected = reference(LIMITED)
+    for result in [train(engine, LIMITED)] if engine == "one" else ranks(2, train, engine, LIMITED):
+        for name, places in expected["first"].items():
+            assert [found.tolist() for found in result["first"][name]] == [wanted.tolist() for wanted in places], name
+        assert_same_run(result, expected)
+
+
+def left_out(run: Run = LIMITED) -> tuple[dict[str, list[int]], set[tuple[str, int]]]:
+    """What a run leaves out, and all (layer, column) that ever trained."""
+    trained: set[tuple[str, int]] = set()
+    found: dict[str, list[int]] = {}
+
+    def inspect(stage, losia, _):
+        found.update(losia.outliers)
+        trained.update((layer.name, column) for layer in losia.layers for column in layer.col_index.tolist())
+
+    train("one", run, inspect)
+    return found, trained
+
+
+def test_some_stand_out_and_no_later_subnet_takes_them():
+    outliers, trained = left_out()
+    assert outliers and all(outliers.values())
+    assert not {(name, column) for name, columns in outliers.items() for column in columns} & trained
+    _, without = left_out(variant(RUN))
+    assert {(name, column) for name, columns in outliers.items() for column in columns} & without
+
+
+def test_subnets_of_all_columns_and_the_data_of_a_step_stay_as_they_are():
+    pattern = {"rank_pattern": {"down_proj": [0.25, 1.0]}}
+    outliers, trained = left_out(variant(LIMITED, config={**LIMITED.config, **pattern}))
+    assert outliers and not any("down_proj" in name for name in outliers)
+    assert {column for name, column in trained if name == "model.layers.0.mlp.down_proj"} == set(range(77))
+
+
 @pytest.mark.parametrize("moments", ["cleared", "kept"])
 def test_moments_move_with_drawn_subnets(moments):
     run = variant(RUN, config={**DRAWN, "moments": moments, "rewarm_steps": 0})
@@ -80,6 +121,13 @@ def test_a_resumed_run_draws_what_the_undisturbed_one_draws(ranks, tmp_path, eng
         runs.assert_equal(ours, theirs)
 
 
+def test_a_resumed_run_leaves_out_what_the_undisturbed_one_does(ranks, tmp_path):
+    undisturbed = ranks(2, runs.train_and_save, "zero2", LIMITED, tmp_path, (5,))
+    for ours, theirs in zip(ranks(2, runs.resume, "zero2", LIMITED, tmp_path, None), undisturbed, strict=True):
+        assert ours["first"] == 5
+        runs.assert_equal(ours, theirs)
+
+
 def test_another_seed_is_refused_on_resume(tmp_path):
     runs.train_and_save("one", RUN, tmp_path, (5,))
     losia, _, close = runs.start("one", variant(RUN, config={**DRAWN, "seed": 6}))
@@ -101,6 +149,30 @@ def test_another_seed_is_refused_on_resume(tmp_path):
 def test_what_asks_for_importance_is_refused(option, value):
     with pytest.raises(ConfigError, match=f"{option}=.*no meaning with selection='random'.*selection='greedy'"):
         LoSiAConfig(selection="random", **{option: value})
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"selection": "greedy"}, "outlier_limit=4 is for subnets that are drawn.*selection='random'"),
+        ({"outlier_limit": 1}, "outlier_limit=1: a number above 1"),
+        ({"outlier_limit": "4"}, "outlier_limit='4': a number above 1"),
+        ({"rank_factor": (0.25, 1.0)}, "outlier_limit=4, but subnets take all columns"),
+    ],
+)
+def test_outlier_limits_that_mean_nothing_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        LoSiAConfig(**{"selection": "random", "outlier_limit": 4, **options})
+
+
+def test_a_limit_that_leaves_too_few_names_the_layer():
+    with pytest.raises(ConfigError, match=r"outlier_limit=1.0001: \d+ of 36 input neurons of model\.layers\.0.* takes 32"):
+        train("one", variant(LIMITED, config={**DRAWN, "rank_factor": (0.25, 0.9), "outlier_limit": 1.0001}))
+
+
+def test_a_step_before_the_calibration_batches_is_refused():
+    with pytest.raises(ConfigError, match=r"outlier_limit=1.3, but no calibration batches.*losia.locate\(batches\)"):
+        train("one", variant(LIMITED, calibration=0))
 
 
 def test_locating_is_refused():

@@ -24,6 +24,7 @@ class DenseLoSiA:
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
     selection: how a subnet is chosen from a score; "random": drawn by seed, layer and step.
+    outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
     moments: "cleared" at the end of a slot, or "kept" where a weight stays in its layer's subnet.
     importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
@@ -50,6 +51,7 @@ class DenseLoSiA:
         importance_per_micro_batch: bool = False,
         selection: str = "greedy",
         seed: int = 0,
+        outlier_limit: float | None = None,
         full_lr_scale: float = 1.0,
         moments: str = "cleared",
     ) -> None:
@@ -62,6 +64,8 @@ class DenseLoSiA:
         self.localization_ranks = localization_ranks
         self.importance_per_micro_batch = importance_per_micro_batch
         self.selection, self.seed = selection, seed
+        self.outlier_limit = outlier_limit
+        self.drawable = {name: torch.arange(self.parameters[name].shape[1]) for name in initial_subnets}
         self.select = {"greedy": select, "alternating": select_alternating}.get(selection)
         self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
@@ -88,7 +92,15 @@ class DenseLoSiA:
         self.history: list[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]] = []
 
     def locate(self, micro_batches: list[dict[str, Tensor]]) -> None:
-        """First subnets by the mean importance of these micro-batches, each with its own gradient; nothing is trained."""
+        """First subnets by the mean importance of these micro-batches, each with its own gradient; nothing is trained.
+
+        With an outlier limit: drawn, from now on without the columns whose input stands out in these micro-batches.
+        """
+        if self.outlier_limit is not None:
+            self._leave_outliers_out(micro_batches)
+            for name, (rows, columns) in self.subnets.items():
+                self.subnets[name] = self._draw(name, len(rows), len(columns), f"{self.seed}/{name.removesuffix('.weight')}")
+            return
         scores = {name: torch.zeros_like(self.parameters[name]) for name in self.subnets}
         for batch in micro_batches:
             _, gradient = self._mean_loss_and_gradient([batch])
@@ -143,7 +155,9 @@ class DenseLoSiA:
                 for name in self.groups[index]:
                     rows, columns = self.subnets[name]
                     if self.selection == "random":
-                        chosen[name] = self._draw(name, len(rows), len(columns))
+                        chosen[name] = self._draw(
+                            name, len(rows), len(columns), f"{self.seed}/{name.removesuffix('.weight')}/{self.t + 1}"
+                        )
                     else:
                         chosen[name] = self.select(self.I_mean[name] * self.I_deviation[name], len(rows), len(columns))
                     self.subnets[name] = chosen[name]
@@ -161,13 +175,30 @@ class DenseLoSiA:
         self.losses.append(loss)
         return loss
 
-    def _draw(self, name: str, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:
-        layer, (m, n) = name.removesuffix(".weight"), self.parameters[name].shape
+    def _draw(self, name: str, row_count: int, column_count: int, key: str) -> tuple[Tensor, Tensor]:
         generator = torch.Generator()
-        generator.manual_seed(binascii.crc32(f"{self.seed}/{layer}/{self.t + 1}".encode()))
-        shuffled_rows = torch.randperm(m, generator=generator)
-        shuffled_columns = torch.randperm(n, generator=generator)
-        return shuffled_rows[:row_count].sort().values, shuffled_columns[:column_count].sort().values
+        generator.manual_seed(binascii.crc32(key.encode()))
+        shuffled_rows = torch.randperm(self.parameters[name].shape[0], generator=generator)
+        drawable = self.drawable[name]
+        shuffled_columns = drawable[torch.randperm(len(drawable), generator=generator)[:column_count].sort().values]
+        return shuffled_rows[:row_count].sort().values, shuffled_columns
+
+    def _leave_outliers_out(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        inputs: dict[str, list[Tensor]] = {name: [] for name in self.subnets}
+
+        def keep(name: str) -> Any:
+            return lambda module, given: inputs[name].append(given[0].detach().reshape(-1, given[0].shape[-1]))
+
+        handles = [self.model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(keep(n)) for n in inputs]
+        for batch in micro_batches:
+            self.model(**batch)
+        for handle in handles:
+            handle.remove()
+        for name, calls in inputs.items():
+            size = torch.stack([x.double().pow(2).mean(0) for x in calls]).mean(0).sqrt()
+            middle = size.sort().values[(len(size) - 1) // 2]
+            if len(self.subnets[name][1]) < len(size):
+                self.drawable[name] = torch.tensor([j for j, r in enumerate(size.tolist()) if r <= self.outlier_limit * middle])
 
     def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
         """For each rank that localizes by itself (one, if they do it together): the gradients it takes importance from."""

@@ -12,7 +12,15 @@ import torch.distributed as dist
 
 from losia_dist import LoSiA, LoSiAConfig, load_checkpoint, save_checkpoint
 from losia_dist.checkpoint.names import unwrap
-from tests.support.training import Run, _deepspeed_loop, _plain_loop, global_batches, prepared_model, rate_at
+from tests.support.training import (
+    Run,
+    _deepspeed_loop,
+    _plain_loop,
+    global_batches,
+    locate_first,
+    prepared_model,
+    rate_at,
+)
 
 RUN = Run(steps=16, config={"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 5, "train_norms": True})
 BF16 = replace(RUN, dtype="bf16")
@@ -73,6 +81,7 @@ def everything(losia: LoSiA) -> dict[str, Any]:
 def train_and_save(engine: str, run: Run, directory: Path | None, save_at: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """An undisturbed run that saves after some of its steps."""
     losia, stepper, close = start(engine, run)
+    locate_first(losia, run)
 
     def after_step(done: int) -> None:
         if done in save_at:

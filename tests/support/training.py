@@ -64,6 +64,13 @@ def calibration_batches(run: Run) -> list[dict[str, torch.Tensor]]:
     return [step[0] for step in found]
 
 
+def locate_first(losia: LoSiA, run: Run) -> None:
+    """Show this rank's share of the run's calibration batches to the conductor, if there are any."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    if run.calibration:
+        losia.locate(calibration_batches(run)[rank::world])
+
+
 def build(run: Run) -> torch.nn.Module:
     return tiny_llama(**run.model) if run.family == "llama" else tiny_model(run.family, **run.model)
 
@@ -107,6 +114,7 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         importance_per_micro_batch=config.importance_accumulation == "micro_batch",
         selection=config.selection,
         seed=config.seed,
+        outlier_limit=config.outlier_limit,
         full_lr_scale=config.full_lr_scale,
     )
     if run.calibration:
@@ -134,8 +142,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
         prepare(model)
     loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
     losia, stepper, close = loop(engine, model, config, run)
-    if run.calibration:
-        losia.locate(calibration_batches(run)[rank::world])
+    locate_first(losia, run)
     first = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.layers}
     losses, history = [], []
     for step, micro_batches in enumerate(global_batches(run)):
