@@ -73,7 +73,7 @@ class LoSiACallback(TrainerCallback):
         # Set by a trainer that exports instead of saving its state dict, and resumes once the conductor is there.
         self.saves_plain_models = False
         self.when_made: Callable[[LoSiA], None] | None = None
-        # The trainer's own loss of a batch, for init="importance"; None: the model's.
+        # The trainer's own loss of a batch, for calibration; None: the model's.
         self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
         self._localized: list[str] = []
         self._subnets: SubnetLog | None = None

@@ -1,4 +1,4 @@
-"""init="importance" in the Trainer: subnets of the first batches, and the data in the order that they always come in."""
+"""init="importance" and outlier_limit in the Trainer: the first batches are seen, and the data come in their usual order."""
 
 import pytest
 import torch
@@ -39,6 +39,20 @@ def test_subnets_are_located_from_the_first_batches_of_every_rank(ranks, tmp_pat
     )
     for result in results:
         assert result["inspected"] == expected
+
+
+def outliers(trainer):
+    return trainer.losia.outliers
+
+
+def test_outliers_of_the_first_batches_are_left_out(tmp_path):
+    config = {"rank_factor": 0.25, "period": 2, "selection": "random", "outlier_limit": 1.3, "calibration_batches": 2}
+    run = variant(RUN, steps=2, config=config)
+    model = get_losia_model(tiny_llama(**run.model), LoSiAConfig(**config))
+    losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), LoSiAConfig(**config))
+    losia.locate([step[0] for step in global_batches(run)])
+    found = train_with_trainer(str(tmp_path), "one", run, inspect=outliers)["inspected"]
+    assert found and found == losia.outliers
 
 
 def test_the_data_come_in_the_same_order_with_and_without_calibration(tmp_path):

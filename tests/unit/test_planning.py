@@ -14,6 +14,7 @@ from losia_dist.formulas import cycle_steps, layers_per_slot_for
 from losia_dist.planning.memory import plan_memory, sizes
 from losia_dist.planning.plan import make_plan, recommend
 from losia_dist.planning.shapes import BUILT_IN, find_shape
+from losia_dist.planning.tables import describe
 from losia_dist.planning.traffic import plan_traffic
 from losia_dist.planning.workload import GB, Cluster, Workload
 from losia_dist.subnet.convert import subnet_layers
@@ -261,6 +262,21 @@ def test_a_warm_start_keeps_and_sends_sums_alone():
     assert tall["sums_bytes"] == 8 * 80 * sum(n for _, n in shape.linears().values())
     assert square["seconds"] == pytest.approx(2 * tall["seconds"], rel=1e-6)
     assert square["sums_bytes"] < 0.2e9 and square["largest_gradient_bytes"] == 2 * 8192 * 28672
+
+
+def test_finding_outliers_is_one_forward_pass():
+    shape = find_shape("llama-2-70b")
+    drawn = LoSiAConfig(selection="random", outlier_limit=4)
+    plan = make_plan(workload(config=drawn))
+    found, located = (
+        plan.record()["warm_start"],
+        make_plan(workload(config=LoSiAConfig(init="importance"))).record()["warm_start"],
+    )
+    assert found["passes"] == 1 and found["largest_gradient_bytes"] == 0
+    assert found["sums_bytes"] == 8 * 80 * sum(n for _, n in shape.linears().values())
+    assert found["flops"] < 0.2 * located["flops"]
+    assert plan.peak == make_plan(workload(config=LoSiAConfig(selection="random"))).peak
+    assert "forward alone" in describe([plan], None)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
