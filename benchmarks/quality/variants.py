@@ -6,9 +6,18 @@ from typing import Any
 
 from benchmarks.methods import NEVER
 
-_LOCATED: dict[str, Any] = {"selection": "greedy", "init": "importance"}
+_LOCATED: dict[str, Any] = {"selection": "greedy", "init": "importance", "outlier_limit": None}
 # The recommendation for 1/64 of the weights that are located.
-_LOCATED_64: dict[str, Any] = {**_LOCATED, "rank_factor": [1 / 2, 1 / 32], "period": 3, "cycles": 3, "train_norms": True}
+_LOCATED_64: dict[str, Any] = {
+    **_LOCATED,
+    "rank_factor": [1 / 2, 1 / 32],
+    "period": 3,
+    "cycles": 3,
+    "train_norms": True,
+    "calibration_batches": 8,
+    "rewarm_steps": 2,
+    "reset_bias_correction": True,
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -21,10 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "T = 1, ten cycles": {"period": 1, "cycles": 10},
     "T = 2, one cycle": {"cycles": 1},
     "one layer a slot": {"layers_per_slot": 1},
-    "not rewarmed": {"rewarm_steps": 0},
-    "rewarmed over the period": {"rewarm_steps": None},
+    "outliers too": {"outlier_limit": None},
+    "rewarmed, two steps": {"rewarm_steps": 2},
     "moments kept": {"moments": "kept"},
-    "bias correction not restarted": {"reset_bias_correction": False},
+    "bias correction restarted": {"reset_bias_correction": True},
+    "bias correction restarted, rewarmed": {"reset_bias_correction": True, "rewarm_steps": 2},
     "flat noise 0.05": {"noise": 0.05},
     "output layer, 1/8 of its rows": {"output_rank_factor": 0.125},
     "embeddings too": {"train_embeddings": True},
@@ -34,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank factor 1/4": {"rank_factor": 1 / 4},
     "shape 1 x 1/64": {"rank_factor": [1.0, 1 / 64]},
     "shape 1/2 x 1/8": {"rank_factor": [1 / 2, 1 / 8]},
-    "shape 1/16 x 1": {"rank_factor": [1 / 16, 1.0]},
+    "shape 1/16 x 1": {"rank_factor": [1 / 16, 1.0], "outlier_limit": None},
     "located, 1/64": _LOCATED_64,
     "located, 1/64, alternating": {**_LOCATED_64, "selection": "alternating"},
     "located, 1/64, norms frozen": {**_LOCATED_64, "train_norms": False},

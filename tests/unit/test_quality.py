@@ -25,6 +25,7 @@ from benchmarks.quality.setting import Setting, parse_options
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import final_number
 from benchmarks.quality.training import Bench, fit, rate_factor
+from benchmarks.quality.variants import VARIANTS
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.data import load_records
 from tests.support.launching import make_material
@@ -38,6 +39,9 @@ def bench(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True)
     return Bench(model, tokenizer, directory, "fp32")
+
+
+RECOMMENDED = dict(METHODS["losia"].defaults)
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +105,13 @@ def test_a_run_is_the_same_every_time_and_every_method_sees_the_same_data(bench,
     assert [result["training_losses"] for _, result in first] == [result["training_losses"] for _, result in again]
     # No method has learned anything when it sees the first batch.
     assert first[0][1]["training_losses"][0] == pytest.approx(first[1][1]["training_losses"][0], abs=1e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_a_configuration_of_its_own(variant):
+    resolve = METHODS["losia"].resolve
+    resolved = {name: resolve({**RECOMMENDED, **options}) for name, options in VARIANTS.items()}
+    assert [name for name, found in resolved.items() if found == resolved[variant]] == [variant]
 
 
 @pytest.fixture
