@@ -54,7 +54,7 @@ def test_some_stand_out_and_no_later_subnet_takes_them():
     assert {(name, column) for name, columns in outliers.items() for column in columns} & without
 
 
-def test_subnets_of_all_columns_and_the_data_of_a_step_stay_as_they_are():
+def test_a_subnet_of_all_columns_keeps_those_that_stand_out():
     pattern = {"rank_pattern": {"down_proj": [0.25, 1.0]}}
     outliers, trained = left_out(variant(LIMITED, config={**LIMITED.config, **pattern}))
     assert outliers and not any("down_proj" in name for name in outliers)

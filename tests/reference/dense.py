@@ -99,7 +99,7 @@ class DenseLoSiA:
         if self.outlier_limit is not None:
             self._leave_outliers_out(micro_batches)
             for name, (rows, columns) in self.subnets.items():
-                self.subnets[name] = self._draw(name, len(rows), len(columns), f"{self.seed}/{name.removesuffix('.weight')}")
+                self.subnets[name] = self._draw(name, len(rows), len(columns), 0)
             return
         scores = {name: torch.zeros_like(self.parameters[name]) for name in self.subnets}
         for batch in micro_batches:
@@ -155,9 +155,7 @@ class DenseLoSiA:
                 for name in self.groups[index]:
                     rows, columns = self.subnets[name]
                     if self.selection == "random":
-                        chosen[name] = self._draw(
-                            name, len(rows), len(columns), f"{self.seed}/{name.removesuffix('.weight')}/{self.t + 1}"
-                        )
+                        chosen[name] = self._draw(name, len(rows), len(columns), self.t + 1)
                     else:
                         chosen[name] = self.select(self.I_mean[name] * self.I_deviation[name], len(rows), len(columns))
                     self.subnets[name] = chosen[name]
@@ -175,7 +173,8 @@ class DenseLoSiA:
         self.losses.append(loss)
         return loss
 
-    def _draw(self, name: str, row_count: int, column_count: int, key: str) -> tuple[Tensor, Tensor]:
+    def _draw(self, name: str, row_count: int, column_count: int, steps: int) -> tuple[Tensor, Tensor]:
+        key = f"{self.seed}/{name.removesuffix('.weight')}" + (f"/{steps}" if steps else "")
         generator = torch.Generator()
         generator.manual_seed(binascii.crc32(key.encode()))
         shuffled_rows = torch.randperm(self.parameters[name].shape[0], generator=generator)
