@@ -34,7 +34,8 @@ def input_sizes(layers: list[SubnetLinear], run_pass: Callable[[], None], collec
         def add(layer: Any, inputs: tuple[Tensor, ...]) -> None:
             tokens = inputs[0].detach().flatten(0, -2)
             if tokens.shape[0]:  # an expert may get none
-                total[:-1] += tokens.to(torch.float32).square().mean(0)
+                norms = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float32)  # no fp32 copy of the tokens on a GPU
+                total[:-1] += norms.square_().div_(tokens.shape[0])
                 total[-1] += 1
 
         return add
