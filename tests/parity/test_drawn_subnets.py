@@ -54,6 +54,22 @@ def test_some_stand_out_and_no_later_subnet_takes_them():
     assert {(name, column) for name, columns in outliers.items() for column in columns} & without
 
 
+def test_the_input_neurons_of_a_transposed_weight_are_told_from_its_outputs():
+    def make_one_loud(model):
+        model.get_submodule("transformer.h.1.ln_1").weight.data[3] = 100.0
+
+    found = {}
+
+    def inspect(stage, losia, _):
+        found.update(losia.outliers)
+        layer = next(layer for layer in losia.layers if layer.name == "transformer.h.1.attn.c_attn")
+        assert layer.weight_is_transposed and 3 not in layer.col_index
+
+    config = {**DRAWN, "rank_factor": [1.0, 0.5], "outlier_limit": 20}
+    train("one", variant(LIMITED, family="gpt2", model={}, config=config), inspect, make_one_loud)
+    assert found == {"transformer.h.1.attn.c_attn": [3]}
+
+
 def test_a_subnet_of_all_columns_keeps_those_that_stand_out():
     pattern = {"rank_pattern": {"down_proj": [0.25, 1.0]}}
     outliers, trained = left_out(variant(LIMITED, config={**LIMITED.config, **pattern}))
