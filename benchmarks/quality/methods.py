@@ -194,8 +194,8 @@ METHODS: dict[str, Method] = {
     "full_linears": Method("full fine-tuning, linear layers only", 1e-4, full, {"linears_only": True}),
     "lora": Method("LoRA, equal parameters", 2e-3, lora, {"equal_to": _SHARE}),
     "dora": Method("DoRA, equal parameters", 2e-3, lora, {"dora": True, "equal_to": _SHARE}),
-    "galore": Method("GaLore, rank 128", 1e-3, galore),
-    "random": Method("random subnets, kept", 2e-3, losia, _RANDOM, _resolve_losia),
-    "losia_published": Method("LoSiA as published, T = 2", 1e-3, losia, _PUBLISHED, _resolve_losia),
+    "galore": Method("GaLore, rank 128", 2e-3, galore),
+    "random": Method("random subnets, kept", 8e-3, losia, _RANDOM, _resolve_losia),
+    "losia_published": Method("LoSiA as published, T = 2", 2e-3, losia, _PUBLISHED, _resolve_losia),
     "losia": Method("LoSiA, this project's defaults", 2e-3, losia, _RECOMMENDED.to_dict(), _resolve_losia),
 }

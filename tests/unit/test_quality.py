@@ -149,7 +149,7 @@ def test_stored_runs_are_summarized_without_making_any_and_what_is_not_there_is_
     assert seeds == {"full": [0, 1], "losia": [0]} and found["share_of_full"]["losia"] > 0
     assert found["missing"] == {
         f"{task}: losia": "1 stored runs; the first that is not there: rate 0.002, seed 1",
-        f"{task}: random": "0 stored runs; the first that is not there: rate 0.002, seed 0",
+        f"{task}: random": "0 stored runs; the first that is not there: rate 0.008, seed 0",
     }
     said = capsys.readouterr().out
     assert "random: 0 stored runs" in said and said.count("[stored]") == 3  # each run once
