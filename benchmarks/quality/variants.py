@@ -23,7 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "drawn once, kept": {"period": NEVER, "layers_per_slot": 1},
     "located": _LOCATED,
-    "located, alternating": {**_LOCATED, "selection": "alternating"},
     "located, kept": {**_LOCATED, "period": NEVER, "layers_per_slot": 1},
     "located, random start": {**_LOCATED, "init": "random"},
     "T = 3, three cycles": {"period": 3, "cycles": 3},
