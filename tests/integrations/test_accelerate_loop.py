@@ -34,13 +34,13 @@ CONFIG = LoSiAConfig(rank_factor=0.25, period=3)
 
 
 def accelerator_for(engine, project):
-    """`engine`: "torch" (one process or DDP), "zero2", or "fsdp2", which Accelerate would drop on a CPU."""
-    settings = {"cpu": engine != "zero2", "gradient_accumulation_steps": 2}  # with cpu=True Accelerate drops DeepSpeed
+    """`engine`: "torch" (one process or DDP), "zero2", "zero3", or "fsdp2", which Accelerate would drop on a CPU."""
+    settings = {"cpu": not engine.startswith("zero"), "gradient_accumulation_steps": 2}  # with cpu=True Accelerate drops DeepSpeed
     if project is not None:
         naming = ProjectConfiguration(project_dir=str(project), automatic_checkpoint_naming=True, total_limit=2)
         settings["project_config"] = naming
-    if engine == "zero2":
-        zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    if engine.startswith("zero"):
+        zero = {"zero_optimization": {"stage": int(engine[-1])}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
         zero |= {"train_micro_batch_size_per_gpu": RUN.batch // 4, "gradient_accumulation_steps": 2}
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero), **settings)
     accelerator = Accelerator(**settings)
@@ -69,7 +69,10 @@ class Loop:
         self.model, self.optimizer, self.scheduler, self.loader = prepared
         if engine == "fsdp2":
             assert all(isinstance(p, DTensor) for p in self.model.parameters())
-        assert (self.accelerator.distributed_type == DistributedType.DEEPSPEED) == (engine == "zero2")
+        if engine == "zero3":
+            assert all(p.numel() == 0 for p in self.model.parameters() if not p.ds_persist)
+            assert any(p.numel() == 0 for p in self.model.parameters())
+        assert (self.accelerator.distributed_type == DistributedType.DEEPSPEED) == engine.startswith("zero")
         self.losia = LoSiA(self.model, self.optimizer.optimizer, CONFIG)
         if carried:
             carry_state(self.accelerator, self.losia)
@@ -132,7 +135,7 @@ CASES = [
     ("torch", 1, "save_state"),
     ("torch", 2, "save_state"),
 ]
-CASES += [("zero2", 2, "save_state"), ("fsdp2", 2, "save_state")]
+CASES += [("zero2", 2, "save_state"), ("zero3", 2, "save_state"), ("fsdp2", 2, "save_state")]
 
 
 @pytest.mark.parametrize("engine, world, saver", CASES)
