@@ -35,12 +35,13 @@ CONFIG = LoSiAConfig(rank_factor=0.25, period=3)
 
 def accelerator_for(engine, project):
     """`engine`: "torch" (one process or DDP), "zero2", "zero3", or "fsdp2", which Accelerate would drop on a CPU."""
-    settings = {"cpu": not engine.startswith("zero"), "gradient_accumulation_steps": 2}  # with cpu=True Accelerate drops DeepSpeed
+    zero_stage = int(engine[-1]) if engine.startswith("zero") else None
+    settings = {"cpu": zero_stage is None, "gradient_accumulation_steps": 2}  # with cpu=True Accelerate drops DeepSpeed
     if project is not None:
         naming = ProjectConfiguration(project_dir=str(project), automatic_checkpoint_naming=True, total_limit=2)
         settings["project_config"] = naming
-    if engine.startswith("zero"):
-        zero = {"zero_optimization": {"stage": int(engine[-1])}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+    if zero_stage is not None:
+        zero = {"zero_optimization": {"stage": zero_stage}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
         zero |= {"train_micro_batch_size_per_gpu": RUN.batch // 4, "gradient_accumulation_steps": 2}
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero), **settings)
     accelerator = Accelerator(**settings)
