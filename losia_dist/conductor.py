@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from losia_dist.config import LoSiAConfig
-from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.errors import ConfigError
 from losia_dist.guard import (
     EngagementCheck,
-    check_finite,
+    check_choices,
     check_relocalized,
     check_same_on_all_ranks,
     check_same_subnets,
+    refuse_unusable,
     subnet_prints,
 )
 from losia_dist.kernels.switch import VARIABLE, check_kernels, kernel_choice
@@ -29,11 +30,13 @@ from losia_dist.localization.modes import Localization, make_localization
 from losia_dist.localization.moves import SubnetMove
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotClock, SlotGroup
+from losia_dist.optim.finite import FiniteCheck
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.placement import Placement
+from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
-from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
+from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.subnet.operator import make_findable
 from losia_dist.warm_start import draw_all, layers_per_slot, locate_all, settled
 
@@ -69,9 +72,7 @@ class LoSiA:
         self.layers = subnet_layers(model)
         if not self.layers:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
-        _refuse_fp16(self.layers)
-        _refuse_cast_subnets(self.layers)
-        self._refuse_tied_micro_batches()
+        refuse_unusable(model, self.layers, config)
         group = _own_group(process_group)
         check_same_on_all_ranks("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps}, group)
         self.collectives = RowCollectives(group)
@@ -88,6 +89,8 @@ class LoSiA:
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
         self.placement = Placement(self.layers, self.parameters, self.state, keep_moments=config.moments == "kept")
+        is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
+        check_clearing(self.state, self.layers, config, is_cut=is_cut)
         create_state = getattr(self.state.optimizer, "create_state", None)
         if create_state is not None:
             create_state()
@@ -101,6 +104,7 @@ class LoSiA:
         self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
         self.rewarming.allow = self._check_located
+        self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.layers[0].row_index.device)
         self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
         self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
         self.placement.cut_awaited(config.seed, group)
@@ -147,18 +151,22 @@ class LoSiA:
 
         Raises:
             EngagementError: after the first step, if a subnet does not train.
-            DivergenceError: at a slot's end, if ranks disagree or importance is not finite.
+            DivergenceError: what the step trained is not finite (on a GPU said one step later, or before anything is saved);
+                at a slot's end, if ranks disagree or importance is not finite. Same on every rank.
         """
         if not self.rewarming.stepped:
             return False  # an accumulation step under a wrapper that holds the optimizer back
         self.rewarming.stepped = False
         self._note_changes()
         self.parameters.settle()
+        self._finite.end_step(self.steps + 1)
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
+        if relocalized:
+            self.check_values()
         moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
         for place, name in enumerate(relocalized):
             layers = [layer for layer in self.layers if layer.group_name == name]
@@ -209,7 +217,7 @@ class LoSiA:
             choices, passes = locate_all(self, batches, compute_loss)
         else:
             choices, passes = draw_all(self, batches, compute_loss)
-        check_finite([choice.inside for choice in choices], self.layers)
+        check_choices(choices, self.layers, self.collectives)
         with torch.no_grad():
             for layer, choice in zip(self.layers, choices, strict=True):
                 self.placement.cut(layer, choice.rows, choice.columns)
@@ -253,8 +261,21 @@ class LoSiA:
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._open_slot()
 
+    def check_values(self) -> None:
+        """Refuse to go on from values that are not finite; on every rank, before anything is saved. Waits for the device.
+
+        Raises:
+            DivergenceError: the latest step left such values. Same on every rank.
+        """
+        self._finite.settle()
+
     def consolidate(self) -> None:
-        """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving."""
+        """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
+
+        Raises:
+            DivergenceError: as `check_values`.
+        """
+        self.check_values()
         self.parameters.settle()
         for layer in self.layers:
             self.placement.write_back(layer)
@@ -265,6 +286,7 @@ class LoSiA:
         This rank then counts as having left the training: another that goes on to a later step is ended with that message.
         """
         self.rewarming.remove()
+        self._finite.remove()
         if self._watch is not None and self._watch_hook is not None:
             self._watch_hook.remove()
             self._watch.release()
@@ -303,7 +325,7 @@ class LoSiA:
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
             accumulator = self._accumulators.pop(layer, None)
             choices.append(self.localization.choose(group, accumulator, wanted))
-        check_finite([choice.inside for choice in choices], layers)
+        check_choices(choices, layers, self.collectives)
         prints: list[Tensor] = []
         for layer, choice in zip(layers, choices, strict=True):
             left = self.placement.write_back(layer)
@@ -313,6 +335,8 @@ class LoSiA:
         check_relocalized(layers, torch.stack(prints), self.collectives)
         if not self.placement.keep_moments:
             self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+        if self._engagement is not None:
+            self._engagement.moved(layers)
         return choices
 
     def _tell(self, reason: Literal["located", "relocalized"], layers: list[SubnetLinear], choices: list[Choice]) -> None:
@@ -350,14 +374,6 @@ class LoSiA:
             "before the first step, or set init='random'."
         )
 
-    def _refuse_tied_micro_batches(self) -> None:
-        tied = any(isinstance(module, TiedSubnetEmbedding) for module in self.model.modules())
-        if tied and self.config.importance_accumulation == "micro_batch":
-            raise ConfigError(
-                "importance_accumulation='micro_batch' does not work with an output layer that shares the embedding's weight: "
-                "its gradient comes in two parts that must be added first. Use importance_accumulation='step'."
-            )
-
 
 def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """A process group of LoSiA's own over the given ranks, so that its transfers never wait in the engine's queue."""
@@ -365,21 +381,3 @@ def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | N
         return None
     ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
     return dist.new_group(ranks) if len(ranks) > 1 else None
-
-
-def _refuse_fp16(layers: list[SubnetLinear]) -> None:
-    for layer in layers:
-        if torch.float16 in (layer.subnet.dtype, layer.weight.dtype):
-            raise UnsupportedError(
-                f"{layer.name} is in fp16: the gradient scale would enter the importance. Load the model in bf16 or fp32."
-            )
-
-
-def _refuse_cast_subnets(layers: list[SubnetLinear]) -> None:
-    for layer in layers:
-        if layer.asked_dtype not in (None, layer.subnet.dtype):
-            raise UnsupportedError(
-                f"the subnet of {layer.name} was asked for in {layer.asked_dtype} (subnet_dtype) and is in "
-                f"{layer.subnet.dtype}: model.to(...) or the engine cast it. Cast the model before get_losia_model; with "
-                "DeepSpeed leave subnet_dtype out (it keeps fp32 master values itself)."
-            )

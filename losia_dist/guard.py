@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from losia_dist.agreement import Agreement
-from losia_dist.errors import ConfigError, DivergenceError, EngagementError
+from losia_dist.config import LoSiAConfig
+from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
 from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.search import Choice
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
+
+logger = logging.getLogger(__name__)
 
 
 def check_same_on_all_ranks(what: str, values: dict[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -92,33 +98,73 @@ def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, 
             )
 
 
-def check_finite(objectives: list[Tensor], layers: list[SubnetLinear]) -> None:
-    """Refuse to choose a subnet from importance that is not finite. One host synchronisation per re-localization.
+def refuse_unusable(model: nn.Module, layers: list[SubnetLinear], config: LoSiAConfig) -> None:
+    """What a converted model may not be when training begins; each rank by itself.
+
+    Raises:
+        UnsupportedError: fp16; subnets that an engine cast to another dtype than they were asked for.
+        ConfigError: importance by micro-batch of a layer whose gradient comes in two parts.
+    """
+    for layer in layers:
+        if torch.float16 in (layer.subnet.dtype, layer.weight.dtype):
+            raise UnsupportedError(
+                f"{layer.name} is in fp16: the gradient scale would enter the importance. Load the model in bf16 or fp32."
+            )
+        if layer.asked_dtype not in (None, layer.subnet.dtype):
+            raise UnsupportedError(
+                f"the subnet of {layer.name} was asked for in {layer.asked_dtype} (subnet_dtype) and is in "
+                f"{layer.subnet.dtype}: model.to(...) or the engine cast it. Cast the model before get_losia_model; with "
+                "DeepSpeed leave subnet_dtype out (it keeps fp32 master values itself)."
+            )
+    tied = any(isinstance(module, TiedSubnetEmbedding) for module in model.modules())
+    if tied and config.importance_accumulation == "micro_batch":
+        raise ConfigError(
+            "importance_accumulation='micro_batch' does not work with an output layer that shares the embedding's weight: "
+            "its gradient comes in two parts that must be added first. Use importance_accumulation='step'."
+        )
+
+
+def check_choices(choices: list[Choice], layers: list[SubnetLinear], collectives: RowCollectives) -> None:
+    """Refuse to choose a subnet from importance that is not finite, and say which layers keep theirs for want of any.
+
+    One host synchronisation per re-localization.
 
     Raises:
         DivergenceError: the gradients were infinite or not a number somewhere in the slot. Same on every rank.
     """
-    finite = torch.isfinite(torch.stack(objectives)).tolist()
-    bad = [layer.name for layer, fine in zip(layers, finite, strict=True) if not fine]
+    scores = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
+    bad = [layer.name for layer, (inside, _) in zip(layers, scores, strict=True) if not math.isfinite(inside)]
     if bad:
         raise DivergenceError(
             f"the importance of {_some(bad)} is not finite: a gradient in this slot was infinite or not a number. "
             "Lower the learning rate or set gradient clipping, and resume from an earlier checkpoint."
+        )
+    silent = [layer.name for layer, (_, total) in zip(layers, scores, strict=True) if total == 0]
+    if silent and collectives.rank == 0:
+        logger.warning(
+            "%s had no gradient other than zero to choose a subnet by, and keep the one they have. Causes seen: batches "
+            "without a label or an advantage; a part of the model that starts at zero; a layer that the loss does not depend on.",
+            _some(silent),
         )
 
 
 class EngagementCheck:
     """After the first step with a learning rate above zero: every subnet received a gradient, and changed.
 
-    Holds no copy of the subnets: a fingerprint of each master fragment before the step is compared with one after.
+    A gradient of exact zeros waits (a first batch without a label or an advantage, a block that starts at zero): it is looked
+    at again after 2, 4, 8, ... steps. One that never came is an error, as is a subnet that one did not change. Holds no copy
+    of the subnets: a fingerprint of each master fragment before is compared with one after.
     """
 
     def __init__(self, layers: list[SubnetLinear], state: StateAccess, collectives: RowCollectives) -> None:
-        self.layers, self.state, self.collectives = layers, state, collectives
-        self.received = [torch.zeros((), dtype=torch.int64, device=layer.row_index.device) for layer in layers]
-        self.before = self._fingerprints()
-        for place, layer in enumerate(layers):
-            layer.gradient_witness = self._witness(place)
+        self.layers, self.state, self.collectives = list(layers), state, collectives
+        device = layers[0].row_index.device
+        self._steps, self._due = 0, 1  # steps seen with a learning rate above zero, and when to look next
+        self._came = dict.fromkeys(layers, False)
+        self._signal = {layer: torch.zeros((), dtype=torch.int64, device=device) for layer in layers}
+        self._before = {layer: self._fingerprint(layer) for layer in layers}
+        for layer in layers:
+            layer.gradient_witness = self._witness(layer)
 
     def verify(self, rates: dict[str | None, float]) -> bool:
         """Call after each step until it returns True; `rates` maps a group to the learning rate it was stepped with.
@@ -128,37 +174,67 @@ class EngagementCheck:
         """
         if any(rates.get(layer.group_name, 0.0) == 0.0 for layer in self.layers):
             return False  # warmup from zero: nothing can have changed yet
-        changed = (self._fingerprints() != self.before).to(torch.int64)
-        seen = self.collectives.largest(torch.stack([torch.stack(self.received), changed.to(self.received[0].device)]))
-        received, changed_anywhere = seen.bool().tolist()
-        without = [layer.name for layer, ok in zip(self.layers, received, strict=True) if not ok]
-        if without:
+        self._steps += 1
+        if self._steps < self._due:
+            return False
+        self._due *= 2
+        came, signal, changed = self._facts()
+        never = [layer.name for layer, ok in zip(self.layers, came, strict=True) if not ok]
+        if never:
             raise EngagementError(
-                f"no gradient reached the subnets of {_some(without)} in the first step. Causes seen: reentrant gradient "
-                "checkpointing without model.enable_input_require_grads(); a layer that the forward pass never calls "
-                "(leave it out of target_modules); a batch without a single label."
+                f"no gradient reached the subnets of {_some(never)} in the first step. Causes seen: a layer that the forward "
+                "pass never calls, or whose output the loss does not use (leave it out of target_modules); a forward pass "
+                "under torch.no_grad(); reentrant gradient checkpointing without model.enable_input_require_grads()."
             )
-        still = [layer.name for layer, ok in zip(self.layers, changed_anywhere, strict=True) if not ok]
+        still = [layer.name for layer, got, ok in zip(self.layers, signal, changed, strict=True) if got and not ok]
         if still:
             raise EngagementError(
-                f"the subnets of {_some(still)} received a gradient but did not change in the first step. Causes seen: an "
+                f"the subnets of {_some(still)} received a gradient but did not change. Causes seen: an "
                 "optimizer that does not hold them; a learning rate too small for the dtype (use LoSiAAdamW, which keeps "
                 "fp32 master values)."
             )
-        for layer in self.layers:
-            layer.gradient_witness = None
-        return True
+        for layer, got in zip(self.layers, signal, strict=True):
+            if got:
+                layer.gradient_witness = None
+        self.layers = [layer for layer, got in zip(self.layers, signal, strict=True) if not got]
+        if self.layers and self.collectives.rank == 0:
+            logger.warning(
+                "after step %d the gradients of %d subnets have been exact zeros (%s), which trains nothing there yet. It is "
+                "looked at again after step %d.",
+                self._steps,
+                len(self.layers),
+                _some([layer.name for layer in self.layers]),
+                self._due,
+            )
+        return not self.layers
 
-    def _witness(self, place: int) -> Callable[[Tensor], None]:
+    def moved(self, layers: list[SubnetLinear]) -> None:
+        """These layers got other subnets before they were seen to train: what is compared begins anew."""
+        for layer in layers:
+            if layer in self._before:
+                self._before[layer] = self._fingerprint(layer)
+                self._signal[layer].zero_()
+
+    def _witness(self, layer: SubnetLinear) -> Callable[[Tensor], None]:
         def witness(gradient: Tensor) -> None:
-            self.received[place] |= gradient.detach().any()
+            self._came[layer] = True
+            self._signal[layer] |= gradient.detach().any()
 
         return witness
 
-    def _fingerprints(self) -> Tensor:
-        """One number per subnet, of the part of its master values that this rank keeps."""
-        fragments = [self.state.master_fragment(layer.subnet) for layer in self.layers]
-        return torch.stack([torch.zeros((), dtype=torch.int64) if f is None else fingerprint(f).cpu() for f in fragments])
+    def _facts(self) -> list[list[bool]]:
+        """For the layers that are left, on any rank: a gradient came, it was other than zero, the master values changed."""
+        signal = torch.stack([self._signal[layer] for layer in self.layers])
+        came = torch.tensor([self._came[layer] for layer in self.layers])
+        changed = torch.stack([self._fingerprint(layer) != self._before[layer] for layer in self.layers])
+        seen = torch.stack([came.to(signal), signal, changed.to(signal)])
+        facts: list[list[bool]] = self.collectives.largest(seen).bool().tolist()
+        return facts
+
+    def _fingerprint(self, layer: SubnetLinear) -> Tensor:
+        """One number, of the part of the subnet's master values that this rank keeps."""
+        fragment = self.state.master_fragment(layer.subnet)
+        return torch.zeros((), dtype=torch.int64) if fragment is None else fingerprint(fragment).cpu()
 
 
 def _check_agreement(layers: list[SubnetLinear], prints: Tensor, parts: tuple[str, ...], collectives: RowCollectives) -> None:

@@ -70,8 +70,8 @@ class Placement:
 
         outliers: columns that are not drawn, by layer.
         """
-        kept, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
-        return Wanted(layer.name, step, self.shape(layer), kept, device, outliers.get(layer.name, ()))
+        present = (layer.row_index, layer.col_index)
+        return Wanted(layer.name, step, self.shape(layer), present, outliers.get(layer.name, ()))
 
     def cut_awaited(self, seed: int, group: dist.ProcessGroup | None) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.

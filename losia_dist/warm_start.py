@@ -17,7 +17,7 @@ from losia_dist.formulas import layers_per_slot_for
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
 from losia_dist.localization.calibration import Located, locate
 from losia_dist.localization.inputs import input_sizes, outliers_of
-from losia_dist.localization.search import SEARCHES, Choice, Query, Search, Sums
+from losia_dist.localization.search import SEARCHES, Choice, Query, Search, Sums, keep_without_signal
 from losia_dist.localization.slots import SlotGroup
 from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
@@ -40,7 +40,7 @@ def locate_all(losia: LoSiA, batches: Batches, compute_loss: Loss | None = None)
         return SEARCHES[losia.config.selection](whole_shape(losia.parameters, layer), kept)
 
     found, passes = run_searches(losia, search_of, batches, compute_loss)
-    return [one.result for one in found], passes
+    return [keep_without_signal(one.result, (one.layer.row_index, one.layer.col_index)) for one in found], passes
 
 
 def draw_all(losia: LoSiA, batches: Batches, compute_loss: Loss | None = None) -> tuple[list[Choice], int]:

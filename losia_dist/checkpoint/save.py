@@ -268,11 +268,13 @@ def _check_free(directory: Path) -> None:
 
 
 def check_between_steps(losia: LoSiA) -> None:
-    """Refuse to save in mid accumulation.
+    """Refuse to save in mid accumulation, or values that are not finite.
 
     Raises:
         CheckpointError: on the ranks that are.
+        DivergenceError: as `LoSiA.check_values`.
     """
+    losia.check_values()
     if losia.in_mid_step:
         raise CheckpointError(
             "a checkpoint was asked for in the middle of an optimizer step (micro-batches were run, or losia.step() was not "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.localization.collectives import PendingRows, RowCollectives
-from losia_dist.localization.importance import fold_importance_
+from losia_dist.localization.importance import fold_importance_, has_signal
 
 
 class ImportanceAccumulator:
@@ -15,6 +15,9 @@ class ImportanceAccumulator:
     State on each rank for the length of one slot: fp32 blocks [ceil(m / world size), n] for Ibar and Ubar. Until an optimizer
     step ends, this rank's rows of the gradient too: as they came from a single micro-batch, summed in fp32 from several;
     none where importance is taken from every micro-batch.
+
+    A gradient that is zero in all of the layer, on all ranks, says nothing (no label, no advantage): it leaves the averages as
+    they are. One number a layer and optimizer step is communicated for that.
 
     Args:
         shape: (m, n) of the whole weight.
@@ -97,7 +100,8 @@ class ImportanceAccumulator:
 
     def _fold(self, gradient: Tensor) -> None:
         assert self.weight_rows is not None
-        fold_importance_(gradient, self.weight_rows, self.mean, self.deviation, kind=self.kind, betas=self.betas)
+        signal = self.collectives.largest(has_signal(gradient).to(torch.int32)).bool()
+        fold_importance_(gradient, self.weight_rows, self.mean, self.deviation, kind=self.kind, betas=self.betas, signal=signal)
 
     def _forget(self) -> None:
         self.gradient = self.weight_rows = None

@@ -27,5 +27,4 @@ class DrawnLocalization:
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         rows, columns = draw_subnet(wanted.layer, wanted.shape, wanted.kept, self.seed, wanted.step, wanted.left_out)
-        unmeasured = torch.zeros((), dtype=torch.float64, device=wanted.device)
-        return Choice(rows.to(wanted.device), columns.to(wanted.device), unmeasured, unmeasured)
+        return Choice.unmeasured(rows.to(wanted.device), columns.to(wanted.device))

@@ -19,19 +19,43 @@ def importance_(gradient: Tensor, weight: Tensor, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def update_averages_(mean: Tensor, deviation: Tensor, importance: Tensor, betas: tuple[float, float]) -> None:
+def has_signal(gradient: Tensor) -> Tensor:
+    """Whether any entry is not zero: bool [], on the gradient's device. NaN counts as one."""
+    if gradient.device.type == "cpu":
+        return torch.count_nonzero(gradient) > 0  # eight times as fast there; elsewhere it makes a copy
+    return gradient.any()
+
+
+@torch.no_grad()
+def update_averages_(
+    mean: Tensor, deviation: Tensor, importance: Tensor, betas: tuple[float, float], signal: Tensor | None = None
+) -> None:
     """Ibar <- b1 Ibar + (1 - b1) I;  Ubar <- b2 Ubar + (1 - b2) |I - Ibar|, with the Ibar just updated.
 
     All fp32 and of one shape; `importance` is used up (it holds |I - Ibar| afterwards).
+
+    signal: bool [], whether the layer's gradient was other than zero; where it was not, I is 0 and both averages stay. None:
+        it was.
     """
     first, second = betas
-    mean.mul_(first).add_(importance, alpha=1 - first)
-    deviation.mul_(second).add_(importance.sub_(mean).abs_(), alpha=1 - second)
+    if signal is None:
+        signal = torch.ones((), dtype=torch.bool, device=mean.device)
+    seen = signal.to(mean.device, torch.float32)
+    mean.mul_(1 - (1 - first) * seen).add_(importance, alpha=1 - first)
+    # The condition is a number on the device: the host does not wait for it.
+    deviation.mul_(1 - (1 - second) * seen).addcmul_(importance.sub_(mean).abs_(), (1 - second) * seen)
 
 
 @torch.no_grad()
 def fold_importance_(
-    gradient: Tensor, weight: Tensor, mean: Tensor, deviation: Tensor, *, kind: str, betas: tuple[float, float]
+    gradient: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    *,
+    kind: str,
+    betas: tuple[float, float],
+    signal: Tensor | None = None,
 ) -> None:
     """Take I from the gradient of one step and move both averages, a band of rows at a time.
 
@@ -42,4 +66,4 @@ def fold_importance_(
     elements = 1 << 17 if gradient.device.type == "cpu" else 1 << 26
     band = max(1, elements // max(1, gradient.shape[1]))
     for g, w, one, other in zip(*(tensor.split(band) for tensor in (gradient, weight, mean, deviation)), strict=True):
-        update_averages_(one, other, importance_(g.to(torch.float32), w, kind), betas)
+        update_averages_(one, other, importance_(g.to(torch.float32), w, kind), betas, signal)

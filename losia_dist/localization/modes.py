@@ -10,7 +10,7 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.drawn import DrawnLocalization
-from losia_dist.localization.search import SEARCHES, Choice
+from losia_dist.localization.search import SEARCHES, Choice, keep_without_signal
 from losia_dist.localization.selection import select
 from losia_dist.localization.slots import SlotGroup, Wanted
 
@@ -49,7 +49,8 @@ class ReducedLocalization:
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         assert accumulator is not None
-        return select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.collectives)
+        chosen = select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.collectives)
+        return keep_without_signal(chosen, wanted.present)
 
 
 class RankParallelLocalization:
@@ -74,6 +75,7 @@ class RankParallelLocalization:
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         if accumulator is not None:
             chosen = select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.alone)
+            chosen = keep_without_signal(chosen, wanted.present)
             packed = torch.cat([part.to(torch.float64).reshape(-1) for part in chosen])
         else:
             packed = torch.empty(sum(wanted.kept) + 2, dtype=torch.float64, device=wanted.device)

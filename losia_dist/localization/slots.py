@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot_of
 
@@ -23,16 +24,26 @@ class SlotGroup:
 class Wanted:
     """A layer that is to get another subnet, at a slot's end (or before the first step: step 0).
 
-    layer: its name. step: optimizer steps done by then. shape: (m, n) of the weight. kept: (r, c) of the subnet. device: where
-    the layer is. left_out: columns that are not drawn.
+    layer: its name. step: optimizer steps done by then. shape: (m, n) of the weight. present: rows [r] and columns [c] of the
+    subnet that it has, sorted int64. left_out: columns that are not drawn.
     """
 
     layer: str
     step: int
     shape: tuple[int, int]
-    kept: tuple[int, int]
-    device: torch.device
+    present: tuple[Tensor, Tensor]
     left_out: Sequence[int] = ()
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """(r, c) of the subnet."""
+        rows, columns = self.present
+        return rows.numel(), columns.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return self.present[0].device
 
 
 class SlotClock:

@@ -28,6 +28,8 @@ class LoSiAAdamW(Optimizer):
         weight_decay: of the subnet's values; the paper uses none.
     """
 
+    keeps_adam_state = True  # moments of the parameter's shape, a step count and a master copy, and nothing else
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -79,13 +81,13 @@ class LoSiAAdamW(Optimizer):
         states = [self._state_of(p) for p in parameters]
         for state in states:
             state["step"] += 1
-        values = [_local(p) for p in parameters]
-        masters = [_local(state["master"]) if "master" in state else v for state, v in zip(states, values, strict=True)]
+        values = [local_part(p) for p in parameters]
+        masters = [local_part(state["master"]) if "master" in state else v for state, v in zip(states, values, strict=True)]
         adamw_(
             masters,
-            [_local(p.grad).to(torch.float32) for p in parameters if p.grad is not None],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local_part(p.grad).to(torch.float32) for p in parameters if p.grad is not None],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             steps=[state["step"].item() for state in states],  # on the CPU: no device is waited for
             lr=group["lr"],
             betas=group["betas"],
@@ -97,7 +99,7 @@ class LoSiAAdamW(Optimizer):
                 value.copy_(master)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The block of a DTensor that this rank keeps, sharing its memory: the update is per element and needs no other."""
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -62,8 +62,8 @@ class FakeRun:
         for layer in self.localizing:
             accumulator, layer.gradient_sink = layer.gradient_sink, None
             assert self.localization is not None
-            shape, kept = (layer.out_features, layer.in_features), (layer.row_index.numel(), layer.col_index.numel())
-            wanted = Wanted(layer.name, 1, shape, kept, layer.row_index.device)
+            shape = (layer.out_features, layer.in_features)
+            wanted = Wanted(layer.name, 1, shape, (layer.row_index, layer.col_index))
             self.localization.choose(SlotGroup(layer.group_name, 0), accumulator, wanted)  # type: ignore[arg-type]
             del accumulator
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from losia_dist.sharding.clearing import keeps_adam_state
+
 
 class ParameterAccess(Protocol):
     """Reads and writes parts of parameters wherever the engine keeps them."""
@@ -99,6 +101,8 @@ def store_state(
         store: (entry, whole values): writes the part of the values that the entry stands for.
         optimizer: whose state it is.
     """
+    if not keeps_adam_state(optimizer):
+        kept.clear()  # what the state does not name is made anew
     # torch's optimizers keep step counts on the host, unless a fused or captured step reads them on the device.
     on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     scalars = like.device if on_device else torch.device("cpu")
@@ -112,19 +116,8 @@ def store_state(
         elif values.dim() == 0:
             kept[key].copy_(values)
         else:
-            if key not in kept:
+            if key not in kept and values.shape == state["value"].shape:
                 kept[key] = torch.zeros_like(like, dtype=values.dtype)
+            elif key not in kept:  # an optimizer that keeps less than one number per weight; refused where state is cut
+                kept[key] = values.new_zeros(values.shape, device=like.device)
             store(kept[key], values)
-
-
-def clear_state(optimizer: Optimizer, holders: list[Any], restart_bias_correction: bool) -> None:
-    """Zero the moments that an Adam-like optimizer keeps for these tensors; master values stay."""
-    for holder in holders:
-        for key, value in optimizer.state.get(holder, {}).items():
-            if key == "master":
-                continue
-            if key == "step":
-                if restart_bias_correction:
-                    optimizer.state[holder][key] = value.zero_() if isinstance(value, Tensor) else 0
-            elif isinstance(value, Tensor):
-                value.zero_()

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from losia_dist import compat
-from losia_dist.sharding.interface import as_tensor, clear_state, store_state
+from losia_dist.sharding.clearing import clear_state
+from losia_dist.sharding.interface import as_tensor, store_state
 from losia_dist.subnet.groups import GROUP_KEY
 
 

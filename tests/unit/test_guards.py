@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups, save_checkpoint
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
 from losia_dist.fingerprint import fingerprint
 
@@ -41,9 +41,61 @@ def test_a_subnet_without_a_gradient_is_an_error_that_names_it():
         train_once(TwoBranches(use_both=False))
 
 
-def test_a_gradient_of_zeros_is_no_gradient():
-    with pytest.raises(EngagementError, match="no gradient reached .*used, unused"):
-        train_once(TwoBranches(use_both=True), loss=lambda y: (y * 0).sum())
+def steps_of(model, losses, lr=1e-2, optimizer=LoSiAAdamW, **config):
+    """The conductor after one step for each loss."""
+    config = LoSiAConfig(**{"rank_factor": 0.5, "period": 100, **config})
+    get_losia_model(model, config)
+    optimizer = optimizer(losia_parameter_groups(model, lr=lr), lr=lr)
+    losia = LoSiA(model, optimizer, config)
+    go_on(losia, losses)
+    return losia
+
+
+def go_on(losia, losses):
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for loss in losses:
+        loss(losia.model(x)).backward()
+        losia.state.optimizer.step()
+        losia.step()
+        losia.state.optimizer.zero_grad()
+
+
+def no_signal(y):
+    return (y * 0).sum()
+
+
+def signal(y):
+    return y.square().sum()
+
+
+def test_a_gradient_of_zeros_waits_and_is_said(caplog):
+    losia = steps_of(TwoBranches(use_both=True), [no_signal, signal])
+    assert losia.progress()["engaged"]
+    assert [r.message for r in caplog.records if "exact zeros (used, unused)" in r.message]
+
+
+def test_zeros_for_ever_are_looked_at_ever_more_rarely(caplog):
+    losia = steps_of(TwoBranches(use_both=True), [no_signal] * 9)
+    assert not losia.progress()["engaged"]
+    assert len([r for r in caplog.records if "exact zeros" in r.message]) == 4  # after steps 1, 2, 4 and 8
+
+
+def test_a_subnet_that_moves_while_it_waits_is_not_taken_for_one_that_trained():
+    class Held(LoSiAAdamW):  # changes nothing
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] = 0.1
+
+    with pytest.raises(EngagementError, match="of used, unused received a gradient but did not change"):
+        steps_of(
+            TwoBranches(use_both=True), [no_signal, no_signal, no_signal, signal], optimizer=Held, period=1, selection="random"
+        )
+
+
+def test_a_layer_that_never_gets_a_gradient_is_an_error_though_others_wait():
+    with pytest.raises(EngagementError, match="no gradient reached the subnets of unused in"):
+        steps_of(TwoBranches(use_both=False), [no_signal])
 
 
 def test_a_step_too_small_to_change_anything_is_an_error_that_names_the_subnets():
@@ -81,17 +133,55 @@ def test_a_first_step_with_learning_rate_zero_waits_for_the_second():
         scheduler.step()
 
 
-def test_gradients_that_are_not_finite_stop_the_run_where_subnets_would_be_chosen_from_them():
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("config", [{"selection": "random"}, {"period": 2}])
+def test_a_step_with_a_gradient_that_is_not_finite_ends_the_run(config, value):
+    with pytest.raises(DivergenceError, match="step 2 made values of used, unused infinite or not a number"):
+        steps_of(TwoBranches(use_both=True), [signal, lambda y: y.sum() * value], **config)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.NAdam, torch.optim.Adafactor])
+def test_other_optimizers_are_watched_too(optimizer):
+    with pytest.raises(DivergenceError, match="step 2 made values"):
+        steps_of(TwoBranches(use_both=True), [signal, lambda y: y.sum() * float("nan")], optimizer=optimizer)
+
+
+def test_values_that_are_not_finite_are_never_consolidated_or_saved(tmp_path):
+    losia = steps_of(TwoBranches(use_both=True), [signal])
+    optimizer, model = losia.state.optimizer, losia.model
+    losia._finite._device = torch.device("cuda")  # as on a GPU, where a step's flags are read one step later
+    losia._finite._agree = lambda step: (step, torch.ones(2, dtype=torch.int32), None)
+    signal(model(torch.randn(4, 8))).backward()
+    optimizer.step()
+    losia.step()
+    with pytest.raises(DivergenceError, match="step 2 made"):
+        save_checkpoint(tmp_path, model=model, optimizer=optimizer, losia=losia)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradients_that_are_not_finite_outside_the_subnets_stop_the_run_where_subnets_would_be_chosen_from_them():
     model, config = TwoBranches(use_both=True), LoSiAConfig(rank_factor=0.5, period=2)
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
     losia = LoSiA(model, optimizer, config)
+    outside = next(row for row in range(8) if row not in model.used.row_index and row not in model.unused.row_index)
     with pytest.raises(DivergenceError, match="importance of used is not finite"):
         for step in range(2):
-            scale = float("inf") if step else 1.0
-            (model(torch.randn(4, 8)).square().sum() * scale).backward()
+            y = model(torch.randn(4, 8))
+            (y.square().sum() + y[:, outside].sum() * (float("inf") if step else 1.0)).backward()
             optimizer.step()
             losia.step()
+
+
+@pytest.mark.parametrize("config", [{}, {"importance_accumulation": "micro_batch"}])
+def test_a_slot_without_signal_leaves_a_subnet_where_it_is_and_says_so(config, caplog):
+    losia = steps_of(TwoBranches(use_both=True), [signal], period=1, layers_per_slot=2, **config)
+    assert not [r for r in caplog.records if "keep the one" in r.message]
+    places = [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers]
+    assert [0, 1, 2, 3] not in [rows for rows, _ in places]
+    go_on(losia, [no_signal, no_signal])
+    assert places == [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers]
+    assert len([r for r in caplog.records if "used, unused had no gradient other than zero" in r.message]) == 2
 
 
 def test_fp16_is_refused_with_the_fix():

@@ -1,0 +1,101 @@
+"""A step that leaves an infinite value, or NaN, ends the run on every rank before anything is saved from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from losia_dist.errors import DivergenceError
+from losia_dist.localization.collectives import RowCollectives
+from losia_dist.optim.adamw import local_part
+from losia_dist.subnet.groups import GROUP_KEY
+
+
+class FiniteCheck:
+    """Looks at what the optimizer has just updated, group by group, wherever an engine keeps it.
+
+    The norm of each group stays on the device. `end_step` lets the ranks agree on it (one number a group) and
+    reads what the step before left, which is there by then: the host waits for nothing. `settle` reads at once. On the CPU
+    both do.
+
+    Args:
+        optimizer: the one whose `step` the engine calls (the inner one under ZeRO, once per group).
+        collectives: over all ranks of the run.
+        device: where they communicate.
+    """
+
+    def __init__(self, optimizer: Optimizer, collectives: RowCollectives, device: torch.device) -> None:
+        self._collectives, self._device = collectives, device
+        self._names = list(dict.fromkeys(group[GROUP_KEY] for group in optimizer.param_groups))
+        self._norms: dict[str | None, Tensor] = {}  # of what the step in progress has updated on this rank
+        self._told: tuple[int, Tensor, Any] | None = None  # step, flags [groups] on their way to the host, when they are there
+        self._handle = optimizer.register_step_post_hook(self._look)
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was found."""
+        self._handle.remove()
+
+    def end_step(self, step: int) -> None:
+        """Called by all ranks after each optimizer step, which is number `step`, from 1.
+
+        Raises:
+            DivergenceError: this step (on a GPU: the one before) left values that are not finite. Same on every rank.
+        """
+        before, self._told = self._told, self._agree(step)
+        self._norms = {}
+        if self._device.type == "cpu":
+            self.settle()
+        else:
+            self._read(before)
+
+    def settle(self) -> None:
+        """Read what the latest step left; called by all ranks, before anything is made of its values.
+
+        Raises:
+            DivergenceError: as `end_step`, of the latest step.
+        """
+        told, self._told = self._told, None
+        self._read(told)
+
+    @torch.no_grad()
+    def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            values = [local_part(p) for p in group["params"] if p.grad is not None]
+            values = [value.detach() for value in values if value.numel()]
+            if not values:
+                continue
+            norm = torch.stack(torch._foreach_norm(values)).max()  # one pass over memory; NaN is the largest of all
+            known = self._norms.get(group[GROUP_KEY])
+            self._norms[group[GROUP_KEY]] = norm if known is None else torch.maximum(known, norm)
+
+    def _agree(self, step: int) -> tuple[int, Tensor, Any]:
+        nothing = torch.zeros((), device=self._device)
+        found = [self._norms.get(name, nothing).to(self._device, torch.float32, non_blocking=True) for name in self._names]
+        # As flags: a maximum over ranks may lose a NaN.
+        flags = self._collectives.largest((~torch.isfinite(torch.stack(found))).to(torch.int32))
+        if self._device.type == "cpu":
+            return step, flags, None
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return step, host, ready
+
+    def _read(self, told: tuple[int, Tensor, Any] | None) -> None:
+        if told is None:
+            return
+        step, flags, ready = told
+        if ready is not None:
+            ready.synchronize()
+        bad = [name or "what trains in full" for name, flag in zip(self._names, flags.tolist(), strict=True) if flag]
+        if bad:
+            named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more groups" if len(bad) > 5 else "")
+            raise DivergenceError(
+                f"step {step} made values of {named} infinite or not a number, and nothing has been saved since. Causes seen: "
+                "a learning rate that is too large; a batch without a single label, whose mean loss divides by zero; a loss "
+                "of the batch's own that overflows. Look at that step's batch, lower the learning rate or clip the gradient, "
+                "and resume from the latest checkpoint."
+            )

@@ -1,0 +1,145 @@
+"""A subnet that moves begins without moments: what that means for an optimizer's state, and whether it is known to work.
+
+Adam's moments are zeroed in place. What any other optimizer keeps is taken away, so that it begins anew as with a new
+parameter; that this is so is tried at the start, on tensors of no consequence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from losia_dist.config import LoSiAConfig
+from losia_dist.errors import UnsupportedError
+from losia_dist.subnet.linear import SubnetLinear
+
+if TYPE_CHECKING:
+    from losia_dist.sharding.interface import StateAccess
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_FIX = "Use LoSiAAdamW: a subnet's state is 1/64 of full fine-tuning's as it is."
+_RATE = 1e-3  # of the trial: schedules may begin at 0
+_MOST = 1 << 24  # elements in the trial
+
+
+def keeps_adam_state(optimizer: Optimizer) -> bool:
+    """Whether all that the optimizer keeps for a tensor is Adam's: moments of its shape, a step count, a master copy.
+
+    By class, not by names of entries: others keep quantized moments or products under the same names.
+    """
+    kind = type(optimizer)
+    known = kind in (torch.optim.Adam, torch.optim.AdamW) or vars(kind).get("keeps_adam_state", False)
+    return known or kind.__module__.startswith("deepspeed.ops.adam")
+
+
+def clear_state(optimizer: Optimizer, holders: list[Any], restart_bias_correction: bool) -> None:
+    """Begin anew for these tensors; Adam's master values stay, and its step counts unless they are to restart."""
+    if not keeps_adam_state(optimizer):
+        for holder in holders:
+            optimizer.state.pop(holder, None)
+        return
+    for holder in holders:
+        state = optimizer.state.get(holder, {})
+        for key in _MOMENTS:
+            if key in state:
+                state[key].zero_()
+        if restart_bias_correction and "step" in state:
+            state["step"] = state["step"].zero_() if isinstance(state["step"], Tensor) else 0
+
+
+def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiAConfig, *, is_cut: bool) -> None:
+    """Refuse an optimizer whose state cannot be cleared, saved and put back; before the first step, by each rank alone.
+
+    Args:
+        is_cut: each rank keeps a part of a tensor's state (ZeRO, FSDP2).
+
+    Raises:
+        UnsupportedError: state that is quantized or no tensor, or not one number per weight where it is cut; state that the
+            optimizer does not make anew; a configuration that needs to know Adam's entries. The message names what was seen.
+    """
+    optimizer = state.optimizer
+    if keeps_adam_state(optimizer):
+        return
+    name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+    if config.moments == "kept":
+        raise UnsupportedError(f"moments='kept' needs to know Adam's moments, and {name} has state of its own. {_FIX}")
+    # As large as the largest tensor that is cleared: some optimizers treat large ones in another way.
+    sizes = Counter[str]()
+    for layer in layers:
+        sizes[layer.group_name] += layer.row_index.numel() * layer.col_index.numel()
+    shape = (-(-min(max(sizes.values()), _MOST) // 256) * 8, 32)
+    held = [p for group in optimizer.param_groups for p in group["params"]] + state.state_tensors()
+    device = held[0].device
+    try:
+        fresh, entries = _trial(optimizer, shape, device, steps_before=0)
+        _check_entries(name, entries, shape, keeps_steps=not config.reset_bias_correction, is_cut=is_cut)
+        cleared, _ = _trial(optimizer, shape, device, steps_before=3)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever a foreign optimizer makes of it
+        raise UnsupportedError(
+            f"{name} was tried on a tensor of no consequence, and did not begin anew once its state was taken away: "
+            f"{type(error).__name__}: {error}. A subnet that moves needs that. {_FIX}"
+        ) from error
+    if not torch.equal(cleared, fresh):
+        raise UnsupportedError(
+            f"{name} keeps something of a tensor outside its state: with that taken away, its next step is not a first step "
+            f"(it is off by {(cleared - fresh).abs().max().item():.2g}). A subnet that moves needs one. {_FIX}"
+        )
+
+
+def _check_entries(name: str, state: dict[str, Any], shape: tuple[int, int], *, keeps_steps: bool, is_cut: bool) -> None:
+    for key, entry in state.items():
+        if entry is None:
+            continue
+        if isinstance(entry, Tensor) and entry.dim():
+            if type(entry) is not Tensor or not entry.dtype.is_floating_point:
+                raise UnsupportedError(
+                    f"{name} keeps quantized state ({key!r} is a {type(entry).__name__} of {entry.dtype}), which can "
+                    f"neither be cleared for one subnet nor saved. {_FIX}"
+                )
+            if is_cut and entry.shape != shape:
+                raise UnsupportedError(
+                    f"{name} keeps {key!r} of shape {list(entry.shape)} for a tensor of {list(shape)}; where each rank keeps a "
+                    f"part of it (ZeRO, FSDP2), an optimizer must keep one number per weight. {_FIX}"
+                )
+        elif not isinstance(entry, Tensor | int | float):
+            raise UnsupportedError(f"{name} keeps {key!r}, a {type(entry).__name__}, which a checkpoint does not hold. {_FIX}")
+        elif keeps_steps:
+            raise UnsupportedError(
+                f"reset_bias_correction=False keeps Adam's step count, and {name} has {key!r} among state of its own: leave "
+                f"reset_bias_correction out. {_FIX}"
+            )
+
+
+def _trial(
+    optimizer: Optimizer, shape: tuple[int, int], device: torch.device, *, steps_before: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Values and state of a tensor after one step of a copy of the optimizer; before it other steps, and a clearing."""
+    trial: Any = copy.copy(optimizer)
+    trial.__dict__.pop("step", None)  # a scheduler's wrapper, which steps the optimizer itself
+    trial._optimizer_step_pre_hooks, trial._optimizer_step_post_hooks = {}, {}
+    start = torch.linspace(-1, 1, shape[0] * shape[1], device=device).view(shape)
+    tensor = torch.nn.Parameter(start.clone())
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "param_names")}
+    group["lr"] = torch.full_like(group["lr"], _RATE) if isinstance(group["lr"], Tensor) else _RATE
+    trial.state, trial.param_groups = defaultdict(dict), [{**copy.deepcopy(group), "params": [tensor]}]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
+            for step in range(steps_before):
+                tensor.grad = start.flip(0).mul(step + 1).cos()
+                trial.step()
+            clear_state(trial, [tensor], restart_bias_correction=True)
+            with torch.no_grad():
+                tensor.copy_(start)
+            torch.manual_seed(0)
+            tensor.grad = start.sin()
+            trial.step()
+        return tensor.detach(), dict(trial.state[tensor])
+    finally:
+        trial.__class__ = Optimizer  # what the class lets go of with an instance (DeepSpeed's CPU optimizers) is the original's
