@@ -151,7 +151,7 @@ class LoSiA:
 
         Raises:
             EngagementError: after the first step, if a subnet does not train.
-            DivergenceError: what the step trained is not finite (on a GPU said one step later, or before anything is saved);
+            DivergenceError: the step's gradients were not finite (on a GPU said one step later, or before anything is saved);
                 at a slot's end, if ranks disagree or importance is not finite. Same on every rank.
         """
         if not self.rewarming.stepped:
@@ -166,7 +166,7 @@ class LoSiA:
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
         if relocalized:
-            self.check_values()
+            self.check_latest_step()
         moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
         for place, name in enumerate(relocalized):
             layers = [layer for layer in self.layers if layer.group_name == name]
@@ -261,11 +261,11 @@ class LoSiA:
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._open_slot()
 
-    def check_values(self) -> None:
-        """Refuse to go on from values that are not finite; on every rank, before anything is saved. Waits for the device.
+    def check_latest_step(self) -> None:
+        """Refuse to save what a step by infinite gradients, or NaN, has left; called by all ranks. Waits for the device.
 
         Raises:
-            DivergenceError: the latest step left such values. Same on every rank.
+            DivergenceError: the latest step was one. Same on every rank.
         """
         self._finite.settle()
 
@@ -273,9 +273,9 @@ class LoSiA:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
 
         Raises:
-            DivergenceError: as `check_values`.
+            DivergenceError: as `check_latest_step`.
         """
-        self.check_values()
+        self.check_latest_step()
         self.parameters.settle()
         for layer in self.layers:
             self.placement.write_back(layer)

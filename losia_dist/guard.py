@@ -143,7 +143,7 @@ def check_choices(choices: list[Choice], layers: list[SubnetLinear], collectives
     if silent and collectives.rank == 0:
         logger.warning(
             "%s had no gradient other than zero to choose a subnet by, and keep the one they have. Causes seen: batches "
-            "without a label or an advantage; a part of the model that starts at zero; a layer that the loss does not depend on.",
+            "without a label or an advantage; a part of the model that starts at zero; a layer the loss does not depend on.",
             _some(silent),
         )
 

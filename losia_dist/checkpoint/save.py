@@ -268,13 +268,13 @@ def _check_free(directory: Path) -> None:
 
 
 def check_between_steps(losia: LoSiA) -> None:
-    """Refuse to save in mid accumulation, or values that are not finite.
+    """Refuse to save in mid accumulation, or after a step that was not finite.
 
     Raises:
         CheckpointError: on the ranks that are.
-        DivergenceError: as `LoSiA.check_values`.
+        DivergenceError: as `LoSiA.check_latest_step`.
     """
-    losia.check_values()
+    losia.check_latest_step()
     if losia.in_mid_step:
         raise CheckpointError(
             "a checkpoint was asked for in the middle of an optimizer step (micro-batches were run, or losia.step() was not "

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.optim.finite import refuse_skipped
 from losia_dist.reporting.facts import GB, peak_memory, write_facts
 from losia_dist.reporting.records import FACTS
 from losia_dist.reporting.subnet_log import SubnetLog
@@ -117,6 +118,8 @@ class LoSiACallback(TrainerCallback):
         self.losia.step()
         if self.losia.steps == steps:
             self.losia.discard_step()
+            if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+                refuse_skipped(steps + 1)
         else:
             self._localized = localizing
         if self._subnets is not None:

@@ -19,6 +19,7 @@ from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.integrations.deepspeed_checkpoint import attach_checkpoints
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
+from losia_dist.optim.finite import refuse_skipped
 from losia_dist.subnet.convert import subnet_layers
 from losia_dist.subnet.groups import losia_parameter_groups
 
@@ -185,6 +186,7 @@ def _drive(engine: Any) -> None:
                 engine.losia.step()
             else:
                 engine.losia.discard_step()
+                refuse_skipped(engine.losia.steps + 1)
         return result
 
     engine.step = step

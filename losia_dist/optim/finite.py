@@ -1,4 +1,4 @@
-"""A step that leaves an infinite value, or NaN, ends the run on every rank before anything is saved from it."""
+"""A step by gradients that are infinite, or not a number, ends the run on every rank before anything is saved from it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from losia_dist.subnet.groups import GROUP_KEY
 
 
 class FiniteCheck:
-    """Looks at what the optimizer has just updated, group by group, wherever an engine keeps it.
+    """Looks at the gradients that the optimizer was just stepped by, group by group, wherever an engine keeps them.
 
-    The norm of each group stays on the device. `end_step` lets the ranks agree on it (one number a group) and
-    reads what the step before left, which is there by then: the host waits for nothing. `settle` reads at once. On the CPU
-    both do.
+    At gradients, since ZeRO-3 pads what it steps with memory that nobody wrote. The norm of each group stays on the device.
+    `end_step` lets the ranks agree on it (one number a group) and reads what the step before told, which is there by then: the
+    host waits for nothing. `settle` reads at once. On the CPU both do.
 
     Args:
         optimizer: the one whose `step` the engine calls (the inner one under ZeRO, once per group).
@@ -30,7 +30,7 @@ class FiniteCheck:
     def __init__(self, optimizer: Optimizer, collectives: RowCollectives, device: torch.device) -> None:
         self._collectives, self._device = collectives, device
         self._names = list(dict.fromkeys(group[GROUP_KEY] for group in optimizer.param_groups))
-        self._norms: dict[str | None, Tensor] = {}  # of what the step in progress has updated on this rank
+        self._norms: dict[str | None, Tensor] = {}  # of the step in progress, on this rank
         self._told: tuple[int, Tensor, Any] | None = None  # step, flags [groups] on their way to the host, when they are there
         self._handle = optimizer.register_step_post_hook(self._look)
 
@@ -42,7 +42,7 @@ class FiniteCheck:
         """Called by all ranks after each optimizer step, which is number `step`, from 1.
 
         Raises:
-            DivergenceError: this step (on a GPU: the one before) left values that are not finite. Same on every rank.
+            DivergenceError: gradients of this step (on a GPU: of the one before) were not finite. Same on every rank.
         """
         before, self._told = self._told, self._agree(step)
         self._norms = {}
@@ -52,7 +52,7 @@ class FiniteCheck:
             self._read(before)
 
     def settle(self) -> None:
-        """Read what the latest step left; called by all ranks, before anything is made of its values.
+        """Read what the latest step told; called by all ranks, before anything is made of the values that it left.
 
         Raises:
             DivergenceError: as `end_step`, of the latest step.
@@ -63,11 +63,11 @@ class FiniteCheck:
     @torch.no_grad()
     def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
-            values = [local_part(p) for p in group["params"] if p.grad is not None]
-            values = [value.detach() for value in values if value.numel()]
-            if not values:
+            gradients = [local_part(p.grad) for p in group["params"] if p.grad is not None]
+            gradients = [gradient for gradient in gradients if gradient.numel()]
+            if not gradients:
                 continue
-            norm = torch.stack(torch._foreach_norm(values)).max()  # one pass over memory; NaN is the largest of all
+            norm = torch.stack(torch._foreach_norm(gradients)).max()  # one pass over memory; NaN is the largest of all
             known = self._norms.get(group[GROUP_KEY])
             self._norms[group[GROUP_KEY]] = norm if known is None else torch.maximum(known, norm)
 
@@ -93,9 +93,23 @@ class FiniteCheck:
         bad = [name or "what trains in full" for name, flag in zip(self._names, flags.tolist(), strict=True) if flag]
         if bad:
             named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more groups" if len(bad) > 5 else "")
-            raise DivergenceError(
-                f"step {step} made values of {named} infinite or not a number, and nothing has been saved since. Causes seen: "
-                "a learning rate that is too large; a batch without a single label, whose mean loss divides by zero; a loss "
-                "of the batch's own that overflows. Look at that step's batch, lower the learning rate or clip the gradient, "
-                "and resume from the latest checkpoint."
-            )
+            raise _not_finite(f"the gradients of {named}", step)
+
+
+def refuse_skipped(step: int) -> None:
+    """DeepSpeed left step number `step` out, for gradients that are not finite; it would leave out all others like it too,
+    and a run could end that has learned nothing. Called by all ranks, which have agreed on it.
+
+    Raises:
+        DivergenceError: always.
+    """
+    raise _not_finite("gradients", step, "DeepSpeed left the step out, ")
+
+
+def _not_finite(what: str, step: int, done: str = "") -> DivergenceError:
+    return DivergenceError(
+        f"{what} were infinite or not a number in step {step}; {done}nothing has been saved since. Causes seen: a learning "
+        "rate that is too large; a batch without a single label, whose mean loss divides by zero; a loss of the user's own "
+        "that overflows. Look at that step's batch, lower the learning rate or clip the gradients, and resume from the latest "
+        "checkpoint."
+    )

@@ -121,7 +121,8 @@ def _trial(
     optimizer: Optimizer, shape: tuple[int, int], device: torch.device, *, steps_before: int
 ) -> tuple[Tensor, dict[str, Any]]:
     """Values and state of a tensor after one step of a copy of the optimizer; before it other steps, and a clearing."""
-    trial: Any = copy.copy(optimizer)
+    trial: Any = object.__new__(type(optimizer))
+    trial.__dict__.update(optimizer.__dict__)
     trial.__dict__.pop("step", None)  # a scheduler's wrapper, which steps the optimizer itself
     trial._optimizer_step_pre_hooks, trial._optimizer_step_post_hooks = {}, {}
     start = torch.linspace(-1, 1, shape[0] * shape[1], device=device).view(shape)

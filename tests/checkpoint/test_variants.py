@@ -43,7 +43,8 @@ def build(model: torch.nn.Module, seed: int, optimizer: Callable = LoSiAAdamW, d
     get_losia_model(model.train(), config, subnet_dtype=dtype)
     optimizer = optimizer(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     losia = LoSiA(model, optimizer, config)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20)
+    cycles = {"momentum", "betas"} & optimizer.defaults.keys()
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20, cycle_momentum=bool(cycles))
 
     def step() -> float:
         tokens = TOKENS[losia.steps] + random.randrange(2) * int(np.random.randint(2))
@@ -66,6 +67,8 @@ VARIANTS = {
     "dropout and the host's random numbers": (lambda: tiny_llama(attention_dropout=0.3), {}),
     "torch's AdamW, state made at its first step": (tiny_llama, {"optimizer": torch.optim.AdamW}),
     "torch's fused AdamW in bf16": (bf16_llama, {"optimizer": partial(torch.optim.AdamW, fused=True)}),
+    "NAdam, whose step counts are products too": (tiny_llama, {"optimizer": torch.optim.NAdam}),
+    "Adafactor, with less than a number per weight": (tiny_llama, {"optimizer": torch.optim.Adafactor}),
     "SGD with momentum": (tiny_llama, {"optimizer": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9)}),
     "GPT-2, tied": (gpt2, {"output_rank_factor": 0.25}),
     "fp32 subnets in bf16 weights": (bf16_llama, {"dtype": torch.float32}),

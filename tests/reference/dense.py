@@ -106,8 +106,8 @@ class DenseLoSiA:
             _, gradient = self._mean_loss_and_gradient([batch])
             for name in scores:
                 scores[name] += self._importance(self.parameters[name].detach() * gradient[name]) / len(micro_batches)
-        for name, (rows, columns) in self.subnets.items():
-            self.subnets[name] = self.select(scores[name], len(rows), len(columns))
+        for name in self.subnets:
+            self.subnets[name] = self._select(name, scores[name])
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> float:
         """One optimizer step over the whole global batch, given as equally weighted micro-batches."""
@@ -157,7 +157,7 @@ class DenseLoSiA:
                     if self.selection == "random":
                         chosen[name] = self._draw(name, len(rows), len(columns), self.t + 1)
                     else:
-                        chosen[name] = self.select(self.I_mean[name] * self.I_deviation[name], len(rows), len(columns))
+                        chosen[name] = self._select(name, self.I_mean[name] * self.I_deviation[name])
                     self.subnets[name] = chosen[name]
                     if self.moments == "kept":
                         self._move_moments(name, (rows, columns), chosen[name])
@@ -172,6 +172,10 @@ class DenseLoSiA:
         self.t += 1
         self.losses.append(loss)
         return loss
+
+    def _select(self, name: str, score: Tensor) -> tuple[Tensor, Tensor]:
+        rows, columns = self.subnets[name]
+        return self.select(score, len(rows), len(columns)) if score.any() else (rows, columns)
 
     def _draw(self, name: str, row_count: int, column_count: int, steps: int) -> tuple[Tensor, Tensor]:
         key = f"{self.seed}/{name.removesuffix('.weight')}" + (f"/{steps}" if steps else "")
@@ -211,6 +215,8 @@ class DenseLoSiA:
         ]
 
     def _average_importance(self, name: str, g: Tensor) -> None:
+        if not g.any():
+            return
         importance = self._importance(self.parameters[name].detach() * g)
         b1, b2 = self.importance_betas
         self.I_mean[name] = b1 * self.I_mean[name] + (1 - b1) * importance
@@ -264,6 +270,28 @@ class DenseLoSiA:
         m_hat = state["m"] / (1 - b1 ** state["step"])
         v_hat = state["v"] / (1 - b2 ** state["step"])
         return value * (1 - lr * self.weight_decay) - lr * m_hat / (v_hat.sqrt() + self.eps)
+
+
+class DenseWithOptimizer(DenseLoSiA):
+    """The same, trained by an optimizer of torch instead of AdamW: a new one for each subnet that begins anew.
+
+    optimizer: its class.
+    """
+
+    def __init__(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.optimizer = optimizer
+        super().__init__(*args, **kwargs)
+
+    def _adamw(self, name: str, value: Tensor, g: Tensor, lr: float) -> Tensor:
+        state = self.adam[name]
+        if "optimizer" not in state:
+            state["value"] = nn.Parameter(value.clone())
+            state["optimizer"] = self.optimizer([state["value"]], lr=lr)
+        state["optimizer"].param_groups[0]["lr"] = lr
+        state["value"].data.copy_(value)
+        state["value"].grad = g.clone()
+        state["optimizer"].step()
+        return state["value"].detach().clone()
 
 
 def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initiali
 from losia_dist.checkpoint.export import _gather
 from losia_dist.checkpoint.names import unwrap
 from losia_dist.subnet.convert import subnet_layers
-from tests.reference.dense import DenseLoSiA
+from tests.reference.dense import DenseLoSiA, DenseWithOptimizer
 from tests.support.families import decoder_layers, tiny_model
 from tests.support.models import batches, tiny_llama
 
-RATE, VOCABULARY = 1e-3, 96
+RATE, VOCABULARY, QUIET = 1e-3, 96, 96
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=lambda: {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 5})
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    optimizer: str = ""  # of torch.optim; none: LoSiAAdamW, whose arithmetic the reference has
+    quiet: tuple[tuple[int, int], ...] = ()  # (step, micro-batch) whose loss, and so all gradients, are exactly zero
+    silenced: str | None = None  # a weight that starts at zero
     calibration: int = 0  # micro-batches over all ranks that init="importance" locates the first subnets from
 
 
@@ -48,7 +52,7 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def global_batches(run: Run) -> list[list[dict[str, torch.Tensor]]]:
-    return batches(
+    found = batches(
         steps=run.steps,
         micro_batches=run.accumulation,
         batch=run.batch,
@@ -56,6 +60,9 @@ def global_batches(run: Run) -> list[list[dict[str, torch.Tensor]]]:
         vocab=VOCABULARY,
         seed=7,
     )
+    for step, micro_batch in run.quiet:
+        found[step][micro_batch]["labels"] = torch.full_like(found[step][micro_batch]["labels"], QUIET)
+    return found
 
 
 def calibration_batches(run: Run) -> list[dict[str, torch.Tensor]]:
@@ -71,8 +78,28 @@ def locate_first(losia: LoSiA, run: Run) -> None:
         losia.locate(calibration_batches(run)[rank::world])
 
 
+def optimizer_of(run: Run) -> Any:
+    return getattr(torch.optim, run.optimizer) if run.optimizer else LoSiAAdamW
+
+
 def build(run: Run) -> torch.nn.Module:
-    return tiny_llama(**run.model) if run.family == "llama" else tiny_model(run.family, **run.model)
+    model = tiny_llama(**run.model) if run.family == "llama" else tiny_model(run.family, **run.model)
+    if run.silenced:
+        model.get_parameter(run.silenced).data.zero_()
+    if run.quiet:
+        _let_quiet_labels_weigh_nothing(model)
+    return model
+
+
+def _let_quiet_labels_weigh_nothing(model: torch.nn.Module) -> None:
+    forward = model.forward
+
+    def weighed(*args: Any, labels: torch.Tensor, **kwargs: Any) -> Any:
+        output = forward(*args, labels=labels, **kwargs)
+        output["loss"] = output["loss"] * (labels != QUIET).any()
+        return output
+
+    model.forward = weighed
 
 
 def prepared_model(run: Run) -> torch.nn.Module:
@@ -96,7 +123,8 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
     # The oracle sees weights as they are stored; a Conv1D's rows are its columns there, and are named back below.
     transposed = {f"{layer.name}.weight" for layer in layers if layer.weight_is_transposed}
     model = build(run)
-    dense = DenseLoSiA(
+    kind = DenseLoSiA if not run.optimizer else partial(DenseWithOptimizer, optimizer_of(run))
+    dense = kind(
         model,
         list(groups.values()),
         _swapped(subnets, transposed),
@@ -179,7 +207,7 @@ def _plain_loop(engine: str, model: torch.nn.Module, config: LoSiAConfig, run: R
     if run.dtype == "bf16":
         model.to(torch.bfloat16)
     wrapped = _wrap(engine, model, run.dtype)
-    optimizer = LoSiAAdamW(losia_parameter_groups(wrapped, lr=RATE), lr=RATE)
+    optimizer = optimizer_of(run)(losia_parameter_groups(wrapped, lr=RATE), lr=RATE)
     losia = LoSiA(wrapped, optimizer, config)
 
     def step(micro_batches, inspect):
@@ -244,7 +272,11 @@ def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run:
     for limit in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
         zero[f"stage3_{limit}"] = 0
     settings["zero_optimization"] = {**zero, **run.deepspeed.get("zero_optimization", {})}
-    engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=RATE)
+    named = None
+    if run.optimizer:
+        get_losia_model(model, config)
+        named = optimizer_of(run)(losia_parameter_groups(model, lr=RATE), lr=RATE)
+    engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=RATE, optimizer=named)
 
     def step(micro_batches, inspect):
         total = 0.0

@@ -136,17 +136,17 @@ def test_a_first_step_with_learning_rate_zero_waits_for_the_second():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("config", [{"selection": "random"}, {"period": 2}])
 def test_a_step_with_a_gradient_that_is_not_finite_ends_the_run(config, value):
-    with pytest.raises(DivergenceError, match="step 2 made values of used, unused infinite or not a number"):
+    with pytest.raises(DivergenceError, match="gradients of used, unused were infinite or not a number in step 2"):
         steps_of(TwoBranches(use_both=True), [signal, lambda y: y.sum() * value], **config)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.NAdam, torch.optim.Adafactor])
 def test_other_optimizers_are_watched_too(optimizer):
-    with pytest.raises(DivergenceError, match="step 2 made values"):
+    with pytest.raises(DivergenceError, match="in step 2"):
         steps_of(TwoBranches(use_both=True), [signal, lambda y: y.sum() * float("nan")], optimizer=optimizer)
 
 
-def test_values_that_are_not_finite_are_never_consolidated_or_saved(tmp_path):
+def test_a_step_that_is_not_finite_is_never_consolidated_or_saved(tmp_path):
     losia = steps_of(TwoBranches(use_both=True), [signal])
     optimizer, model = losia.state.optimizer, losia.model
     losia._finite._device = torch.device("cuda")  # as on a GPU, where a step's flags are read one step later
@@ -154,7 +154,7 @@ def test_values_that_are_not_finite_are_never_consolidated_or_saved(tmp_path):
     signal(model(torch.randn(4, 8))).backward()
     optimizer.step()
     losia.step()
-    with pytest.raises(DivergenceError, match="step 2 made"):
+    with pytest.raises(DivergenceError, match="in step 2; nothing has been saved"):
         save_checkpoint(tmp_path, model=model, optimizer=optimizer, losia=losia)
     assert not list(tmp_path.iterdir())
 
@@ -181,7 +181,9 @@ def test_a_slot_without_signal_leaves_a_subnet_where_it_is_and_says_so(config, c
     assert [0, 1, 2, 3] not in [rows for rows, _ in places]
     go_on(losia, [no_signal, no_signal])
     assert places == [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers]
-    assert len([r for r in caplog.records if "used, unused had no gradient other than zero" in r.message]) == 2
+    assert (
+        len([r for r in caplog.records if "used had no gradient other than zero" in r.message]) == 4
+    )  # a group is a layer here
 
 
 def test_fp16_is_refused_with_the_fix():
