@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
@@ -22,11 +23,11 @@ def test_the_deviation_uses_the_mean_just_updated():
     assert deviation.item() == 1.75  # 0.75 * 2 + 0.25 * |3 - 2|
 
 
-def accumulator() -> ImportanceAccumulator:
+def accumulator(group=None) -> ImportanceAccumulator:
     return ImportanceAccumulator(
         (2, 2),
         device=torch.device("cpu"),
-        collectives=RowCollectives(None),
+        collectives=RowCollectives(group),
         importance="param_mix",
         betas=(0.85, 0.85),
         per_micro_batch=False,
@@ -70,3 +71,21 @@ def test_the_score_is_the_product_of_both_averages(steps):
         mean = 0.85 * mean + 0.15 * value
         deviation = 0.85 * deviation + 0.15 * abs(value - mean)
     torch.testing.assert_close(one.score(), torch.full((2, 2), mean * deviation))
+
+
+def accumulate(*gradients: list[list[float]]) -> list[list[float]]:
+    """This rank's rows of the score after a step for each gradient, which all ranks have alike."""
+    one = accumulator(dist.group.WORLD if dist.is_initialized() else None)
+    for gradient in gradients:
+        one(torch.tensor(gradient), torch.ones(2, 2))
+        one.end_step()
+    return one.score().tolist()
+
+
+def test_a_rank_whose_rows_are_zero_goes_by_the_layers_other_rows(ranks):
+    """One row a rank: a zero row is no sign that the batch said nothing of the layer."""
+    everywhere, second_row, nothing = [[0.5, 0.25], [0.25, 0.5]], [[0.0, 0.0], [0.25, 0.5]], [[0.0, 0.0], [0.0, 0.0]]
+    steps = (everywhere, second_row, nothing)
+    whole = accumulate(*steps)
+    assert whole == accumulate(everywhere, second_row) != accumulate(everywhere)
+    assert [rows[0] for rows in ranks(2, accumulate, *steps)] == whole
