@@ -49,7 +49,7 @@ class LoSiAConfig:
             Subnets take larger rates than whole parameters do: random ones about eight times as large (docs/quality.md).
         importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
             "first_order" |wg|, "second_order" (wg)^2.
-        importance_betas: (b1, b2) of the averages of I and of its deviation, each in [0, 1). Paper: 0.85, 0.85.
+        importance_betas: (b1, b2) of the averages of I and of its deviation, b1 in (0, 1), b2 in [0, 1). Paper: 0.85, 0.85.
         selection: "greedy", the best of the paper's candidates (algorithm 1). "alternating": from there on, rows given the
             columns and columns given the rows in turn, while the score inside the subnet grows. "random": drawn anew, by seed,
             layer and step: no importance is collected, nothing is sent for it, and a slot costs no more than other steps.
@@ -117,6 +117,11 @@ class LoSiAConfig:
         betas = self.importance_betas
         if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
             raise ConfigError(f"importance_betas={betas!r}: two numbers in [0, 1) are needed, for example (0.85, 0.85).")
+        if betas[0] == 0:
+            raise ConfigError(
+                f"importance_betas={betas!r}: with a first number of 0 no importance ever differs from its average, and every "
+                "score would be 0: give one above 0, for example 0.85."
+            )
         self.importance_betas = (float(betas[0]), float(betas[1]))
         for name, available in _AVAILABLE.items():
             value = getattr(self, name)

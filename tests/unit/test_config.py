@@ -31,6 +31,7 @@ def test_a_rank_factor_outside_0_to_1_is_refused_with_the_value_and_the_rule(fac
         ("importance", "magnitude"),
         ("importance_betas", (0.85, 1.0)),
         ("importance_betas", 0.85),
+        ("importance_betas", (0.0, 0.85)),
         ("selection", "exhaustive"),
         ("init", "located"),
         ("localization", "layerwise"),
