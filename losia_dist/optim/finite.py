@@ -109,7 +109,6 @@ def refuse_skipped(step: int) -> None:
 def _not_finite(what: str, step: int, done: str = "") -> DivergenceError:
     return DivergenceError(
         f"{what} were infinite or not a number in step {step}; {done}nothing has been saved since. Causes seen: a learning "
-        "rate that is too large; a batch without a single label, whose mean loss divides by zero; a loss of the user's own "
-        "that overflows. Look at that step's batch, lower the learning rate or clip the gradients, and resume from the latest "
-        "checkpoint."
+        "rate that is too large; a loss that divides by a count of zero, or overflows. Look at that step's batch, lower the "
+        "learning rate or clip the gradients, and resume from the latest checkpoint."
     )
