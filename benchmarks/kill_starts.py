@@ -1,9 +1,14 @@
-"""`python -m benchmarks.kill --starts 20`: starts under DeepSpeed that are killed in their first half minute, and started again.
+"""`python -m benchmarks.kill --starts 20`: starts under DeepSpeed that are killed in their first half minute.
 
-Each is `deepspeed --num_accelerators 2 launch/train.py --losia ... --resume auto` with an extensions folder of its own, so that
-DeepSpeed compiles its operator. At a moment drawn from the first 30 seconds every process of it gets SIGKILL; every second time
-the compilers are left, as a rank that is lost leaves them. The same command line is then started once more, and has to train to
-its end. Linux, as processes are found in /proc.
+Each is `deepspeed --num_accelerators 2 launch/train.py --losia ... --resume auto`, all with one extensions folder, empty at
+first. Every process of it gets SIGKILL; then the same command line is started once more, and has to train to its end. The moment
+is drawn, every second time from the first 30 seconds, and between those by turns
+
+- from 30 seconds of compiling, in an empty extensions folder; every second one of these leaves the compilers alone, as a rank
+  that is lost does;
+- from the third of a second in which a rank holds the lock of what is compiled already.
+
+Linux, as processes are found in /proc.
 """
 
 from __future__ import annotations
@@ -11,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,10 +32,11 @@ from pathlib import Path
 from benchmarks.common import header, table
 from tests.support.launching import BIN, ROOT, arguments, make_material
 
-FIRST_SECONDS, LONGEST = 30.0, 600.0
-STEPS = 12
+FIRST_SECONDS, LOCK_SECONDS, LONGEST = 30.0, 0.3, 600.0
+AIMS = ("compile", "any", "lock", "any")
+STEPS = 4
 _COMPILERS = {"ninja", "sh", "c++", "g++", "cc1plus", "as", "ld", "collect2"}
-_COLUMNS = ("start", "killed after", "it was", "left alone", "lock left", "next start", "said within", "took")
+_COLUMNS = ("start", "killed after", "it was", "left alone", "lock left", "next start", "it said", "took")
 
 
 @dataclass(frozen=True)
@@ -44,18 +52,20 @@ class Place:
 def report(starts: int, seed: int) -> int:
     """Kill, start again, print a line for each; 1 if any did not train."""
     chance, rows, failed = random.Random(seed), [], 0
-    moments = [chance.uniform(0, FIRST_SECONDS) for _ in range(starts)]
     print(header(), flush=True)
     with tempfile.TemporaryDirectory() as directory:
         material = make_material(Path(directory))
-        for number, moment in enumerate(moments):
-            where = Path(directory) / f"start-{number}"
-            place = Place(where / "run", where / "extensions", where / "log", f"LOSIA_KILLED_START={secrets.token_hex(8)}")
+        extensions = Path(directory) / "extensions"
+        for number in range(starts):
+            aim, where = AIMS[number % len(AIMS)], Path(directory) / f"start-{number}"
+            if aim == "compile":
+                shutil.rmtree(extensions, ignore_errors=True)
             where.mkdir()
-            words = arguments(material, place.output, max_steps=STEPS, save_steps=4, resume="auto", deepspeed=_zero2())
-            row, trained = _one(place, words, moment, spares_compilers=number % 2 == 1)
+            place = Place(where / "run", extensions, where / "log", f"LOSIA_KILLED_START={secrets.token_hex(8)}")
+            words = arguments(material, place.output, max_steps=STEPS, save_steps=2, resume="auto", deepspeed=_zero2())
+            row, trained = _one(place, words, aim, chance, spares_compilers=number % (2 * len(AIMS)) == len(AIMS))
             failed += not trained
-            rows.append([number, f"{moment:.1f} s", *row])
+            rows.append([number, *row])
             print(*rows[-1], sep=" | ", flush=True)
     print(table(_COLUMNS, rows))
     print(f"{starts - failed} of {starts} starts that followed trained to their end")
@@ -67,25 +77,28 @@ def _zero2() -> str:
     return str(ROOT / "configs" / "deepspeed" / "zero2.json")
 
 
-def _one(place: Place, words: list[str], moment: float, spares_compilers: bool) -> tuple[list[str], bool]:
+def _one(place: Place, words: list[str], aim: str, chance: random.Random, spares_compilers: bool) -> tuple[list[str], bool]:
     began = time.monotonic()
     first = _start(place, words)
-    time.sleep(max(0.0, moment - (time.monotonic() - began)))
-    was = _where(place)
+    while aim != "any" and not any(place.extensions.rglob("lock")) and first.poll() is None:
+        time.sleep(0.003)
+    time.sleep(chance.uniform(0, LOCK_SECONDS if aim == "lock" else FIRST_SECONDS))
+    moment, was = time.monotonic() - began, _where(place)
     spared = _kill(place, spares_compilers)
     first.wait()
     lock = any(place.extensions.rglob("lock"))
     place.log.unlink()
     began = time.monotonic()
-    code, said = _follow(_start(place, words), place, began)
+    code = _follow(_start(place, words), place)
     seconds = time.monotonic() - began
+    said = set(re.findall(r"process \d+\): (removed|waiting) .*?/lock", place.log.read_text(errors="replace")))
     trained = code == 0 and (place.output / "summary.json").is_file()
     if not trained:
         print(place.log.read_text(errors="replace")[-4000:], file=sys.stderr)
     _kill(place, spares_compilers=False)
-    alone = ", ".join(f"{name}" for name in sorted(set(spared))) or "-"
-    told = "-" if said is None else f"{said:.1f} s"
-    return [was, alone, "yes" if lock else "no", "trained" if trained else f"NO ({code})", told, f"{seconds:.0f} s"], trained
+    alone, words_said = (", ".join(sorted(names)) or "-" for names in (set(spared), said))
+    told = "trained" if trained else f"NO ({code})"
+    return [f"{moment:.1f} s", was, alone, "yes" if lock else "no", told, words_said, f"{seconds:.0f} s"], trained
 
 
 def _start(place: Place, words: list[str]) -> subprocess.Popen[bytes]:
@@ -106,18 +119,14 @@ def _start(place: Place, words: list[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*command, *words], env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
 
-def _follow(process: subprocess.Popen[bytes], place: Place, began: float) -> tuple[int | str, float | None]:
-    """Exit code, and seconds from the start to the first line about a lock."""
-    said = None
-    while process.poll() is None:
-        if time.monotonic() - began > LONGEST:
-            _kill(place, spares_compilers=False)
-            process.wait()
-            return f"after {LONGEST:.0f} s", said
-        if said is None and "/lock" in place.log.read_text(errors="replace"):
-            said = time.monotonic() - began
-        time.sleep(0.2)
-    return process.returncode, said
+def _follow(process: subprocess.Popen[bytes], place: Place) -> int | str:
+    """Exit code, or that it had to be ended."""
+    try:
+        return process.wait(LONGEST)
+    except subprocess.TimeoutExpired:
+        _kill(place, spares_compilers=False)
+        process.wait()
+        return f"after {LONGEST:.0f} s"
 
 
 def _processes(place: Place) -> dict[int, str]:
