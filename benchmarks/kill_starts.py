@@ -1,12 +1,12 @@
 """`python -m benchmarks.kill --starts 20`: starts under DeepSpeed that are killed in their first half minute.
 
-Each is `deepspeed --num_accelerators 2 launch/train.py --losia ... --resume auto`, all with one extensions folder, empty at
-first. Every process of it gets SIGKILL; then the same command line is started once more, and has to train to its end. The moment
-is drawn, every second time from the first 30 seconds, and between those by turns
+Each is `deepspeed --num_accelerators 2 launch/train.py --losia ... --resume auto`. Every process of it gets SIGKILL; then the
+same command line is started once more, and has to train to its end. All use one extensions folder. The moment is drawn, every
+second time from the first 30 seconds, and between those
 
-- from 30 seconds of compiling, in an empty extensions folder; every second one of these leaves the compilers alone, as a rank
-  that is lost does;
-- from the third of a second in which a rank holds the lock of what is compiled already.
+- every eighth time from 30 seconds of compiling, in an emptied extensions folder; every second one of these leaves the
+  compilers alone, as a rank that is lost does;
+- else from the third of a second in which the ranks, by turns, hold the lock of what is compiled already.
 
 Linux, as processes are found in /proc.
 """
@@ -32,8 +32,8 @@ from pathlib import Path
 from benchmarks.common import header, table
 from tests.support.launching import BIN, ROOT, arguments, make_material
 
-FIRST_SECONDS, LOCK_SECONDS, LONGEST = 30.0, 0.3, 600.0
-AIMS = ("compile", "any", "lock", "any")
+FIRST_SECONDS, LOCK_SECONDS, LONGEST = 30.0, 0.3, 1800.0
+AIMS = ("compile", "any", "lock", "any", "lock", "any", "lock", "any")
 STEPS = 4
 _COMPILERS = {"ninja", "sh", "c++", "g++", "cc1plus", "as", "ld", "collect2"}
 _COLUMNS = ("start", "killed after", "it was", "left alone", "lock left", "next start", "it said", "took")
