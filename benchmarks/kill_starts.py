@@ -150,7 +150,7 @@ def _where(place: Place) -> str:
     if metrics.is_file() and metrics.read_text():
         return "training"
     if _COMPILERS & set(there.values()):
-        return "compiling"
+        return "building"
     if any(place.extensions.rglob("lock")):
         return "holding the lock"
     if any(place.extensions.rglob("*.so")):
