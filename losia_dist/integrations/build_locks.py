@@ -8,7 +8,7 @@ without a word. `guard_builds` puts a `FileBaton` in its place that
 - names the file that is waited for, and since when, after a few seconds;
 - removes a lock whose writer is gone: this machine's at once, and one of another host or container, where nobody can look,
   after `FOREIGN_SECONDS` (its writer touches it all the time) or, without a note, `COMPILATION_SECONDS` without a change in
-  its folder. Compilers that a killed process left behind are waited for;
+  its folder, whoever is there. Compilers that a killed process left behind are waited for;
 - compiles again what was cut short.
 
 A lock without a note is that of a process without this package. Who has it open is looked up in /proc.
@@ -42,6 +42,7 @@ FIRST_WORD_SECONDS = 5.0
 _PULSE, _LOOK, _NEXT_WORD = 10.0, 1.0, 60.0  # seconds; words come at intervals that double
 # File systems that one machine alone has mounted: whoever has a file open there runs on this one.
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"}
+_SHELLS = {"bash", "zsh", "fish", "csh", "tcsh", "ksh"}  # of somebody who looks around; builders' commands are run by "sh"
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of the machine itself; its /proc shows the processes of all containers too
 
 
@@ -121,9 +122,10 @@ def judge(lock: Path, descriptor: int) -> Judgement:
     is_free = _hold(descriptor, wait=False)
     if is_free is False:
         return Judgement(False, f"{made}, which lives: it compiles an operator, or loads it")
-    there = _users(lock, status)
+    there, age = _users(lock, status), _unchanged(lock)
     if there:
-        return Judgement(False, f"{made}; {there}: an operator is being compiled")
+        told = f"{made}; {there}, and its folder changed {age / 60:.0f} minutes ago"
+        return Judgement(age > COMPILATION_SECONDS, told)
     system = _file_system(lock.parent)
     has_booted = note is not None and note["boot"] != _boot()
     if note is not None and note["held"] and is_free and (not has_booted or system in _LOCAL):
@@ -131,7 +133,6 @@ def judge(lock: Path, descriptor: int) -> Judgement:
     if note is None and system in _LOCAL and _sees_everybody(system, status):
         return Judgement(True, f"{made}, and no process of this machine has it open")
     limit = FOREIGN_SECONDS if note is not None else COMPILATION_SECONDS
-    age = _unchanged(lock)
     if age > limit:
         return Judgement(True, f"{made}, and nothing has changed there for {age / 60:.0f} minutes")
     return Judgement(
@@ -248,8 +249,9 @@ def _users(lock: Path, status: os.stat_result) -> str:
         if process.name == str(os.getpid()):
             continue
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if os.readlink(process / "cwd") == folder:
-                return f"process {process.name} ({(process / 'comm').read_text().strip()}) works in its folder"
+            program = (process / "comm").read_text().strip()
+            if program not in _SHELLS and os.readlink(process / "cwd") == folder:
+                return f"process {process.name} ({program}) works in its folder"
             for file in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
                     # The link's text first: to ask a network file system that hangs about every open file may take long.
@@ -289,15 +291,24 @@ def _unchanged(lock: Path) -> float:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether an ELF file reaches as far as its header says: the section table is its end."""
+    """Whether an ELF file reaches as far as its headers say: to the end of the section table, and of every segment."""
     with path.open("rb") as file:
         head = file.read(64)
         if sys.platform != "linux" or head[4:5] == b"\x01":
             return True  # of a kind whose header is another
         if len(head) < 64 or head[:4] != b"\x7fELF":
             return False
-        begin, width, count = struct.unpack_from("<Q10xHH" if head[5] == 1 else ">Q10xHH", head, 40)
-        return bool(begin + width * count <= os.fstat(file.fileno()).st_size)
+        order = "<" if head[5] == 1 else ">"
+        segments, sections = struct.unpack_from(f"{order}QQ", head, 32)
+        segment, segment_count, section, section_count = struct.unpack_from(f"{order}4H", head, 54)
+        file.seek(segments)
+        table, end = file.read(segment * segment_count), sections + section * section_count
+        if len(table) < segment * segment_count:
+            return False
+        for start in range(0, len(table), segment or 1):
+            offset, size = struct.unpack_from(f"{order}Q16xQ", table, start + 8)
+            end = max(end, offset + size)
+        return bool(end <= os.fstat(file.fileno()).st_size)
 
 
 def _clock(seconds: float) -> str:
