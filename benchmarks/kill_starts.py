@@ -6,7 +6,8 @@ second time from the first 30 seconds, and between those
 
 - every eighth time from 30 seconds of compiling, in an emptied extensions folder; every second one of these leaves the
   compilers alone, as a rank that is lost does;
-- else from the third of a second in which the ranks, by turns, hold the lock of what is compiled already.
+- else from the third of a second in which the ranks, by turns, hold the lock of what is compiled already. With `--extensions
+  FOLDER`, a folder where it is compiled, all of these are.
 
 Linux, as processes are found in /proc.
 """
@@ -49,16 +50,18 @@ class Place:
     mark: str
 
 
-def report(starts: int, seed: int) -> int:
+def report(starts: int, seed: int, compiled: Path | None) -> int:
     """Kill, start again, print a line for each; 1 if any did not train."""
     chance, rows, failed = random.Random(seed), [], 0
     print(header(), flush=True)
     with tempfile.TemporaryDirectory() as directory:
         material = make_material(Path(directory))
-        extensions = Path(directory) / "extensions"
+        extensions = (compiled or Path(directory) / "extensions").absolute()
         for number in range(starts):
             aim, where = AIMS[number % len(AIMS)], Path(directory) / f"start-{number}"
-            if aim == "compile":
+            if aim == "compile" and compiled is not None:
+                aim = "lock"
+            elif aim == "compile":
                 shutil.rmtree(extensions, ignore_errors=True)
             where.mkdir()
             place = Place(where / "run", extensions, where / "log", f"LOSIA_KILLED_START={secrets.token_hex(8)}")
@@ -80,12 +83,23 @@ def _zero2() -> str:
 def _one(place: Place, words: list[str], aim: str, chance: random.Random, spares_compilers: bool) -> tuple[list[str], bool]:
     began = time.monotonic()
     first = _start(place, words)
-    while aim != "any" and not any(place.extensions.rglob("lock")) and first.poll() is None:
-        time.sleep(0.003)
+    known: dict[int, str] = {}
+    while aim != "any" and not any(place.extensions.glob("*/lock")) and first.poll() is None:
+        if len(known) < 4:
+            known = _processes(place)
+        time.sleep(0.002)
     time.sleep(chance.uniform(0, LOCK_SECONDS if aim == "lock" else FIRST_SECONDS))
-    moment, was = time.monotonic() - began, _where(place)
+    moment, was = time.monotonic() - began, "holding the lock"
+    if aim == "lock":  # over before all processes are looked for
+        for number in known:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+    else:
+        was = _where(place)
     spared = _kill(place, spares_compilers)
     first.wait()
+    if aim == "lock" and not any(place.extensions.rglob("lock")):
+        was = "behind the lock"
     lock = any(place.extensions.rglob("lock"))
     place.log.unlink()
     began = time.monotonic()
