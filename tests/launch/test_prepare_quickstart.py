@@ -42,8 +42,26 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", range(1, 3))
-def test_a_preparation_that_is_killed_is_made_anew(run, tmp_path, monkeypatch, moment):
+def test_one_that_is_killed_while_it_deletes_the_old_one_is_made_anew(run, tmp_path, monkeypatch):
+    assert run(2) == 0
+    rmtree = prepare.shutil.rmtree
+
+    def killed(path, **how):
+        if path.exists():
+            rmtree(path / "model")
+            raise Killed
+
+    with monkeypatch.context() as during:
+        during.setattr(prepare.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            run(3)
+    assert run(2) == 0
+    assert (tmp_path / "quick" / "model" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["problems", "quick"]
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_one_that_is_killed_while_it_puts_the_new_one_in_place_is_made_anew(run, tmp_path, monkeypatch, moment):
     """Before the old one is moved away, and before the new one is moved in."""
     assert run(2) == 0
     calls, replace = [], prepare.os.replace

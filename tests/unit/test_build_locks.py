@@ -16,7 +16,7 @@ import torch
 from torch.utils import cpp_extension
 
 from losia_dist.integrations import build_locks
-from losia_dist.integrations.build_locks import GuardedBaton, remove_cut_short, stale_locks
+from losia_dist.integrations.build_locks import GuardedBaton, Judgement, stale_locks
 
 here = multiprocessing.get_context("fork")
 
@@ -198,6 +198,18 @@ def test_of_several_that_find_a_stale_lock_one_builds_at_a_time(folder):
     assert record.read_text().split() == ["in", "out"] * 12
 
 
+def test_a_lock_that_was_made_while_a_stale_one_was_judged_stays(folder, monkeypatch):
+    def judge(lock, descriptor):
+        lock.unlink()
+        lock.write_text("other")
+        return Judgement(True, "")
+
+    monkeypatch.setattr(build_locks, "judge", judge)
+    (folder / "lock").touch()
+    build_locks._Waiting(folder / "lock").look()
+    assert (folder / "lock").read_text() == "other"
+
+
 def test_a_lock_that_somebody_else_has_made_since_is_not_released(folder):
     baton = GuardedBaton(str(folder / "lock"))
     baton.try_acquire()
@@ -214,7 +226,7 @@ def test_a_library_that_was_cut_short_is_built_again(capfd, folder, kept):
     (folder / "whole.so").write_bytes(whole)
     (folder / "cut.so").write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
     (folder / "notes.txt").write_text("")
-    remove_cut_short(folder)
+    take(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "whole.so"]
     assert f"removed {folder}/cut.so, which was cut short" in capfd.readouterr().err
 
