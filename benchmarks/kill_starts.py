@@ -99,7 +99,7 @@ def _one(place: Place, words: list[str], aim: str, chance: random.Random, spares
     spared = _kill(place, spares_compilers)
     first.wait()
     if aim == "lock" and not any(place.extensions.rglob("lock")):
-        was = "behind the lock"
+        was = "past the lock"
     lock = any(place.extensions.rglob("lock"))
     place.log.unlink()
     began = time.monotonic()
@@ -167,10 +167,7 @@ def _where(place: Place) -> str:
         return "building"
     if any(place.extensions.rglob("lock")):
         return "holding the lock"
-    if any(place.extensions.rglob("*.so")):
-        return "behind the lock"
-    # The launcher is two processes, and each rank one.
-    return "loading packages" if len(there) >= 4 else "launching"
+    return "starting"
 
 
 def _kill(place: Place, spares_compilers: bool) -> list[str]:
