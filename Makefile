@@ -12,7 +12,7 @@ RANKS ?= 2
 PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "--precision fp32")')
 
 QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval_file quickstart/heldout.jsonl \
-	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save
+	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save --overwrite
 LOSIA_FLAGS = --losia --losia_config configs/losia/smollm2-135m.yaml --learning_rate 2e-3
 FULL_FLAGS = --learning_rate 5e-5
 

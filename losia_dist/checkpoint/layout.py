@@ -26,6 +26,7 @@ FORMAT = 1
 # Where to look in a run's output directory: the training script's checkpoints; those of Trainer and Accelerate, whose own
 # directories (checkpoint-12) lie beside. Trainer's uploads of output_dir to the Hub leave out what begins with "_".
 OF_SCRIPT, BESIDE = "checkpoints", "_losia_state"
+OF_MODEL = "model"  # where the training script leaves the trained model
 BASE, JOURNAL, LATEST = "base", "journal", "latest"
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
@@ -107,6 +108,11 @@ def locate(path: str | Path) -> Complete:
         raise CheckpointError(
             f"{path} is none of the checkpoints whose state is in {beside[0]} ("
             f"{', '.join(complete.path.name for complete in there[-5:])}). Give {path.parent}, for the newest, or one of them."
+        )
+    if (path / OF_MODEL / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds no checkpoint: its run was without --save_steps, or has saved none yet. Its trained model is in "
+            f"{path / OF_MODEL}, a plain Transformers directory: use it as it is, copy it, or train on from it with --model."
         )
     return find(next((directory for directory in reversed(inside) if directory.is_dir()), path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -10,7 +9,6 @@ import resource
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,10 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from losia_dist.integrations.build_locks import stale_locks
+
 PACKAGE = Path(__file__).parents[1]
 # What decides how a run behaves and is to be equal on all ranks, beside the interfaces' names, which may differ.
 _COMPARED = ("NCCL_", "TORCH_NCCL_", "LOSIA_", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_COMPILATION = 1800.0  # seconds that the longest compilation of an operator takes
 _KEPT = (*_COMPARED, "GLOO_", "ACCELERATE_", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE")
 _MAY_DIFFER = ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_TOPO_FILE")
 
@@ -43,7 +42,7 @@ class Facts:
     """Plain values, so that ranks can exchange them.
 
     requirements: as "name;bounds;extra", of the installed package's metadata. shared_memory: bytes of /dev/shm, or None.
-    locked_memory: bytes that a process may lock, None: no limit. stale_locks: files left by a compilation that was killed.
+    locked_memory: bytes that a process may lock, None: no limit. stale_locks: files left by a build that was killed.
     """
 
     host: str
@@ -134,16 +133,11 @@ def _versions(names: set[str]) -> dict[str, str]:
 
 
 def _stale_locks(environment: Mapping[str, str]) -> list[str]:
-    """Locks of torch's extension loader (torch.utils.cpp_extension), whose waiters have no time limit."""
+    """Locks of torch's extension loader (torch.utils.cpp_extension) behind which nobody builds."""
     root = Path(
         environment.get("TORCH_EXTENSIONS_DIR") or Path(environment.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")
     )
-    found = []
-    for lock in [*root.expanduser().glob("*/lock"), *root.expanduser().glob("*/*/lock")]:
-        with contextlib.suppress(OSError):  # its compilation has just ended
-            if time.time() - lock.stat().st_mtime > _COMPILATION:
-                found.append(str(lock))
-    return sorted(found)
+    return stale_locks(root.expanduser())
 
 
 def _backends() -> list[str]:

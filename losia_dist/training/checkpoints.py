@@ -13,9 +13,10 @@ from losia_dist.checkpoint.load import load_from
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.checkpoint.session import wait_for_saving
-from losia_dist.errors import CheckpointError, ConfigError
+from losia_dist.errors import CheckpointError
 from losia_dist.training import trajectory
 from losia_dist.training.engines import Engine
+from losia_dist.training.output_directory import OutputDirectory
 from losia_dist.training.trajectory import Progress
 
 NEVER, AUTO, NEWEST = "never", "auto", "newest"  # of --resume; everything else is a path
@@ -42,11 +43,12 @@ class Checkpoints:
 
     Args:
         options: of the script, checked.
+        output: their --output_dir.
         agreement: of all ranks.
     """
 
-    def __init__(self, options: argparse.Namespace, agreement: Agreement) -> None:
-        self.options, self._agreement = options, agreement
+    def __init__(self, options: argparse.Namespace, output: OutputDirectory, agreement: Agreement) -> None:
+        self.options, self._output, self._agreement = options, output, agreement
         self.directory = Path(options.output_dir).absolute() / layout.OF_SCRIPT
         self.source: Source | None = None
         self.saves = options.save_steps > 0
@@ -57,7 +59,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: what --resume names is not there, or cannot be resumed from.
-            ConfigError: another run's checkpoints are where this one is to save.
+            ConfigError: another run is where this one is to write (`OutputDirectory.check`).
         """
         self.source = self._agreement.on_first(None, self._find)
 
@@ -120,11 +122,7 @@ class Checkpoints:
         else:
             found = layout.locate(asked)
         is_own = found is not None and found.path.parent.resolve() == self.directory.resolve()
-        if self.saves and own and not is_own:
-            raise ConfigError(
-                f"--output_dir {self.options.output_dir} holds checkpoints of an earlier run ({own[-1].path.name} ...): go on "
-                f"from them with --resume, give another --output_dir, or delete {self.directory}."
-            )
+        self._output.check(None if found is None else found.path, continues=is_own, may_start_anew=asked == AUTO)
         return None if found is None else self._read(found, is_own)
 
     def _read(self, found: layout.Complete, is_own: bool) -> Source:

@@ -61,6 +61,11 @@ def start_process_group(place: Place, timeout_minutes: float) -> dist.ProcessGro
             dist.init_process_group(backend, timeout=limit)
         except (dist.DistError, ValueError, RuntimeError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(
+                    f"rank {place.rank} is to be met at {address}, and something else listens there, such as a rank that a "
+                    "killed launcher left. `ss -ltnp` shows it: end it, or give the launcher another --master_port."
+                ) from error
             raise ConfigError(
                 f"rank {place.rank} did not meet the other {place.world_size - 1} at {address} within {timeout_minutes:g} "
                 f"minutes: {error}. Start as many processes as WORLD_SIZE says; check the address and the firewall."

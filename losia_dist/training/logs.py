@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from losia_dist.reporting.records import METRICS, SUBNETS, SUMMARY, cut_records
+from losia_dist.reporting.records import METRICS, SUMMARY, cut_records
 from losia_dist.reporting.subnet_log import SubnetLog
 from losia_dist.training.trajectory import Progress
 
@@ -23,7 +23,7 @@ class RunLog:
 
     Args:
         begun: where the run goes on from.
-        continues: the logs in `directory` are this run's: what they hold up to there is kept. Else they are replaced.
+        continues: the logs in `directory` are this run's: what they hold up to there is kept. Else there are none.
     """
 
     def __init__(self, directory: Path, total_steps: int, enabled: bool, begun: Progress, continues: bool) -> None:
@@ -36,9 +36,6 @@ class RunLog:
         directory.mkdir(parents=True, exist_ok=True)
         if continues:
             _cut(directory / METRICS, begun.step, is_over=begun.step == total_steps)
-        else:  # of an earlier run in this directory: TensorBoard and the report would draw both as one
-            for old in [*(directory / "tensorboard").glob("events.out.tfevents.*"), directory / SUBNETS, directory / SUMMARY]:
-                old.unlink(missing_ok=True)
         self._metrics = (directory / METRICS).open("a" if continues else "w", encoding="utf-8")
         self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=begun.step + 1 if continues else None)
         # In a log file every refresh would be a line; there, each record is one instead.

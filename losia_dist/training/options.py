@@ -52,6 +52,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     train = parser.add_argument_group("training")
     train.add_argument("--output_dir", required=True, help="for logs, summary.json and the trained model")
+    train.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete what an earlier run of this script wrote into output_dir, just before training begins; without it and "
+        "without --resume, such a directory is refused",
+    )
     train.add_argument("--micro_batch", type=int, default=4, help="examples per rank and forward pass (4)")
     train.add_argument("--gradient_accumulation", type=int, default=1, help="micro-batches per optimizer step (1)")
     train.add_argument("--epochs", type=float, default=3.0, help="passes over the data, if --max_steps is not given (3)")
@@ -171,6 +177,13 @@ def _check_checkpoints(options: argparse.Namespace) -> None:
     for name, there in given.items():
         if there and not options.save_steps:
             raise ConfigError(f"{name} has no effect without --save_steps: add it, or leave {name} out.")
+    if options.overwrite and options.resume in ("auto", "newest"):
+        raise ConfigError("--overwrite deletes the run that --resume goes on from: leave one of the two out.")
+    if options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise ConfigError(
+            "--overwrite: torchrun has started this run again, and it would delete what it wrote before. To go on from its "
+            "checkpoints: --save_steps with --resume auto, without --overwrite."
+        )
     if not options.losia and (options.save_steps or options.resume != "never"):
         name = "--save_steps" if options.save_steps else "--resume"
         raise ConfigError(

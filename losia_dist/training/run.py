@@ -40,6 +40,7 @@ from losia_dist.training.loading import load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
+from losia_dist.training.output_directory import OutputDirectory
 from losia_dist.training.trajectory import describe, warmup_steps
 from losia_dist.training.weights.empty import Where, find_holders, give_memory
 from losia_dist.training.weights.streamed import StreamedWeights
@@ -64,7 +65,8 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     check_same_on_all_ranks("the options", _comparable(options), words)
     check_same_on_all_ranks("the LoSiA configuration", config.to_dict() if config else {}, words)
     check_same_on_all_ranks("the engine's settings", asdict(choice), words)
-    checkpoints = Checkpoints(options, agreement)
+    output = OutputDirectory(options)
+    checkpoints = Checkpoints(options, output, agreement)
     checkpoints.choose()
     inputs = agreement.attempt(None, lambda: load(options, config, choice, place))
     check_same_on_all_ranks("the data", inputs.fingerprint(), words)
@@ -79,7 +81,8 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     subnets = SubnetLog(run.losia) if run.losia is not None and place.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
     continues = source is not None and source.is_own
-    log = RunLog(Path(options.output_dir), steps, enabled=place.rank == 0, begun=begun, continues=continues)
+    if not continues:  # the first change on the disk: everything that can be refused has been
+        agreement.on_first(None, output.clear)
     summary: dict[str, Any] = {
         "method": "losia" if run.losia is not None else "full",
         "engine": run.name,
@@ -89,11 +92,12 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters() if p.requires_grad),
         "data": str(inputs.train.report()),
     }
+    agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
+    log = RunLog(output.path, steps, enabled=place.rank == 0, begun=begun, continues=continues)
     log.say(
         f"{summary['method']}, {run.name}, {choice.precision}, {place.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
     )
-    agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
     log.follow(subnets, continues)
     if source is None and run.losia is not None and not run.losia.located:
         log.say(locate_first_subnets(run, loader))
@@ -124,13 +128,14 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         log.say(f"held-out loss: {before:.4f} before training, {after:.4f} after")
     log.finish(summary)
     if not options.no_save:
-        target = Path(options.output_dir) / "model"
+        target = output.model
+        agreement.on_first(None, output.note_others)
         run.model.config.use_cache = run.model.config.get_text_config().use_cache = inputs.use_cache  # packing turned it off
         if run.losia is not None:
             export_model(run.losia, target)
         else:
             save_whole_model(run.model, target, agreement=agreement)
-        agreement.on_first(None, lambda: _save_tokenizer(inputs.tokenizer, target))
+        agreement.on_first(None, lambda: _save_tokenizer(inputs.tokenizer, output))
     checkpoints.wait(run)
     if run.losia is not None:
         run.losia.detach()
@@ -231,11 +236,14 @@ def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device
     return partition_without_values(settings, made, lambda there: there.kept[there.name])
 
 
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+def _save_tokenizer(tokenizer: Any, output: OutputDirectory) -> None:
     try:
-        tokenizer.save_pretrained(directory)
+        tokenizer.save_pretrained(output.model)
+        output.record_model()
     except OSError as error:
-        raise ConfigError(f"the tokenizer could not be written to {directory}: {error}. The model has been written.") from error
+        raise ConfigError(
+            f"the tokenizer could not be written to {output.model}: {error}. The model has been written."
+        ) from error
 
 
 def _describe(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_ranks_of_accelerate_that_were_not_started_are_missed(capsys, material, 
     for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert "asked for several processes and started this one alone" in refused(capsys, arguments(material, tmp_path))
+
+
+def test_an_address_that_is_taken_is_named(capsys, material, tmp_path, monkeypatch):
+    """As by ranks that live on after their launcher was killed."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        said = refused(capsys, arguments(material, tmp_path))
+    assert f"rank 0 is to be met at 127.0.0.1:{port}, and something else listens there" in said
 
 
 def train_apart(directories, words, changes):

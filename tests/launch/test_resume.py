@@ -247,7 +247,11 @@ SAVED = {"micro_batch": 4, "max_steps": 4, "save_steps": 2, "no_save": True}
         ({"train_file": "instruction_heldout"}, "the count of the training examples was 40 in the run"),
         ({"eval_file": None}, "the count of the held-out examples was 8 in the run that saved {saved}"),
         ({"losia_config": "period"}, "was saved with period=2, and this run has period=3"),
-        ({"resume": None}, "--output_dir {saved} holds checkpoints of an earlier run (step-00000004 ...): go on from them"),
+        (
+            {"resume": None},
+            "--output_dir {saved} holds an earlier run (losia_run.json, metrics.jsonl, subnets.jsonl, summary.json, "
+            "tensorboard, checkpoints): go on from it with --resume",
+        ),
         ({"resume": "{other}"}, "no complete checkpoint in {other} (the directory does not exist)"),
         ({"output_dir": "{other}"}, "--resume: no complete checkpoint in {other}/checkpoints (the directory does not exist)"),
         ({"losia": None, "losia_config": None}, "--save_steps works with --losia only"),
@@ -256,6 +260,8 @@ SAVED = {"micro_batch": 4, "max_steps": 4, "save_steps": 2, "no_save": True}
         ({"keep_last": 0}, "--keep_last 0: at least 1 is needed"),
         ({"save_steps": 0, "keep_last": 1}, "--keep_last has no effect without --save_steps"),
         ({"save_steps": 0, "async_save": True}, "--async_save has no effect without --save_steps"),
+        ({"overwrite": True}, "--overwrite deletes the run that --resume goes on from: leave one of the two out"),
+        ({"overwrite": True, "resume": "{saved}"}, "--overwrite would delete --resume {saved}: give another --output_dir"),
         ({"save_steps": 0, "resume": "auto"}, "--resume auto has no effect without --save_steps"),
     ],
 )
@@ -266,6 +272,7 @@ def test_what_cannot_be_resumed_is_refused_in_one_line(capsys, material, saved, 
         "changed": tmp_path / "changed.jsonl",
         "period": tmp_path / "period.yaml",
         "{other}": tmp_path / "other",
+        "{saved}": saved,
     }
     files["changed"].write_text("\n".join([*material["instruction"].read_text().splitlines()[:39], GOOD]))
     files["period"].write_text(material["losia"].read_text().replace("period: 2", "period: 3"))
@@ -288,7 +295,7 @@ def test_what_moves_is_kept_in_memory_for_saves_that_come_only(material, saved, 
     shutil.copytree(saved, tmp_path / "run")
     directory = tmp_path / ("other" if elsewhere else "run")
     for save_steps in (0, 2):
-        options = {**SAVED, "save_steps": save_steps, "resume": tmp_path / "run"}
+        options = {**SAVED, "save_steps": save_steps, "resume": tmp_path / "run", "overwrite": elsewhere}
         train(arguments(material, directory, **options))
     assert found == [[], [] if elsewhere else [tmp_path / "run" / "checkpoints"]]
 

@@ -193,10 +193,3 @@ def test_epochs_and_accumulation_give_the_number_of_steps(material, tmp_path):
     summary, _ = train(words)
     assert summary["steps"] == 5  # 40 examples, 10 batches an epoch, 15 in all, 3 a step
     assert "held_out_loss_after" not in summary
-
-
-def test_a_second_run_in_a_directory_replaces_the_first_ones_logs(material, tmp_path):
-    for _ in range(2):
-        train(arguments(material, tmp_path, max_steps=2, micro_batch=4, eval_file=None, no_save=True))
-    assert len(losses(tmp_path)) == 2
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1

@@ -12,6 +12,7 @@ import os
 import pickle
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -179,6 +180,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],  # ninja, for DeepSpeed's first build
     )
     faulthandler.enable()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of names that torch has renamed
     import torch
     import torch.distributed as dist
@@ -210,6 +212,14 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         for group in _process_groups() - known - _kept_by_libraries():
             dist.destroy_process_group(group)
         pipe.send_bytes(answer)
+
+
+def _end_with_parent() -> None:
+    """A rank whose test run was killed may wait in a collective, or behind a lock, for those that come after it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _process_groups() -> set[Any]:
