@@ -304,7 +304,7 @@ def test_the_command_says_nothing_of_averages_where_subnets_are_drawn(capsys, tm
 def test_what_nobody_gave_fits_the_model(capsys, tmp_path):
     """A model made for 64 tokens, whose smallest side is below the usual rank of LoRA."""
     tiny_llama(max_position_embeddings=64).config.save_pretrained(tmp_path)
-    record = json.loads(run(capsys, "--model", str(tmp_path), "--rank-factor", "0.5", "--compare", "--json"))
+    record = json.loads(run(capsys, "plan", "--model", str(tmp_path), "--rank-factor", "0.5", "--compare", "--json"))
     assert record["sequence_length"] == 64 and record["compared"]["lora"]["trained_parameters"] > 0
     assert main(["plan", "--model", str(tmp_path), "--sequence-length", "2048"]) == 2
     assert "was made for 2 to 64 tokens" in capsys.readouterr().err
