@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_SENSES = ("vision", "image", "video", "audio", "speech")
+_SENSES = ("vision", "image", "video", "audio", "speech", "protein")
 _TO_ENCODER = {"encoder_attn", "cross_attn", "crossattention", "cross_attention"}
 
 
