@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from losia_dist.config_file import read_settings
 from losia_dist.errors import ConfigError
 
 CONFIG_NAME = "losia_config.json"
@@ -244,16 +243,7 @@ class LoSiAConfig:
     def from_file(cls, path: str | Path) -> LoSiAConfig:
         """Read a YAML or JSON file that holds the fields above and nothing else."""
         path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-        except OSError as error:
-            raise ConfigError(f"LoSiA configuration {path} cannot be read: {error.strerror}. Check --losia_config.") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"LoSiA configuration {path} is not valid YAML or JSON: {error}") from error
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"LoSiA configuration {path} must hold 'name: value' lines, not {type(values).__name__}.")
+        values = read_settings(path, "LoSiA configuration")
         return cls.from_dict(values, source=str(path))
 
     def save_pretrained(self, directory: str | Path) -> None:
