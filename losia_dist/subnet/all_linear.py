@@ -148,7 +148,9 @@ def _names_for(wanted: list[str], available: list[str], part: str) -> list[str] 
     endings = list(dict.fromkeys(_ending(name, inside) for name in wanted))
     if not any(other.endswith(f".{ending}") for other in others for ending in endings) and len(endings) < 40:
         return endings
-    return rf"{re.escape(part)}\..*\.({'|'.join(re.escape(ending) for ending in endings)})"
+    # [.] for a dot: without backslashes the expression is the same in Python and in YAML.
+    start, *ends = (name.replace(".", "[.]") for name in (f"{part}." if part else "", *endings))
+    return f"{start}(.*[.])?({'|'.join(ends)})"
 
 
 def _ending(name: str, others: list[str]) -> str:

@@ -35,7 +35,7 @@ def unreached(model: nn.Module, linears: Iterable[str]) -> dict[str, Unreached]:
     modules = dict(model.named_modules())
     blocks = {name: why for name, module in modules.items() if (why := _why_block(model, name, module)) is not None}
     for tower in _towers(model, modules):
-        blocks[tower] = Unreached("is for pictures or sound, which stay frozen unless named", always=False)
+        blocks[tower] = Unreached("reads other things than text, and stays frozen unless named", always=False)
     reads: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
     found = {}
     for name in linears:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from losia_dist import LoSiAConfig, get_losia_model
 from losia_dist.errors import ConfigError
@@ -117,6 +117,22 @@ class Shared(nn.Module):
 def test_a_suggested_name_matches_nothing_that_was_left_out():
     with pytest.raises(ConfigError, match=r"target_modules=\['attention\.q_proj'\]"):
         get_losia_model(Shared(), LoSiAConfig())
+
+
+def test_an_expression_is_suggested_where_endings_would_meet_another_part():
+    """A mixture of experts that sees: its vision tower has layers of the same names. Without backslashes it fits into YAML."""
+    text = {**SMALL, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "model_type": "qwen3_moe"}
+    tower = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config={**tower, "num_attention_heads": 4, "image_size": 8})
+    config.vision_config.patch_size = 4
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    with pytest.raises(ConfigError, match="experts") as refused:
+        get_losia_model(model, LoSiAConfig())
+    suggested = ast.literal_eval(re.search(r"name them: target_modules=('.*')", str(refused.value)).group(1))
+    assert isinstance(suggested, str) and "\\" not in suggested
+    layers = subnet_layers(get_losia_model(model, LoSiAConfig(rank_factor=0.25, target_modules=suggested)))
+    assert {layer.name.rsplit(".", 1)[1] for layer in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all("language_model" in layer.name for layer in layers)
 
 
 class ChangesItsInput(nn.Module):
