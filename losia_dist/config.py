@@ -39,8 +39,8 @@ class LoSiAConfig:
         period: T, optimizer steps in a time slot (one slot re-localizes `layers_per_slot` groups). At least 1.
             Default 100; paper: 50 to 150.
         target_modules: which linear layers (`nn.Linear`, Transformers' `Conv1D`) get a subnet: "all-linear" (the language
-            model's, but the output layer, what modules_to_save names and layers without a gradient), a list of names that match a module's full name
-            or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
+            model's, but the output layer, what modules_to_save names and layers without a gradient), a list of names that
+            match a module's full name or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
         modules_to_save: further modules trained in full, by name as above ("norm", "embed_tokens"). None: none.
         train_norms: train every normalization layer in full.
         train_embeddings: train the input embedding in full.
