@@ -1,6 +1,6 @@
 """Direct preference optimization with TRL's DPOTrainer and LoSiA.
 
-    torchrun --nproc_per_node 8 examples/dpo.py --model MODEL --data pairs.jsonl --output OUT
+    torchrun --nproc_per_node 8 examples/dpo.py --model MODEL --data pairs.jsonl --output_dir OUT
 
 Each line of the data is an object with "prompt", "chosen" and "rejected". The reference is the model itself before training:
 TRL loads it a second time, or computes its log-probabilities beforehand with --precompute_ref_log_probs True. Any option of

@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's SFTTrainer and LoSiA.
 
-    torchrun --nproc_per_node 8 examples/sft.py --model MODEL --data train.jsonl --output OUT
+    torchrun --nproc_per_node 8 examples/sft.py --model MODEL --data train.jsonl --output_dir OUT
 
 Each line of the data is an object with "prompt" and "completion", or "messages", or "text" (TRL's own forms). Any option of
 trl.SFTConfig works too: --max_steps 100 --deepspeed configs/deepspeed/zero2.json --max_length 2048 ...

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from losia_dist.config_file import read_settings
 from losia_dist.errors import ConfigError
 
 CONFIG_NAME = "losia_config.json"
@@ -40,8 +39,8 @@ class LoSiAConfig:
         period: T, optimizer steps in a time slot (one slot re-localizes `layers_per_slot` groups). At least 1.
             Default 100; paper: 50 to 150.
         target_modules: which linear layers (`nn.Linear`, Transformers' `Conv1D`) get a subnet: "all-linear" (the language
-            model's, but the output layer and what modules_to_save names), a list of names that match a module's full name
-            or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
+            model's, but the output layer, what modules_to_save names and layers without a gradient), a list of names that
+            match a module's full name or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
         modules_to_save: further modules trained in full, by name as above ("norm", "embed_tokens"). None: none.
         train_norms: train every normalization layer in full.
         train_embeddings: train the input embedding in full.
@@ -249,16 +248,7 @@ class LoSiAConfig:
     def from_file(cls, path: str | Path) -> LoSiAConfig:
         """Read a YAML or JSON file that holds the fields above and nothing else."""
         path = Path(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-        except OSError as error:
-            raise ConfigError(f"LoSiA configuration {path} cannot be read: {error.strerror}. Check --losia_config.") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"LoSiA configuration {path} is not valid YAML or JSON: {error}") from error
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"LoSiA configuration {path} must hold 'name: value' lines, not {type(values).__name__}.")
+        values = read_settings(path, "LoSiA configuration")
         return cls.from_dict(values, source=str(path))
 
     def save_pretrained(self, directory: str | Path) -> None:

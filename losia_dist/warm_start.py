@@ -112,7 +112,8 @@ def _refuse_reentrant(model: nn.Module) -> None:
         if recompute.keywords.get("use_reentrant", True):
             raise ConfigError(
                 "locating subnets (init='importance') does not work with reentrant gradient checkpointing, which gives a "
-                "gradient to parameters only: use gradient_checkpointing_kwargs={'use_reentrant': False}, or init='random'."
+                "gradient to parameters only: use gradient_checkpointing_kwargs={'use_reentrant': False} (in the training "
+                "script --gradient_checkpointing non-reentrant), or init='random'."
             )
 
 

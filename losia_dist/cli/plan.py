@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from losia_dist.config import LoSiAConfig
+from losia_dist.digits import short
 from losia_dist.errors import ConfigError
 from losia_dist.planning.workload import ENGINES, GB, GPUS, METHODS, OFFLOADS, Cluster, Workload
 
@@ -33,7 +34,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--shard-ranks", type=int, help="with hsdp: ranks that share one copy of the model (a node's GPUs)")
     run.add_argument("--offload", default="none", help=f"to host memory: {', '.join(OFFLOADS)} (none)")
     run.add_argument("--method", default="losia", help=f"{', '.join(METHODS)} (losia)")
-    run.add_argument("--sequence-length", type=int, default=2048, help="tokens of a row (2048)")
+    run.add_argument("--sequence-length", type=int, help="tokens of a row (2048, or the model's own limit below it)")
     run.add_argument("--micro-batch", type=int, default=1, help="rows of one GPU's forward pass (1)")
     run.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per optimizer step (1)")
     run.add_argument("--checkpointing", choices=("on", "off"), help="recompute activations in backward (on)")
@@ -44,7 +45,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     losia.add_argument("--output-rank-factor", type=float, help="share of the output layer's rows (frozen)")
     losia.add_argument("--period", type=int, help="optimizer steps of a time slot (100)")
     losia.add_argument("--layers-per-slot", type=int, help="decoder layers that localize in a slot (1)")
-    losia.add_argument("--lora-rank", type=int, default=64, help="with --method lora (64)")
+    losia.add_argument("--lora-rank", type=int, help="with --method lora (64, or the model's smallest side)")
     output = parser.add_argument_group("output")
     output.add_argument("--simulate", action="store_true", help="measure the peak on fake tensors as well (fsdp2, hsdp)")
     output.add_argument("--compare", action="store_true", help="full fine-tuning and LoRA beside it, on the same cluster")
@@ -133,14 +134,14 @@ def _workload(options: argparse.Namespace) -> Workload:
         cluster,
         engine,
         options.method,
-        options.sequence_length,
+        min(2048, shape.context) if options.sequence_length is None else options.sequence_length,
         options.micro_batch,
         options.gradient_accumulation,
         options.checkpointing != "off",
         options.offload,
         options.shard_ranks,
         config,
-        options.lora_rank,
+        min(64, shape.narrowest) if options.lora_rank is None else options.lora_rank,
     )
 
 
@@ -181,7 +182,7 @@ def _advice(plan: Any, advised: Any) -> str:
     chosen = advised.workload
     words = (
         f"{chosen.engine}, checkpointing {'on' if chosen.checkpointing else 'off'}, offload {chosen.offload}: "
-        f"{advised.memory.total / GB:.1f} GB and {advised.seconds:.2f} s a step"
+        f"{short(advised.memory.total / GB)} GB and {short(advised.seconds)} s a step"
     )
     same = plan.workload == chosen
     return f"Recommended: {'this, ' if same else ''}{words}."

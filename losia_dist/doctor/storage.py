@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from losia_dist.digits import short
 from losia_dist.doctor.findings import Finding, error, ok, warning, who
 
 GB = 1e9
@@ -31,15 +32,15 @@ def check_storage(output_dir: str, model: str | None) -> list[Finding]:
         return [error("output_dir", f"{existing} cannot be written: {problem}.", "give another --output_dir, or its rights")]
     free = shutil.disk_usage(existing).free
     if model is None:
-        return [ok("output_dir", f"{target} can be written; {free / GB:.1f} GB free")]
+        return [ok("output_dir", f"{target} can be written; {short(free / GB)} GB free")]
     size = model_bytes(model)
     if size is None:
         return [
-            ok("output_dir", f"{target} can be written; {free / GB:.1f} GB free"),
+            ok("output_dir", f"{target} can be written; {short(free / GB)} GB free"),
             warning("model", f"{model} is no directory with weights here, so its size is not known.", "download it first"),
         ]
     needed = _TIMES_MODEL * size
-    text = f"{free / GB:.1f} GB free at {target}; {needed / GB:.1f} GB are needed for a model of {size / GB:.1f} GB"
+    text = f"{short(free / GB)} GB free at {target}; {short(needed / GB)} GB are needed for a model of {short(size / GB)} GB"
     if free < needed:
         fix = "free some, or give another --output_dir; --keep_last 1 needs 30 % of the model's size less"
         return [error("output_dir", f"{text} (base, trained model, four steps).", fix)]

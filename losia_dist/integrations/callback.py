@@ -135,14 +135,16 @@ class LoSiACallback(TrainerCallback):
 
         "losia/learning_rate/<group>": rewarming included ("learning_rate" is the scheduler's). "losia/localizing": place of
         the (first) localizing group in localization order, from 0; with several per slot, those that follow it too.
+        It is left out where subnets are drawn, and nothing localizes.
         "losia/peak_memory_gb": what this rank held at most so far, in 10^9 bytes, on its GPU or as a process on a CPU.
         """
         if self.losia is None or not self._localized:
             return {}
         rates = {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
-        place = self.losia.clock.names.index(self._localized[0])
-        memory = peak_memory(self._device) / GB
-        return {**rates, "losia/localizing": place, "losia/peak_memory_gb": memory}
+        found = {**rates, "losia/peak_memory_gb": peak_memory(self._device) / GB}
+        if self.losia.config.collects_importance:
+            found["losia/localizing"] = self.losia.clock.names.index(self._localized[0])
+        return found
 
     def _describe(self, args: Any, state: Any) -> None:
         losia = self.losia

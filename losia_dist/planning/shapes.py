@@ -58,6 +58,11 @@ class ModelShape:
         return self.heads * self.head_size
 
     @property
+    def narrowest(self) -> int:
+        """The smallest side of a decoder layer's weight matrices."""
+        return min(min(size) for size in self.linears().values())
+
+    @property
     def layer_extras(self) -> int:
         """Parameters of a decoder layer outside its weight matrices: norms, and the biases of Qwen2."""
         norms = 2 * self.hidden + (2 * self.head_size if self.family == "qwen3" else 0)

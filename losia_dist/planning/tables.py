@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from losia_dist.digits import short
 from losia_dist.planning.memory import PARTS
 from losia_dist.planning.plan import Plan
 from losia_dist.planning.workload import GB
@@ -32,25 +33,25 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
     workload = plans[0].workload
     cluster = workload.cluster
     head = (
-        f"{workload.shape.name} ({workload.shape.parameters / 1e9:.1f} B parameters), {workload.engine}, {cluster.nodes} x "
-        f"{cluster.gpus_per_node} GPUs of {cluster.memory / GB:g} GB, {workload.micro_batch} x {workload.sequence} tokens, "
-        f"accumulation {workload.accumulation}, checkpointing {'on' if workload.checkpointing else 'off'}, offload "
+        f"{workload.shape.name} ({short(workload.shape.parameters / 1e9)} B parameters), {workload.engine}, {cluster.nodes} x "
+        f"{cluster.gpus_per_node} GPUs of {short(cluster.memory / GB)} GB, {workload.micro_batch} x {workload.sequence} "
+        f"tokens, accumulation {workload.accumulation}, checkpointing {'on' if workload.checkpointing else 'off'}, offload "
         f"{workload.offload}"
     )
     memory = [
-        [meaning, *(f"{record['memory'][name] / GB:.2f}" for record in records)]
+        [meaning, *(short(record["memory"][name] / GB) for record in records)]
         for name, meaning in PARTS.items()
         if any(record["memory"][name] for record in records)
     ]
-    memory.append(["planned, with reserve", *(f"{plan.memory.total / GB:.2f}" for plan in plans)])
+    memory.append(["planned, with reserve", *(short(plan.memory.total / GB) for plan in plans)])
     if any(plan.simulated is not None for plan in plans):
         memory.append(["simulated, with reserve", *(_simulated(plan) for plan in plans)])
     memory.append(["fits", *("yes" if plan.fits else "NO" for plan in plans)])
     parts = [head, table(["GB of one GPU", *names], memory), table(["one step", *names], _step_rows(records))]
     parts.append(
-        f"Rates: {cluster.gpu}, {cluster.peak_flops / 1e12:.0f} TFLOP/s at {cluster.compute_efficiency:.0%}; "
-        f"{cluster.gpu_bandwidth / GB:.0f} GB/s inside a node, {cluster.node_bandwidth / GB:g} GB/s a GPU between nodes, at "
-        f"{cluster.link_efficiency:.0%}; transfers beside the computation."
+        f"Rates: {cluster.gpu}, {short(cluster.peak_flops / 1e12)} TFLOP/s at {cluster.compute_efficiency:.0%}; "
+        f"{short(cluster.gpu_bandwidth / GB)} GB/s inside a node, {short(cluster.node_bandwidth / GB)} GB/s a GPU between "
+        f"nodes, at {cluster.link_efficiency:.0%}; transfers beside the computation."
     )
     if "schedule" in records[0]:
         parts.append(_schedule(records[0]["schedule"]))
@@ -60,7 +61,7 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
 
 
 def _simulated(plan: Plan) -> str:
-    return "" if plan.simulated is None else f"{(plan.simulated + plan.workload.cluster.reserve) / GB:.2f}"
+    return "" if plan.simulated is None else short((plan.simulated + plan.workload.cluster.reserve) / GB)
 
 
 def _step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
@@ -69,16 +70,16 @@ def _step_rows(records: list[dict[str, Any]]) -> list[list[str]]:
 
     return [
         row("parameters that train", lambda r: f"{r['trained_parameters']:,}"),
-        row("sent for weights, GB", lambda r: f"{r['traffic_bytes']['weights'] / GB:.2f}"),
-        row("sent for gradients, GB", lambda r: f"{r['traffic_bytes']['gradients'] / GB:.3f}"),
-        row("sent for localization, GB", lambda r: f"{r['traffic_bytes']['localization'] / GB:.3f}"),
-        row("of it between nodes, GB", lambda r: f"{r['traffic_bytes']['between_nodes'] / GB:.3f}"),
-        row("operations, TFLOP", lambda r: f"{r['flops']['total'] / 1e12:.0f}"),
-        row("computing, s", lambda r: f"{r['seconds']['compute']:.2f}"),
-        row("transfers, s", lambda r: f"{r['seconds']['transfers']:.2f}"),
-        row("tokens per second, cluster", lambda r: f"{r['tokens_per_second']:,.0f}"),
-        row("checkpoint of a step, GB", lambda r: f"{r['disk_bytes']['step'] / GB:.2f}"),
-        row("host memory per node, GB", lambda r: f"{r['host_bytes_per_node'] / GB:.1f}"),
+        row("sent for weights, GB", lambda r: short(r["traffic_bytes"]["weights"] / GB)),
+        row("sent for gradients, GB", lambda r: short(r["traffic_bytes"]["gradients"] / GB)),
+        row("sent for localization, GB", lambda r: short(r["traffic_bytes"]["localization"] / GB)),
+        row("of it between nodes, GB", lambda r: short(r["traffic_bytes"]["between_nodes"] / GB)),
+        row("operations, TFLOP", lambda r: short(r["flops"]["total"] / 1e12)),
+        row("computing, s", lambda r: short(r["seconds"]["compute"])),
+        row("transfers, s", lambda r: short(r["seconds"]["transfers"])),
+        row("tokens per second, cluster", lambda r: short(r["tokens_per_second"])),
+        row("checkpoint of a step, GB", lambda r: short(r["disk_bytes"]["step"] / GB)),
+        row("host memory per node, GB", lambda r: short(r["host_bytes_per_node"] / GB)),
     ]
 
 
@@ -87,14 +88,15 @@ def _warm_start(found: dict[str, Any]) -> str:
     kept, sent, gradient = (found[f"{name}_bytes"] / GB for name in ("sums", "sent_for_sums", "largest_gradient"))
     return (
         f"First subnets: {passes} pass{'es' if passes > 1 else ''} over {found['batches_per_pass']} batches a GPU, "
-        f"{found['seconds']:.0f} s; {kept:.3f} GB of sums are kept and {sent:.3f} GB sent"
-        + (f", beside one full gradient at a time ({gradient:.2f} GB)." if gradient else "; forward alone.")
+        f"{short(found['seconds'])} s; {short(kept)} GB of sums are kept and {short(sent)} GB sent"
+        + (f", beside one full gradient at a time ({short(gradient)} GB)." if gradient else "; forward alone.")
     )
 
 
 def _schedule(schedule: dict[str, Any]) -> str:
+    what = "Drawing subnets anew" if schedule["selection"] == "random" else "Re-localization"
     text = (
-        f"Re-localization: {schedule['groups']} groups, period {schedule['period']}, {schedule['layers_per_slot']} a slot: a "
+        f"{what}: {schedule['groups']} groups, period {schedule['period']}, {schedule['layers_per_slot']} a slot: a "
         f"full cycle takes {schedule['cycle_steps']:,} steps."
     )
     if schedule["layers_per_slot"] > 1 and schedule["selection"] != "random":
@@ -104,4 +106,4 @@ def _schedule(schedule: dict[str, Any]) -> str:
     advised, cycles = schedule["recommended_layers_per_slot"], schedule["recommended_for_cycles"]
     wanted = "one full cycle" if cycles == 1 else f"{cycles} full cycles"
     advice = "shorten the period" if advised is None else f"for {wanted} use layers_per_slot: {advised}"
-    return f"{text} A run of {schedule['steps']:,} steps makes {schedule['cycles']:.2f} cycles; {advice}."
+    return f"{text} A run of {schedule['steps']:,} steps makes {short(schedule['cycles'])} cycles; {advice}."

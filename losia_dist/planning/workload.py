@@ -112,9 +112,11 @@ class Workload:
         self._check_engine()
         if self.method == "losia":
             self._check_losia()
-        widest = min(min(size) for size in self.shape.linears().values())
-        if self.method == "lora" and self.lora_rank > widest:
-            raise ConfigError(f"--lora-rank {self.lora_rank}: at most {widest}, the smallest side of a linear layer.")
+        if self.method == "lora" and self.lora_rank > self.shape.narrowest:
+            raise ConfigError(
+                f"--lora-rank {self.lora_rank}: at most {self.shape.narrowest}, the smallest side of a linear layer of "
+                f"{self.shape.name}."
+            )
 
     def _check_engine(self) -> None:
         gpus = self.cluster.gpus

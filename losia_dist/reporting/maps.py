@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from losia_dist.digits import short
 from losia_dist.reporting.drawing import CHANCE, COLUMNS, ROWS, Picture, new_figure, style
 from losia_dist.reporting.movement import Indices, Layer, Move, Movement
 from losia_dist.reporting.run import Run
@@ -58,7 +59,7 @@ def _captured_over_steps(moves: list[Move]) -> Picture:
             means = [100 * (mean_captured([move for move in chosen if move.step == step]) or 0.0) for step in steps]
             axis.plot(steps, means, f"{marker}-", color=colour, markersize=6, linewidth=1.2, label=f"{label}: mean of a step")
     chance = 100 * float(np.mean([move.layer.random_share for move in moves]))
-    axis.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.4, label=f"a random subnet: {chance:.2g} %")
+    axis.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.4, label=f"a random subnet: {short(chance, 2)} %")
     axis.set(xlabel="optimizer step", ylabel="% of the layer's importance", ylim=(0, None))
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=1)  # above: the marks are everywhere
     mean = 100 * (mean_captured(moves) or 0.0)
@@ -67,7 +68,7 @@ def _captured_over_steps(moves: list[Move]) -> Picture:
         "Importance captured",
         "Share of all importance of a linear layer that lay inside the subnet just chosen. Small marks: single layers. Dashed: "
         "what a random subnet of the same size holds on average.",
-        f"Importance captured by chosen subnets: {mean:.1f} % on average, {chance:.2g} % by a random one.",
+        f"Importance captured by chosen subnets: {mean:.1f} % on average, {short(chance, 2)} % by a random one.",
         figure,
     )
 
@@ -112,7 +113,7 @@ def _overlap(moves: list[Move]) -> Picture:
         axis.plot(steps, [shares[at == step].mean() for step in steps], "o-", color=colour, markersize=6, linewidth=1.2)
         chance = 100 * float(np.mean([len(m.layer.latest[place]) / m.layer.shape[place] for m in partial]))
         axis.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.4)
-        means.append(f"{label}: {shares.mean():.0f} % stay on average, {chance:.2g} % by chance")
+        means.append(f"{label}: {shares.mean():.0f} % stay on average, {short(chance, 2)} % by chance")
     axes[-1].set_xlabel("optimizer step")
     return Picture(
         "overlap",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from losia_dist.digits import short
 from losia_dist.reporting.drawing import Picture
 
 _RULE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # load nothing, run nothing
@@ -154,7 +155,7 @@ def shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return short(value, 6)
     if isinstance(value, list | tuple):
         return ", ".join(map(shown, value)) or "none"
     if isinstance(value, dict):

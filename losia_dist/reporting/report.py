@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from losia_dist._version import __version__
+from losia_dist.digits import percent
 from losia_dist.errors import ConfigError
 from losia_dist.reporting import maps
 from losia_dist.reporting.curves import draw_comparison, draw_learning, draw_measurements
@@ -118,12 +119,17 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     relocalized = [move for move in run.movement.moves if move.reason == "relocalized"]
     if run.movement.layers:
         moved = len({move.layer.name for move in relocalized})
-        tiles.append((f"{moved} of {len(run.movement.layers)}", "linear layers re-localized"))
+        tiles.append(
+            (
+                f"{moved} of {len(run.movement.layers)}",
+                "linear layers drawn anew" if run.config.get("selection") == "random" else "linear layers re-localized",
+            )
+        )
     measured = [move for move in run.movement.moves if move.captured is not None]
     captured = maps.mean_captured(measured)
     if captured is not None:
         chance = float(np.mean([move.layer.random_share for move in measured]))
-        tiles.append((f"{100 * captured:.0f} %", f"of importance captured; a random subnet {100 * chance:.2g} %"))
+        tiles.append((f"{100 * captured:.0f} %", f"of importance captured; a random subnet {percent(chance)}"))
     return tiles
 
 
@@ -149,7 +155,7 @@ def _kinds(run: Run) -> str:
                 str(sum(move.reason == "relocalized" for move in moves)),
                 *kept,
                 "-" if captured is None else f"{100 * captured:.1f} %",
-                f"{100 * float(np.mean([layer.random_share for layer in layers])):.2g} %",
+                percent(float(np.mean([layer.random_share for layer in layers]))),
             ]
         )
     head = ["kind", "layers", "weight", "subnet", "moves", "rows kept", "columns kept", "captured", "random"]

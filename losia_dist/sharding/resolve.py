@@ -119,7 +119,8 @@ def _check_groups(model: nn.Module, optimizer: Optimizer, own_parameters: bool) 
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [layer.name for layer in subnet_layers(model) if id(layer.subnet) not in held]
         if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise ConfigError(
-                f"the optimizer does not hold the subnets of this model ({lost[0]} and {len(lost) - 1} more): it was built "
-                "from another model, or before the engine replaced the parameters. Build it after wrapping."
+                f"the optimizer does not hold the subnets of this model ({lost[0]}{more}): it was built from another model, or "
+                "before the engine replaced the parameters. Build it after wrapping."
             )

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.kinds import is_linear, why_unusable
+from losia_dist.subnet.reach import unreached
+
+_logger = logging.getLogger(__name__)
 
 Shape = Callable[[Tensor], tuple[int, ...]]
 
@@ -25,8 +28,8 @@ def all_linear(
 ) -> list[str]:
     """Names, out of `linears` (every linear layer of the model by full name), that "all-linear" means.
 
-    Of a model of several parts (vision, audio and language) the language model's; never the output layer, and nothing
-    inside a module that trains in full.
+    Of a model of several parts (vision, audio and language) the language model's; never the output layer, nothing inside a
+    module that trains in full, and no layer that gets no gradient (`reach`); what is left out so is logged.
 
     Args:
         output: full name of the output layer, or None.
@@ -43,13 +46,21 @@ def all_linear(
         for name in linears
         if _inside(name, part) and name != output and not any(_inside(name, saved) for saved in trained_in_full)
     ]
-    _refuse_experts(model, part, names, shape)
+    left_out = unreached(model, names)
+    names = [name for name in names if name not in left_out]
+    _refuse_experts(model, part, names, linears, shape)
     _refuse_heads(model, names)
     _refuse_special_kinds(linears, names)
-    if part:
+    if part and any(not _inside(name, part) and name != output for name in linears):
         depth = part.count(".") + 1
         frozen = {".".join(name.split(".")[:depth]) for name in linears if not _inside(name, part) and name != output}
-        logging.getLogger(__name__).info("all-linear trains %s; frozen: %s", part, ", ".join(sorted(frozen)))
+        _logger.info("all-linear trains %s; frozen: %s", part, ", ".join(sorted(frozen)))
+    for reason in dict.fromkeys(why.reason for why in left_out.values()):
+        chosen = [name for name, why in left_out.items() if why.reason == reason]
+        _logger.warning(
+            "all-linear leaves out %s (%d in all), where no gradient would come: each %s", _kinds(chosen), len(chosen), reason
+        )
+    _say_what_is_no_layer(model, part, names, shape)
     return names
 
 
@@ -75,17 +86,25 @@ def language_part(model: Any) -> str:
     return name
 
 
-def expert_weights(model: nn.Module, part: str, shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Weights of mixture-of-experts layers under `part`: fused ones, [experts, ., .], and those of a list of experts."""
-    found = {}
+def stacked_weights(model: nn.Module, part: str, shape: Shape) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Weights under `part` that hold several matrices, or one of a list of experts: shape, and whether they are experts.
+
+    Experts are known by their names or their module's class, or by as many matrices as the configuration has experts. Others
+    are projections by head (XLNet) or block-diagonal gates (RecurrentGemma).
+    """
+    numbers = _expert_numbers(model)
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
     for module_name, module in model.named_modules():
         if not _inside(module_name, part) or isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             continue
+        words = f"{module_name}.{type(module).__name__}".lower()
         for name, parameter in module.named_parameters(recurse=False):
             size = shape(parameter)
-            fused = len(size) == 3 and min(size) > 1
-            if fused or (len(size) == 2 and is_expert(module_name)):
-                found[f"{module_name}.{name}"] = size
+            if len(size) == 3 and min(size) > 1:
+                named = "expert" in f"{words}.{name}".lower() or "moe" in words
+                found[f"{module_name}.{name}"] = (size, named or size[0] in numbers)
+            elif len(size) == 2 and is_expert(module_name):
+                found[f"{module_name}.{name}"] = (size, True)
     return found
 
 
@@ -94,20 +113,64 @@ def is_expert(name: str) -> bool:
     return "experts" in name.split(".")
 
 
-def _refuse_experts(model: nn.Module, part: str, names: list[str], shape: Shape) -> None:
-    experts = expert_weights(model, part, shape)
+def _expert_numbers(model: Any) -> set[int]:
+    """How many experts a layer may have, by any setting that speaks of them (num_experts, n_routed_experts)."""
+    config = getattr(model, "config", None)
+    parts = [config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", None) or {})]
+    found: set[int] = set()
+    for one in parts:
+        for key, value in vars(one).items() if one is not None else ():
+            if "expert" in key and "tok" not in key and isinstance(value, int) and value > 1:
+                found.add(value)
+    return found
+
+
+def _refuse_experts(model: nn.Module, part: str, names: list[str], linears: dict[str, Any], shape: Shape) -> None:
+    experts = {name: size for name, (size, expert) in stacked_weights(model, part, shape).items() if expert}
     if not experts:
         return
-    others = [name for name in names if not is_expert(name) and not _is_router(name)]
+    others = [name for name in names if not is_expert(name) and not _is_router(name) and why_unusable(linears[name]) is None]
     frozen = sum(_product(size) for size in experts.values())
     rest = sum(_product(shape(module.weight)) for name, module in model.named_modules() if name in others and is_linear(module))
-    endings = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in others))
-    endings = [e for e in endings if not any(is_expert(name) and name.endswith(f".{e}") for name in names)]
-    fix = f"To train the other linear layers alone, name them: target_modules={endings}." if endings else ""
+    modules = _names_for(others, [name for name, module in model.named_modules() if is_linear(module)], part)
+    fix = f"To train the other linear layers alone, name them: target_modules={modules!r}." if others else ""
     share = frozen / (frozen + rest)
     raise ConfigError(
         f"target_modules='all-linear' would leave the experts of {type(model).__name__} frozen, {share:.0%} of the weights it "
         f"stands for: experts get no subnet in this version ({_some(experts)}). {fix}".rstrip()
+    )
+
+
+def _names_for(wanted: list[str], available: list[str], part: str) -> list[str] | str:
+    """Endings that match all of `wanted` and no other of the linear layers; an expression where a list would be long."""
+    others = set(available) - set(wanted)
+    inside = [name for name in others if _inside(name, part)]
+    endings = list(dict.fromkeys(_ending(name, inside) for name in wanted))
+    if not any(other.endswith(f".{ending}") for other in others for ending in endings) and len(endings) < 40:
+        return endings
+    # [.] for a dot: without backslashes the expression is the same in Python and in YAML.
+    start, *ends = (name.replace(".", "[.]") for name in (f"{part}." if part else "", *endings))
+    return f"{start}(.*[.])?({'|'.join(ends)})"
+
+
+def _ending(name: str, others: list[str]) -> str:
+    """The shortest end of a full name that none of the others has."""
+    words = name.split(".")
+    ends = (".".join(words[-count:]) for count in range(1, len(words) + 1))
+    return next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), name)
+
+
+def _say_what_is_no_layer(model: nn.Module, part: str, names: list[str], shape: Shape) -> None:
+    stacked = {name: size for name, (size, _) in stacked_weights(model, part, shape).items()}
+    if not stacked:
+        return
+    frozen = sum(_product(size) for size in stacked.values())
+    trained = set(names)
+    rest = sum(_product(shape(module.weight)) for name, module in model.named_modules() if name in trained)
+    _logger.warning(
+        "all-linear: %s hold several matrices each and are no linear layers; they stay frozen, %.0f %% of the weights",
+        _kinds(stacked),
+        100 * frozen / (frozen + rest),
     )
 
 
@@ -127,13 +190,18 @@ def _refuse_heads(model: Any, names: list[str]) -> None:
 
 
 def _refuse_special_kinds(linears: dict[str, nn.Module], names: list[str]) -> None:
-    unusable = {name: reason for name in names if (reason := why_unusable(linears[name])) is not None}
+    unusable = {name: why for name in names if (why := why_unusable(linears[name])) is not None}
     if unusable:
-        name, reason = next(iter(unusable.items()))
+        name, why = next(iter(unusable.items()))
+        rest = [one for one in names if one not in unusable]
+        fixes = [why.fix] if why.fix else []
+        if rest:
+            names_of_rest = _names_for(rest, list(linears), "")
+            fixes.append(f"{'or name' if fixes else 'Name'} the others to leave it frozen: target_modules={names_of_rest!r}")
         raise ConfigError(
-            f"target_modules='all-linear': {name!r} {reason}, so it cannot hold a subnet"
-            f"{f', and {len(unusable) - 1} more' if len(unusable) > 1 else ''}. Load the model unquantized and without "
-            "device_map, or name target_modules to leave such layers frozen."
+            f"target_modules='all-linear': {name!r} {why.reason}, so it cannot hold a subnet"
+            f"{f', and {len(unusable) - 1} more' if len(unusable) > 1 else ''}. "
+            f"{', '.join(fixes) or 'No other layer is left to train'}."
         )
 
 
@@ -157,6 +225,11 @@ def _product(size: tuple[int, ...]) -> int:
     for length in size:
         total *= length
     return total
+
+
+def _kinds(names: Any) -> str:
+    """Full names, those that differ by numbers alone once: "model.layers.*.mlp.wq"."""
+    return _some(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
 def _some(names: Any) -> str:

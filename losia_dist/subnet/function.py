@@ -85,7 +85,9 @@ class SubnetLinearFunction(torch.autograd.Function):
         # backward under the same object.
         ctx.weight, ctx.subnet, ctx.layer = weight, subnet, layer
         ctx.has_bias = bias is not None
-        return subnet_forward(layer, x, weight, bias, subnet)
+        y = subnet_forward(layer, x, weight, bias, subnet)
+        # A view that leaves a Function may not be changed in place, as some models do with what a linear layer gives.
+        return y.data if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:

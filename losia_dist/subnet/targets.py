@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.all_linear import Shape, all_linear, is_expert
-from losia_dist.subnet.kinds import is_linear, why_unusable
+from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, why_unusable
+from losia_dist.subnet.reach import unreached
 
 
 def _plain_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -39,6 +40,7 @@ def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_sh
             subnet, an expert, or something that "all-linear" would leave frozen in silence.
     """
     aliases = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+    _refuse_substitutes(model, config)
     if not aliases:
         raise ConfigError(
             f"{type(model).__name__} has no linear layer (torch.nn.Linear, or Conv1D of Transformers), so there is nothing to "
@@ -56,6 +58,7 @@ def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_sh
         chosen = _chosen(aliases, config.target_modules, output)
         names = list(dict.fromkeys(first_name[id(aliases[name])] for name in chosen))
         _refuse_unusable(aliases, names, bypassed)
+        _refuse_unreached(model, names)
     if config.output_rank_factor is not None:
         if output is None or output not in aliases:
             raise ConfigError(
@@ -132,12 +135,10 @@ def _chosen(linears: dict[str, nn.Module], wanted: str | list[str], output: str 
 
 def _refuse_unusable(linears: dict[str, nn.Module], names: list[str], bypassed: list[str]) -> None:
     for name in names:
-        reason = why_unusable(linears[name])
-        if reason is not None:
-            raise ConfigError(
-                f"{name!r} {reason}, so it cannot hold a subnet. Load the model unquantized and without device_map, or leave "
-                "the layer out of target_modules."
-            )
+        unusable = why_unusable(linears[name])
+        if unusable is not None:
+            fix = f"{unusable.fix}, or leave" if unusable.fix else "Leave"
+            raise ConfigError(f"{name!r} {unusable.reason}, so it cannot hold a subnet. {fix} the layer out of target_modules.")
         if _within(name, bypassed):
             raise ConfigError(f"{name!r} belongs to a torch.nn.MultiheadAttention, which bypasses it; leave it out.")
         if is_expert(name):
@@ -145,6 +146,35 @@ def _refuse_unusable(linears: dict[str, nn.Module], names: list[str], bypassed: 
                 f"{name!r} is one expert of several: it runs only for batches that route a token to it, so ranks would wait "
                 "for each other's gradients. Leave the experts out of target_modules; they stay frozen."
             )
+
+
+def _refuse_unreached(model: nn.Module, names: list[str]) -> None:
+    for name, why in unreached(model, names).items():
+        if why.always:
+            raise ConfigError(
+                f"{name!r} gets no gradient: it {why.reason}. Leave the layer out of target_modules; longer names tell layers "
+                "apart, such as 'self_attn.q_proj'."
+            )
+
+
+def _refuse_substitutes(model: nn.Module, config: LoSiAConfig) -> None:
+    """Quantized layers that are no `nn.Linear` would be passed over as if the model did not have them."""
+    packed = {name: type(module).__name__ for name, module in model.named_modules() if is_quantized_substitute(module)}
+    wanted = config.target_modules
+    if isinstance(wanted, list):
+        packed = {name: kind for name, kind in packed.items() if any(_name_matches(name, item) for item in wanted)}
+    elif wanted != "all-linear":
+        try:
+            packed = {name: kind for name, kind in packed.items() if re.fullmatch(wanted, name)}
+        except re.error:  # said where the expression is used
+            return
+    if packed:
+        name, kind = next(iter(packed.items()))
+        raise ConfigError(
+            f"target_modules={wanted!r}: {name!r} is a quantized layer ({kind})"
+            f"{f', and so are {len(packed) - 1} more' if len(packed) > 1 else ''}: there is no weight to cut a subnet "
+            "from. Load the model unquantized, or name other layers."
+        )
 
 
 def _refuse_shared_micro_batches(linears: dict[str, nn.Module], targets: list[Target], config: LoSiAConfig) -> None:

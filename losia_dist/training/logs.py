@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from losia_dist.digits import short
 from losia_dist.reporting.records import METRICS, SUMMARY, cut_records
 from losia_dist.reporting.subnet_log import SubnetLog
 from losia_dist.training.trajectory import Progress
@@ -89,9 +90,9 @@ class RunLog:
         for name, value in many.items():
             for part, one in value.items():
                 self._writer.add_scalar(f"{name}/{part}", one, step)
-        self._bar.set_postfix({name: _short(value) for name, value in self.last.items()})
+        self._bar.set_postfix({name: _shown(value) for name, value in self.last.items()})
         if self._bar.disable:
-            self.say(f"step {step}/{self._total}: " + ", ".join(f"{name} {_short(value)}" for name, value in single.items()))
+            self.say(f"step {step}/{self._total}: " + ", ".join(f"{name} {_shown(value)}" for name, value in single.items()))
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -131,7 +132,5 @@ def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if value < 1e4 else f"{value:,.0f}"
-    return str(value)
+def _shown(value: Any) -> str:
+    return short(value) if isinstance(value, float) else str(value)

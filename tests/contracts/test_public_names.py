@@ -14,7 +14,7 @@ PACKAGE = Path(losia_dist.__file__).parent
 
 # Lower layers never import upper ones.
 LAYERS = [
-    ["_version", "compat", "errors", "agreement", "formulas", "fingerprint", "config", "kernels"],
+    ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "kernels"],
     ["subnet"],
     ["localization", "optim", "sharding"],
     ["loss", "model", "guard", "heartbeat", "watch", "liveness", "placement", "conductor", "warm_start", "allocation"],

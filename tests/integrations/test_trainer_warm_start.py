@@ -42,6 +42,7 @@ def test_subnets_are_located_from_the_first_batches_of_every_rank(ranks, tmp_pat
 
 
 def outliers(trainer):
+    assert "losia/localizing" not in trainer.losia_callback.metrics()  # drawn: nothing localizes
     return trainer.losia.outliers
 
 

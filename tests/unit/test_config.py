@@ -104,3 +104,25 @@ def test_a_scale_of_the_learning_rate_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="full_lr_scale=0.1, but nothing trains in full"):
         LoSiAConfig(full_lr_scale=0.1)
     assert LoSiAConfig(full_lr_scale=0.1, modules_to_save=["norm"]).full_lr_scale == 0.1
+
+
+def test_a_name_given_twice_is_refused_where_yaml_would_take_the_last(tmp_path):
+    for name, text in (("a.yaml", "period: 5\nperiod: 50\n"), ("a.json", '{"period": 5, "rank_factor": 0.5, "period": 50}')):
+        file = tmp_path / name
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"{name}.*'period' is given twice"):
+            LoSiAConfig.from_file(file)
+
+
+def test_a_power_of_ten_is_a_number_with_and_without_a_point(tmp_path):
+    file = tmp_path / "losia.yaml"
+    file.write_text("rank_factor: 1e-1\noutput_rank_factor: 5.0e-2\n")
+    config = LoSiAConfig.from_file(file)
+    assert (config.rank_factor, config.output_rank_factor) == (0.1, 0.05)
+
+
+def test_a_file_that_is_no_text_is_refused_with_its_name(tmp_path):
+    file = tmp_path / "losia.yaml"
+    file.write_bytes(b"\xff\xfe\x00period")
+    with pytest.raises(ConfigError, match="losia.yaml is not valid YAML or JSON"):
+        LoSiAConfig.from_file(file)

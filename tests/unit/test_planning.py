@@ -18,6 +18,7 @@ from losia_dist.planning.tables import describe
 from losia_dist.planning.traffic import plan_traffic
 from losia_dist.planning.workload import GB, Cluster, Workload
 from losia_dist.subnet.convert import subnet_layers
+from tests.support.models import tiny_llama
 
 # Parameters as their makers count them.
 PUBLISHED = {
@@ -295,6 +296,15 @@ def test_the_command_says_nothing_of_averages_where_subnets_are_drawn(capsys, tm
     file.write_text("selection: random\nlayers_per_slot: 4\n")
     words = ["plan", "--model", "llama-2-7b", "--engine", "fsdp2", "--losia_config", str(file)]
     said = run(capsys, *words)
-    assert "4 a slot" in said and "averages" not in said.split("Re-localization")[1]
+    assert "4 a slot" in said and "averages" not in said.split("Drawing subnets anew")[1]
     file.write_text("layers_per_slot: 4\n")
     assert "averages" in run(capsys, *words).split("Re-localization")[1]
+
+
+def test_what_nobody_gave_fits_the_model(capsys, tmp_path):
+    """A model made for 64 tokens, whose smallest side is below the usual rank of LoRA."""
+    tiny_llama(max_position_embeddings=64).config.save_pretrained(tmp_path)
+    record = json.loads(run(capsys, "plan", "--model", str(tmp_path), "--rank-factor", "0.5", "--compare", "--json"))
+    assert record["sequence_length"] == 64 and record["compared"]["lora"]["trained_parameters"] > 0
+    assert main(["plan", "--model", str(tmp_path), "--sequence-length", "2048"]) == 2
+    assert "was made for 2 to 64 tokens" in capsys.readouterr().err
