@@ -29,7 +29,7 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
     if any(hasattr(p, "ds_id") for p in parameters):
         from losia_dist.sharding.zero3 import Zero3Parameters
 
-        return Zero3Parameters()
+        return Zero3Parameters(model)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedError(
             "the model is wrapped by FSDP1, whose flat parameters need one dtype and reduce full-size gradients. Use FSDP2: "
