@@ -88,8 +88,8 @@ def _differing(master: Tensor, model: Tensor) -> Tensor:
 
 
 class FirstMove:
-    """After the first step that follows a re-localization: each moved subnet holds its rounded master, and went on from the values
-    of its new place. An optimizer that keeps masters of its own, out of reach, would have gone on from the old ones.
+    """After the first step that follows a re-localization: each moved subnet holds its rounded master, and went on from the
+    values of its new place. An optimizer that keeps masters of its own, out of reach, would have gone on from the old ones.
 
     Holds this rank's part of the moved subnets, old and new, for one step; `done` from then on.
     """
@@ -126,8 +126,8 @@ class FirstMove:
         apart = [layer.name for layer, (differing, _, _) in zip(layers, everyone, strict=True) if differing]
         if apart:
             raise UnsupportedError(
-                f"after the first step in its new place {_some(apart)} does not hold its rounded master values: the engine or the "
-                "optimizer steps another copy of them. Leave out settings that keep master weights a second time."
+                f"after the first step in its new place {_some(apart)} does not hold its rounded master values: the engine or "
+                "the optimizer steps another copy of them. Leave out settings that keep master weights a second time."
             )
         # Far nearer to what was there before than to where it was moved: no step does that.
         back = [layer.name for layer, (_, new, old) in zip(layers, everyone, strict=True) if new > 16 * old]
@@ -150,4 +150,3 @@ class FirstMove:
         values = stepped[1]
         distances = [torch.dist(values.float(), other.float()).square() for other in (new, old)]
         return torch.stack([n.to(device, torch.float64) for n in (_differing(*stepped), *distances)])
-

@@ -19,8 +19,8 @@ from losia_dist.subnet.convert import subnet_layers
 
 
 def refuse_leaf_modules(model: nn.Module) -> None:
-    """Look at the leaf modules that hold subnets, however they were chosen ("leaf_module", "stage3_module_granularity_threshold",
-    `set_z3_leaf_modules`), and watch each of them in its first forward with gradients. Same on every rank; communicates nothing.
+    """Look at the leaf modules that hold subnets, and watch each of them in its first forward with gradients, however they were
+    chosen ("leaf_module", "stage3_module_granularity_threshold", `set_z3_leaf_modules`). Same on every rank; no communication.
 
     Raises:
         UnsupportedError: the leaf module holds the first thing that trains, so that no input of it can need a gradient; in the
@@ -49,8 +49,8 @@ def _watch_first_forward(name: str, leaf: nn.Module) -> None:
 
 def _message(name: str, leaf: nn.Module) -> str:
     return (
-        f"{name or 'the model'} ({type(leaf).__name__}) is a ZeRO-3 leaf module with subnets, and no positional input of it needs "
-        "a gradient: DeepSpeed would reduce its gradients before they are computed, and the backward would fail. Leave it out "
-        'of "leaf_module", set_z3_leaf_modules and stage3_module_granularity_threshold, or choose smaller modules that come '
-        "after a trained layer (the MLP of a decoder layer works)."
+        f"{name or 'the model'} ({type(leaf).__name__}) is a ZeRO-3 leaf module with subnets, and no positional input of it "
+        "needs a gradient: DeepSpeed would reduce its gradients before they are computed, and the backward would fail. Leave "
+        'it out of "leaf_module", set_z3_leaf_modules and stage3_module_granularity_threshold, or choose smaller modules '
+        "that come after a trained layer (the MLP of a decoder layer works)."
     )

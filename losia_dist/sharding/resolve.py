@@ -49,9 +49,14 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
 
     Raises:
         ConfigError: the optimizer does not hold the subnets, or not in one group per decoder layer.
-        UnsupportedError: a wrapper that this version cannot reach into.
+        UnsupportedError: a wrapper that this version cannot reach into, or a DeepSpeed engine with a setting that the support
+            matrix refuses.
     """
     kind = type(optimizer).__name__
+    if sys.modules.get("deepspeed") is not None:
+        from losia_dist.sharding.handed_over import refuse_engine_settings
+
+        refuse_engine_settings(model, optimizer)
     if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
         state = _deepspeed_state(optimizer, kind)
     elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper

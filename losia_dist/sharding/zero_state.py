@@ -56,7 +56,7 @@ class ZeroState:
         _refuse_low_precision(zero_optimizer)
         self.optimizer: Optimizer = zero_optimizer.optimizer
         self._zero = zero_optimizer
-        self._parts = {parameter: part for parameter, part in _parts(zero_optimizer)}
+        self._parts = dict(_parts(zero_optimizer))
 
     @torch.no_grad()
     def write_master(self, parameter: Any, values: Tensor) -> None:
@@ -138,8 +138,8 @@ class Zero3State:
         _refuse_low_precision(zero_optimizer)
         if hasattr(zero_optimizer, "backup_optimizer"):
             raise UnsupportedError(
-                f"DeepSpeed offloads a part of the optimizer (ratio {zero_optimizer.partial_offload}) and steps the rest with a "
-                "second optimizer, whose moments no re-localization would clear: set offload_optimizer's ratio to 1.0."
+                f"DeepSpeed offloads a part of the optimizer (ratio {zero_optimizer.partial_offload}) and steps the rest with "
+                "a second optimizer, whose moments no re-localization would clear: set offload_optimizer's ratio to 1.0."
             )
         self._zero = zero_optimizer
         self.optimizer: Optimizer = zero_optimizer.optimizer
@@ -218,7 +218,7 @@ class Zero3State:
 
 
 def _parts(zero: Any) -> Iterator[tuple[Any, _Part]]:
-    """Every trained parameter of stages 1 and 2 (or BF16_Optimizer), and what this rank keeps of it, by DeepSpeed's own lists."""
+    """Every trained parameter of stages 1 and 2 (or BF16_Optimizer), and what this rank keeps of it, by DeepSpeed's lists."""
     in_order = hasattr(zero, "bf16_groups")
     vectors = zero.bf16_groups_flat if in_order else zero.bit16_groups_flat
     for group, parameters in enumerate(zero.bf16_groups if in_order else zero.round_robin_bit16_groups):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from losia_dist import LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.integrations.deepspeed import refuse_unsupported
+from losia_dist.sharding.deepspeed_config import refuse_unsupported
 from tests.support.models import tiny_llama
 
 CONFIG = LoSiAConfig(rank_factor=0.25, period=2)
