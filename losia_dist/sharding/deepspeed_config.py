@@ -175,15 +175,18 @@ def _refuse_rounding(settings: dict[str, Any]) -> None:
 
 
 def _refuse_scaling(settings: dict[str, Any]) -> None:
-    """DeepSpeed asserts the same once it has built everything else."""
+    """DeepSpeed asserts most of this too, once it has built everything else."""
     zero = settings.get("zero_optimization") or {}
-    if zero.get("stage", 0) not in (2, 3) or zero.get("reduce_scatter", True) is False:
-        return
+    stage, scatters = zero.get("stage", 0), zero.get("reduce_scatter", True) is not False
     for name, plain in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
-        if settings.get(name, plain) not in (plain, "auto"):
+        if settings.get(name, plain) in (plain, "auto"):
+            continue
+        given = f'"{name}": {settings[name]!r} in the DeepSpeed configuration'
+        if stage == 3 and name == "gradient_predivide_factor":
+            raise UnsupportedError(f"{given}: ZeRO-3 does not multiply by it again where it equals the ranks; remove it.")
+        if stage in (2, 3) and scatters:
             raise UnsupportedError(
-                f'"{name}": {settings[name]!r} in the DeepSpeed configuration does not work with ZeRO-{zero["stage"]}\'s '
-                'reduce_scatter: remove it, or set "reduce_scatter": false.'
+                f'{given} does not work with ZeRO-{stage}\'s reduce_scatter: remove it, or set "reduce_scatter": false.'
             )
 
 

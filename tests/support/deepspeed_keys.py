@@ -26,8 +26,8 @@ class Key:
     """One setting on one engine of tests.support.training.
 
     along: what it needs beside it. bf16: compared in bf16 with the run without it ("bits": equal to the last bit, "rounding":
-    to 1e-3), not in fp32 with the dense reference. refused: the reason, for the table; the error must name the key. by_deepspeed:
-    DeepSpeed itself refuses it, which needs ranks. sampled: `make test` runs it.
+    to 1e-3), not in fp32 with the dense reference. refused: the reason, for the table; the error must name the key.
+    by_deepspeed: refused once the engine is made, which needs ranks. sampled: `make test` runs it.
     """
 
     name: str
@@ -67,8 +67,8 @@ def _on(engines: str, name: str, value: Any, along: dict[str, Any] | None = None
     return [Key(name, value, engine, along or {}, sampled=engine == sampled, **more) for engine in engines.split()]
 
 
-def _refused(name: str, value: Any, why: str, **more: Any) -> list[Key]:
-    return [Key(name, value, refused=why, **more)]
+def _refused(name: str, value: Any, why: str, along: dict[str, Any] | None = None, **more: Any) -> list[Key]:
+    return [Key(name, value, along=along or {}, refused=why, **more)]
 
 
 CPU = {"device": "cpu"}
@@ -122,7 +122,7 @@ SAME = [
     *_on("zero0 zero1", "prescale_gradients", True),
     *_on("zero2 zero3", "prescale_gradients", True, {f"{ZERO}reduce_scatter": False}),
     *_on("zero0", "gradient_predivide_factor", 2.0, {"prescale_gradients": True}),
-    *_on("zero2 zero3", "gradient_predivide_factor", 2.0, {f"{ZERO}reduce_scatter": False}),
+    *_on("zero1 zero2", "gradient_predivide_factor", 2.0, {f"{ZERO}reduce_scatter": False}),
     *_on("zero2", "gradient_allreduce_op", "mean"),
     *_on("zero0 zero2", "disable_allgather", True),
     *_on("zero2", "managed_gradient_accumulation", False, sampled="zero2"),
@@ -172,7 +172,14 @@ REFUSED = [
     *_refused("data_types.param_dtype", "bf16", "contradicts the model's precision", by_deepspeed=True),
     *_refused("gradient_allreduce_op", "sum", "importance is taken from the mean over the ranks"),
     *_refused("prescale_gradients", True, "not with reduce_scatter (stages 2 and 3)"),
-    *_refused("gradient_predivide_factor", 2.0, "not with reduce_scatter (stages 2 and 3)"),
+    *_refused("gradient_predivide_factor", 2.0, "not with reduce_scatter (stages 1 and 2)"),
+    *_refused(
+        "gradient_predivide_factor",
+        2.0,
+        "DeepSpeed scales gradients by it in stage 3",
+        {f"{ZERO}reduce_scatter": False},
+        engine="zero3",
+    ),
     *_refused(f"{OPTIMIZER}.device", "nvme", "not tested"),
     *_refused(f"{PARAM}.device", "nvme", "not tested", engine="zero3"),
     *_refused(f"{OPTIMIZER}.ratio", 0.5, "a second optimizer steps the rest, out of reach", engine="zero3"),

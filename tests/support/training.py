@@ -244,7 +244,7 @@ def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run:
     for limit in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
         zero[f"stage3_{limit}"] = 0
     settings["zero_optimization"] = {**zero, **run.deepspeed.get("zero_optimization", {})}
-    managed = settings.get("managed_gradient_accumulation", True)  # or the loop counts micro-batches, and scales the loss
+    managed = settings.get("managed_gradient_accumulation", True)  # or step() is called once a step
     engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=RATE)
 
     def step(micro_batches, inspect):
@@ -252,7 +252,7 @@ def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run:
         for place, batch in enumerate(micro_batches):
             loss = engine(**batch, use_cache=False).loss
             last = place == len(micro_batches) - 1
-            engine.backward(loss if managed else loss / len(micro_batches))
+            engine.backward(loss)
             if inspect and last:
                 inspect("before", engine.losia, engine)
             if managed or last:
