@@ -29,8 +29,8 @@ def check_masters(
     synchronisation in all.
 
     Raises:
-        UnsupportedError: on every rank, with the layers: no optimizer steps them, the masters are not the model's values, or
-            what was written did not get where the step takes its values from.
+        UnsupportedError: on every rank, with the layers: no optimizer steps them, what was written did not get where
+            the step takes its values from, or the masters are not the model's values.
     """
     found = torch.stack([_try(layer, place, parameters, state) for place, layer in enumerate(layers)])
     everyone = collectives.stack(found.reshape(-1)).view(collectives.world_size, len(layers), 3).sum(0).tolist()
@@ -42,18 +42,19 @@ def check_masters(
             f"no optimizer steps {_some(unstepped)}, or not all of it: its values lie in none of the vectors that the engine's "
             "step changes. Build the optimizer and the engine from the model that is trained, after get_losia_model."
         )
-    old = [layer.name for layer, count in zip(layers, stale, strict=True) if count]
-    if old:
-        raise UnsupportedError(
-            f"the master values of {_some(old)} are not the model's (in {sum(stale)} places): the first step would write "
-            "them over the weights. Load weights before the engine and the optimizer are made, or resume with load_checkpoint."
-        )
+    # First: a value that got lost has made other masters stale.
     lost = [layer.name for layer, count in zip(layers, missed, strict=True) if count]
     if lost:
         raise UnsupportedError(
             f"values written for {_some(lost)} do not reach the masters that the engine steps (in {sum(missed)} places): it "
             "keeps them in another order, or a second time. Leave out settings of the engine or the optimizer that change "
             "where master weights are kept (docs/support-matrix.md lists those that work)."
+        )
+    old = [layer.name for layer, count in zip(layers, stale, strict=True) if count]
+    if old:
+        raise UnsupportedError(
+            f"the master values of {_some(old)} are not the model's (in {sum(stale)} places): the first step would write "
+            "them over the weights. Load weights before the engine and the optimizer are made, or resume with load_checkpoint."
         )
 
 
