@@ -97,6 +97,12 @@ def test_deepspeed_files_that_contradict_the_options_are_refused(capsys, materia
     assert words.format(file=file) in refused(capsys, arguments(material, tmp_path / "run", deepspeed=file))
 
 
+def test_a_deepspeed_file_with_a_key_given_twice_is_refused(capsys, material, tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": "2",}, "bf16": {"enabled": false}}')
+    assert f'{file} gives "bf16" twice' in refused(capsys, arguments(material, tmp_path / "run", deepspeed=file))
+
+
 def test_fp16_is_refused_in_full_fine_tuning_too(capsys, material, tmp_path):
     (tmp_path / "zero.json").write_text(json.dumps({"fp16": {"enabled": True}}))
     words = arguments(material, tmp_path / "run", deepspeed=tmp_path / "zero.json", losia=None, losia_config=None)
