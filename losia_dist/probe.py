@@ -64,7 +64,8 @@ def _try(layer: SubnetLinear, place: int, parameters: ParameterAccess, state: St
     before = parameters.read_whole(subnet)
     stepped = state.stepped(subnet)
     kept = None if stepped is None else stepped[0].clone()
-    stale = 0 if stepped is None else _differing(*stepped)
+    device = layer.row_index.device
+    stale = torch.zeros((), dtype=torch.int64, device=device) if stepped is None else _differing(*stepped)
     codes = torch.arange(before.numel(), device=before.device).mul_(31).add_(17 * place).remainder_(_CODES).add_(1)
     written = codes.view(before.shape).to(before.dtype)
     state.write_master(subnet, written.to(torch.float32))
@@ -74,12 +75,12 @@ def _try(layer: SubnetLinear, place: int, parameters: ParameterAccess, state: St
         missed = missed + _differing(*stepped)
         fragment = state.master_fragment(subnet)
         if fragment is not None:
-            count = stepped[0].numel()
-            missed = missed + _differing(fragment.reshape(-1)[:count], stepped[0].reshape(-1))
+            master = stepped[0].reshape(-1)
+            missed = missed + _differing(fragment.reshape(-1)[: master.numel()], master)
         stepped[0].copy_(kept)
     parameters.write_whole(subnet, before)
-    numbers = (0 if stepped is None else stepped[0].numel(), stale, missed)
-    return torch.stack([torch.as_tensor(n, dtype=torch.int64).to(layer.row_index.device) for n in numbers])
+    count = torch.full((), 0 if stepped is None else stepped[0].numel(), dtype=torch.int64, device=device)
+    return torch.stack([count, stale.to(device), missed.to(device)])
 
 
 def _differing(master: Tensor, model: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class Zero3Parameters:
     def __init__(self, model: nn.Module) -> None:
         refuse_leaf_modules(model)
         for name, parameter in model.named_parameters():
-            kept: Any = parameter
-            if kept.ds_secondary_tensor is not None or kept.ds_tensor.dtype != parameter.dtype:
+            second = getattr(parameter, "ds_secondary_tensor", None)  # none: new, and partitioned once the engine is made
+            if second is not None or getattr(parameter, "ds_tensor", parameter).dtype != parameter.dtype:
                 raise UnsupportedError(
                     f"ZeRO-3 keeps {name} a second time or quantized (zero_hpz_partition_size, "
                     "zero_quantized_nontrainable_weights): a re-localized subnet would not reach that copy. Remove the setting."
