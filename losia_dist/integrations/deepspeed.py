@@ -61,8 +61,8 @@ def initialize(
         (engine, optimizer, training_dataloader, lr_scheduler).
 
     Raises:
-        ConfigError: an optimizer both passed and in the configuration, a value or key that DeepSpeed would not take as it is
-            meant, an argument that is not passed on, or ranks that differ.
+        ConfigError: an optimizer (or scheduler) both passed and in the configuration, a value or key that DeepSpeed would not
+            take as it is meant, an argument that is not passed on, or ranks that differ.
         UnsupportedError: a DeepSpeed feature that does not work with subnets, with the fix.
     """
     _refuse_arguments(kwargs)
@@ -73,6 +73,11 @@ def initialize(
         raise ConfigError(
             f'an optimizer was passed ({type(optimizer).__name__}) and the DeepSpeed configuration has an "optimizer" '
             f"({in_config.get('type')}): remove one of the two."
+        )
+    if lr_scheduler is not None and settings.get("scheduler") is not None:
+        raise ConfigError(
+            f'a scheduler was passed and the DeepSpeed configuration has a "scheduler" ({settings["scheduler"].get("type")}), '
+            "which DeepSpeed would pass over: remove one of the two."
         )
     _check_values(settings)
     _init_distributed(kwargs)

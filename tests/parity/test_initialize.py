@@ -53,6 +53,12 @@ def test_an_optimizer_passed_and_one_in_the_configuration_is_an_error():
         initialize(model=model, losia_config=CONFIG, config={**BASE, "optimizer": {"type": "Adam"}}, optimizer=optimizer)
 
 
+def test_a_scheduler_passed_and_one_in_the_configuration_is_an_error():
+    settings = {**BASE, "scheduler": {"type": "WarmupLR", "params": {}}}
+    with pytest.raises(ConfigError, match=r'has a "scheduler" \(WarmupLR\), which DeepSpeed would pass over'):
+        initialize(model=tiny_llama(), losia_config=CONFIG, config=settings, lr_scheduler=lambda optimizer: None)
+
+
 def test_a_configuration_file_that_is_missing_or_malformed_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="absent.json cannot be read"):
         initialize(model=tiny_llama(), losia_config=CONFIG, config=tmp_path / "absent.json")
