@@ -114,8 +114,10 @@ def read_deepspeed_config(config: dict[str, Any] | str | Path) -> dict[str, Any]
     """
     if isinstance(config, dict):
         return _in_one_form(copy.deepcopy(config), "the DeepSpeed configuration")
-    import hjson  # DeepSpeed's own reader, and installed with it
-
+    try:
+        import hjson  # DeepSpeed's own reader, and installed with it
+    except ImportError as error:
+        raise ConfigError(f"DeepSpeed configuration {config} needs DeepSpeed: pip install 'losia_dist[deepspeed]'.") from error
     try:
         settings = hjson.loads(Path(config).read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
     except OSError as error:

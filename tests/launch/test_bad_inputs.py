@@ -85,7 +85,7 @@ def test_bad_options_are_named_with_the_rule(capsys, material, tmp_path, options
     "settings, words",
     [
         ({"fp16": {"enabled": True}}, '"fp16.enabled": True'),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, '"lr": 1.0 in {file} contradicts --learning_rate 0.003'),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}, '"lr": 0.5 in {file} contradicts --learning_rate 0.003'),
         ({"scheduler": {"type": "WarmupLR"}}, '"scheduler" in {file}'),
         ({"train_batch_size": 64}, '"train_batch_size": 64 in {file} contradicts --micro_batch x --gradient_accumulation'),
         ({"gradient_clipping": 0.5}, '"gradient_clipping": 0.5 in {file} contradicts --max_grad_norm 1.0'),
