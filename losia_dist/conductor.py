@@ -33,6 +33,7 @@ from losia_dist.localization.slots import SlotClock, SlotGroup
 from losia_dist.optim.finite import FiniteCheck
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.placement import Placement
+from losia_dist.probe import FirstMove, check_masters
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
@@ -109,6 +110,8 @@ class LoSiA:
         self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
         self.placement.cut_awaited(config.seed, group)
         check_same_subnets(self.layers, self.parameters, self.collectives)
+        check_masters(self.layers, self.parameters, self.state, self.collectives)
+        self._first_move = FirstMove(self.state, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
         # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
@@ -162,6 +165,7 @@ class LoSiA:
         self._finite.end_step(self.steps + 1)
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
+        self._first_move.verify()
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
@@ -257,6 +261,7 @@ class LoSiA:
         self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
         for layer in self.layers:
             layer.gradient_witness = None
+        self._first_move = FirstMove(self.state, self.collectives)
         self._engagement = None if progress["engaged"] else EngagementCheck(self.layers, self.state, self.collectives)
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._open_slot()
@@ -326,6 +331,7 @@ class LoSiA:
             accumulator = self._accumulators.pop(layer, None)
             choices.append(self.localization.choose(group, accumulator, wanted))
         check_choices(choices, layers, self.collectives)
+        self._first_move.before(layers)
         prints: list[Tensor] = []
         for layer, choice in zip(layers, choices, strict=True):
             left = self.placement.write_back(layer)
@@ -337,6 +343,7 @@ class LoSiA:
             self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
         if self._engagement is not None:
             self._engagement.moved(layers)
+        self._first_move.after(layers)
         return choices
 
     def _tell(self, reason: Literal["located", "relocalized"], layers: list[SubnetLinear], choices: list[Choice]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,26 +18,19 @@ from losia_dist.integrations.deepspeed_checkpoint import attach_checkpoints
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.finite import refuse_skipped
+from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
 from losia_dist.subnet.convert import subnet_layers
 from losia_dist.subnet.groups import losia_parameter_groups
 
-# (path in the DeepSpeed configuration, value that is fine, what to do instead): tested combinations only are let through.
-_REFUSED: list[tuple[str, Any, str]] = [
-    ("fp16.enabled", False, 'fp16 scales the loss, which would enter the importance; use "bf16": {"enabled": true}'),
-    ("amp.enabled", False, 'use "bf16": {"enabled": true}'),
-    ("torch_autocast.enabled", False, 'use "bf16": {"enabled": true}'),
-    ("zero_optimization.zero_hpz_partition_size", 1, "a second copy of the weights would miss re-localized subnets; remove it"),
-    ("zero_optimization.zero_quantized_weights", False, "subnets cannot be written into quantized weights; remove it"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", False, "subnets cannot be written into them; remove it"),
-    ("zero_optimization.zero_quantized_gradients", False, "not tested with subnets; remove it"),
-    ("zero_optimization.mics_shard_size", -1, "MiCS shards are not supported; use plain ZeRO-3"),
-    ("zero_optimization.offload_optimizer.device", "cpu", "only offload to the CPU is supported"),
-    ("zero_optimization.offload_param.device", "cpu", "only offload to the CPU is supported"),
-    ("zero_optimization.zenflow", None, "ZenFlow steps parameters one by one; remove it"),
-    ("tensor_parallel.autotp_size", 0, "tensor parallelism cuts the weights; use ZeRO-3 instead"),
-    ("sequence_parallel_size", 1, "sequence parallelism is not supported"),
-    ("hybrid_engine.enabled", False, "the hybrid engine is not supported"),
-]
+# Arguments of deepspeed.initialize that are passed on; the others are refused with what to do instead.
+_PASSED_ON = ("args", "training_data", "collate_fn", "distributed_port", "dist_init_required")
+_ONE_RANK_A_COPY = "LoSiA trains on data parallelism alone (ZeRO cuts the model): leave it out"
+_REFUSED_ARGUMENTS = {
+    "mpu": _ONE_RANK_A_COPY,
+    "mesh_param": _ONE_RANK_A_COPY,
+    "model_parameters": "it is chosen by LoSiA (one group per decoder layer): leave it out",
+    "config_params": "it is an older name of config: pass config=...",
+}
 
 
 def initialize(
@@ -60,20 +51,22 @@ def initialize(
     Args:
         model: a plain model, or one that `get_losia_model` converted with the same configuration.
         losia_config: the same on every rank; checked before anything else is communicated.
-        config: DeepSpeed's configuration, a dictionary or a JSON file; it is not changed.
+        config: DeepSpeed's configuration, a dictionary or a JSON file (read as DeepSpeed reads it); it is not changed.
         optimizer: built from `losia_parameter_groups(model, ...)`; None: `LoSiAAdamW`, or what the configuration names.
         lr: learning rate where neither an optimizer nor the configuration gives one.
         lr_scheduler: as for deepspeed.initialize: a scheduler, or a callable that takes the optimizer.
         total_steps: optimizer steps of the whole run, for layers_per_slot="auto".
-        kwargs: passed on to deepspeed.initialize (training_data, collate_fn, ...).
+        kwargs: passed on to deepspeed.initialize: args, training_data, collate_fn, distributed_port, dist_init_required.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler).
 
     Raises:
-        ConfigError: an optimizer both passed and in the configuration, or ranks that differ.
+        ConfigError: an optimizer (or scheduler) both passed and in the configuration, a value or key that DeepSpeed would not
+            take as it is meant, an argument that is not passed on, or ranks that differ.
         UnsupportedError: a DeepSpeed feature that does not work with subnets, with the fix.
     """
+    _refuse_arguments(kwargs)
     settings = read_deepspeed_config(config)
     refuse_unsupported(settings)
     in_config = settings.get("optimizer")
@@ -82,13 +75,13 @@ def initialize(
             f'an optimizer was passed ({type(optimizer).__name__}) and the DeepSpeed configuration has an "optimizer" '
             f"({in_config.get('type')}): remove one of the two."
         )
-    if "model_parameters" in kwargs:
-        raise ConfigError("model_parameters is chosen by LoSiA (one group per decoder layer); remove the argument.")
-
-    import deepspeed
-
-    if not dist.is_initialized():
-        deepspeed.init_distributed()
+    if lr_scheduler is not None and settings.get("scheduler") is not None:
+        raise ConfigError(
+            f'a scheduler was passed and the DeepSpeed configuration has a "scheduler" ({settings["scheduler"].get("type")}), '
+            "which DeepSpeed would pass over: remove one of the two."
+        )
+    _check_values(settings)
+    _init_distributed(kwargs)
     check_same_on_all_ranks("the LoSiA configuration", losia_config.to_dict(), dist.group.WORLD)
     check_same_on_all_ranks("the DeepSpeed configuration", settings, dist.group.WORLD)
     if not subnet_layers(model):
@@ -101,9 +94,7 @@ def initialize(
     else:
         arguments["optimizer"] = optimizer or LoSiAAdamW(losia_parameter_groups(model, lr=lr), lr=lr)
         _admit_own_optimizer(settings)
-    engine, wrapped, loader, scheduler = deepspeed.initialize(
-        model=model, config=settings, lr_scheduler=lr_scheduler, **arguments
-    )
+    engine, wrapped, loader, scheduler = _start(model=model, config=settings, lr_scheduler=lr_scheduler, **arguments)
     _check_stage(engine, settings)
     engine.losia = LoSiA(
         engine.module, wrapped, losia_config, process_group=engine.seq_data_parallel_group, total_steps=total_steps
@@ -127,36 +118,52 @@ def initialize_dense(
     return deepspeed.initialize(model=model, config=settings, optimizer=optimizer, lr_scheduler=lr_scheduler)
 
 
-def read_deepspeed_config(config: dict[str, Any] | str | Path) -> dict[str, Any]:
-    """A copy of the configuration as a dictionary.
+def _refuse_arguments(arguments: dict[str, Any]) -> None:
+    """Every argument is used or refused, and none is dropped."""
+    for name, instead in _REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            kind = UnsupportedError if instead is _ONE_RANK_A_COPY else ConfigError
+            raise kind(f"{name}={arguments[name]!r} was passed to initialize: {instead}.")
+    unknown = sorted(set(arguments) - {*_PASSED_ON, *_REFUSED_ARGUMENTS})
+    if unknown:
+        raise ConfigError(f"initialize has no argument {unknown[0]!r}; it passes on {', '.join(_PASSED_ON)}.")
+    for name in ("deepspeed_config", "deepscale_config"):
+        second = getattr(arguments.get("args"), name, None)
+        if second is not None:
+            raise ConfigError(f"config was passed, and args.{name} ({second}) too: remove one of the two.")
 
-    Raises:
-        ConfigError: the file is missing or not a JSON object.
-    """
-    if isinstance(config, dict):
-        return copy.deepcopy(config)
+
+def _check_values(settings: dict[str, Any]) -> None:
+    """Let DeepSpeed look at values and names of the sections that it checks, before any rank waits for another."""
+    from deepspeed.runtime.precision_config import get_bfloat16_config
+    from deepspeed.runtime.zero.config import get_zero_config
+
     try:
-        settings = json.loads(Path(config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"DeepSpeed configuration {config} cannot be read: {error.strerror}. Check --deepspeed.") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"DeepSpeed configuration {config} is not valid JSON: {error}.") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"DeepSpeed configuration {config} must be a JSON object.")
-    return settings
+        get_zero_config(settings)
+        get_bfloat16_config(settings)
+    except (ValueError, TypeError, AssertionError) as error:  # pydantic's is a ValueError
+        raise ConfigError(f"DeepSpeed does not take its configuration: {error}") from error
 
 
-def refuse_unsupported(settings: dict[str, Any]) -> None:
-    """Raise UnsupportedError, with the fix, for what the support matrix refuses. Touches no device and no rank."""
-    for path, fine, instead in _REFUSED:
-        value: Any = settings
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        off = value is None or value == fine or value in (False, 0, "none") or (path.endswith("autotp_size") and value == 1)
-        if not off:
-            raise UnsupportedError(
-                f'"{path}": {value!r} in the DeepSpeed configuration is not supported with LoSiA: {instead}.'
-            )
+def _start(**arguments: Any) -> tuple[Any, Any, Any, Any]:
+    """deepspeed.initialize, whose refusals (of all ranks alike) become this package's."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        return deepspeed.initialize(**arguments)  # type: ignore[no-any-return]
+    except (AssertionError, ValueError, NotImplementedError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+        raise UnsupportedError(f"DeepSpeed does not start with this configuration: {error}") from error
+
+
+def _init_distributed(arguments: dict[str, Any]) -> None:
+    """As deepspeed.initialize would, whose own call comes too late for what ranks must agree on."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        port = {"distributed_port": arguments["distributed_port"]} if "distributed_port" in arguments else {}
+        deepspeed.init_distributed(dist_init_required=arguments.get("dist_init_required"), **port)
 
 
 def _admit_own_optimizer(settings: dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.integrations.deepspeed import refuse_unsupported
+from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
 from losia_dist.subnet.convert import subnet_layers
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # values of TrainingArguments.optim that stand for LoSiAAdamW
@@ -38,6 +39,10 @@ def refuse_arguments(trainer: type, arguments: dict[str, Any], losia_config: Any
         raise ConfigError(f"losia_config={losia_config!r}: a LoSiAConfig is needed, such as LoSiAConfig(rank_factor=0.125).")
     _refuse_model(arguments, losia_config, uses_trl=any(c.__module__.split(".")[0] == "trl" for c in trainer.__mro__))
     args: Any = arguments.get("args")
+    file = getattr(args, "deepspeed", None)
+    if isinstance(file, str) and Path(file).is_file():
+        read_deepspeed_config(file)  # a key given twice, of which Transformers takes the last
+    _settle_deepspeed(getattr(args, "deepspeed_plugin", None))
     for name, instead in _REFUSED_ARGUMENTS:
         if getattr(args, name, None):
             raise UnsupportedError(f"{name}={getattr(args, name)!r} is not supported with LoSiA: {instead}.")
@@ -54,6 +59,20 @@ def refuse_arguments(trainer: type, arguments: dict[str, Any], losia_config: Any
             f"optim={optim!r} is not supported with LoSiA, whose optimizer needs one group per decoder layer: use "
             "optim='adamw_torch' (LoSiAAdamW), or pass optimizers=(optimizer, None) built from losia_parameter_groups(model)."
         )
+
+
+def _settle_deepspeed(plugin: Any) -> dict[str, Any]:
+    """Bring the settings of Accelerate's plugin into one form, in place: Accelerate, Transformers and TRL compare "stage" with
+    numbers, while DeepSpeed takes "3" too. Returns them."""
+    if plugin is None:
+        return {}
+    holder = plugin.hf_ds_config
+    settings = read_deepspeed_config(holder.config)
+    holder.config.clear()
+    holder.config.update(settings)
+    holder.set_stage_and_offload()
+    plugin.zero_stage = settings.get("zero_optimization", {}).get("stage", plugin.zero_stage)
+    return settings
 
 
 def _refuse_hub_strategy(args: Any) -> None:
@@ -130,8 +149,7 @@ def refuse_engine(trainer: Any) -> None:
     _refuse_parallelism(getattr(accelerator, "parallelism_config", None))
     _refuse_fsdp(trainer)
     if trainer.is_deepspeed_enabled:
-        settings = accelerator.state.deepspeed_plugin.hf_ds_config.config
-        refuse_unsupported(settings)
+        refuse_unsupported(_settle_deepspeed(accelerator.state.deepspeed_plugin))
         if trainer.optimizer is not None:
             raise UnsupportedError(
                 'optimizers=(optimizer, ...) is not used by the Trainer under DeepSpeed: name the optimizer as "optimizer" in '

@@ -96,6 +96,10 @@ class FullyShardState:
         holder = self._whole.master_fragment(parameter)
         return None if holder is None else local_part(holder)
 
+    def stepped(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        found = self._whole.stepped(parameter)
+        return None if found is None else (local_part(found[0]), local_part(found[1]))
+
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return {key: whole_of(tensor) for key, tensor in self._whole.read_state(parameter).items()}
 

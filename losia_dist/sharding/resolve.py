@@ -29,7 +29,7 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
     if any(hasattr(p, "ds_id") for p in parameters):
         from losia_dist.sharding.zero3 import Zero3Parameters
 
-        return Zero3Parameters()
+        return Zero3Parameters(model)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise UnsupportedError(
             "the model is wrapped by FSDP1, whose flat parameters need one dtype and reduce full-size gradients. Use FSDP2: "
@@ -49,9 +49,14 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
 
     Raises:
         ConfigError: the optimizer does not hold the subnets, or not in one group per decoder layer.
-        UnsupportedError: a wrapper that this version cannot reach into.
+        UnsupportedError: a wrapper that this version cannot reach into, or a DeepSpeed engine with a setting that the support
+            matrix refuses.
     """
     kind = type(optimizer).__name__
+    if sys.modules.get("deepspeed") is not None:
+        from losia_dist.sharding.handed_over import refuse_engine_settings
+
+        refuse_engine_settings(model, optimizer)
     if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
         state = _deepspeed_state(optimizer, kind)
     elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper

@@ -39,6 +39,12 @@ class TorchState:
             return self._masters[parameter]
         return self.optimizer.state.get(parameter, {}).get("master", parameter)
 
+    def stepped(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        holder = self._holder(parameter)
+        if all(holder is not held for group in self.optimizer.param_groups for held in group["params"]):
+            return None
+        return self.optimizer.state.get(holder, {}).get("master", holder).detach(), parameter.detach()
+
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         found = {"value": self.master_fragment(parameter), **self._entries(parameter)}
         tensors = {key: as_tensor(value) for key, value in found.items() if key != "master"}

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor
+from torch import Tensor, nn
 
 from losia_dist import compat
+from losia_dist.errors import UnsupportedError
+from losia_dist.sharding.leaf_modules import refuse_leaf_modules
 from losia_dist.subnet.blocks import write_subnet
 
 
@@ -17,9 +19,25 @@ class Zero3Parameters:
     """`ParameterAccess` on flat shards: rank i keeps elements [i k, (i + 1) k) of a tensor, the last shard padded.
 
     A read sums disjoint parts over the ranks, so it communicates the block that is read and never the whole weight.
+
+    Args:
+        model: whose parameters are partitioned.
+
+    Raises:
+        UnsupportedError: a second or quantized copy of the weights, or a leaf module that cannot train its subnets.
     """
 
     weight_is_resident = False
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_leaf_modules(model)
+        for name, parameter in model.named_parameters():
+            second = getattr(parameter, "ds_secondary_tensor", None)  # none: new, and partitioned once the engine is made
+            if second is not None or getattr(parameter, "ds_tensor", parameter).dtype != parameter.dtype:
+                raise UnsupportedError(
+                    f"ZeRO-3 keeps {name} a second time or quantized (zero_hpz_partition_size, "
+                    "zero_quantized_nontrainable_weights): a re-localized subnet would not reach that copy. Remove the setting."
+                )
 
     def settle(self) -> None:
         """Nothing to do: parameters keep their places between steps."""

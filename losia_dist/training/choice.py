@@ -88,7 +88,7 @@ def _deepspeed_settings(
     source: str | dict[str, Any], options: argparse.Namespace, place: Place, precision: str | None
 ) -> dict[str, Any]:
     """DeepSpeed's configuration with the options filled in; an entry that contradicts an option is refused."""
-    from losia_dist.integrations.deepspeed import read_deepspeed_config, refuse_unsupported
+    from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
 
     where = source if isinstance(source, str) else "accelerate launch's configuration"
     settings = _without_auto(read_deepspeed_config(source))

@@ -19,13 +19,13 @@ def halving(step: int) -> float:
     return 0.5 ** (step // 3)
 
 
-def begin(stage: int, seed: int = 0):
+def begin(stage: int, seed: int = 0, **zero):
     model = prepared_model(RUN)
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": RUN.accumulation,
         "gradient_clipping": RUN.max_grad_norm,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
     }
     config = LoSiAConfig(**RUN.config, seed=seed)
     schedule = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=halving)
@@ -46,8 +46,8 @@ def train(engine, stop: int, after_step=None) -> list:
     return seen
 
 
-def save_and_load(stage: int, directory: Path) -> dict:
-    engine = begin(stage)
+def save_and_load(stage: int, directory: Path, **zero) -> dict:
+    engine = begin(stage, **zero)
     assert engine.load_checkpoint(directory) == (None, None)
 
     def after_step():
@@ -67,7 +67,7 @@ def save_and_load(stage: int, directory: Path) -> dict:
     engine.destroy()
 
     for tag, step, state in ((None, 7, {"epoch": 3}), ("best", 9, {})):
-        engine = begin(stage, seed=1)
+        engine = begin(stage, seed=1, **zero)
         path, client_state = engine.load_checkpoint(directory, tag=tag)
         assert path == str(directory / (tag or "global_step7")) and client_state == state
         assert (engine.global_steps, engine.global_samples, engine.micro_steps) == (step, step * 8, step * 2)
@@ -95,9 +95,13 @@ def test_the_engines_own_calls_resume_exactly(ranks, tmp_path, stage):
     ranks(2, save_and_load, stage, tmp_path)
 
 
+def test_partitions_in_another_order_resume_exactly(ranks, tmp_path):
+    ranks(2, save_and_load, 2, tmp_path, round_robin_gradients=True)
+
+
 def into_another_engine(directory: Path) -> tuple:
     """An engine's checkpoint in a plain loop, with its scheduler; and a plain loop's in an engine."""
-    engine = begin(2)
+    engine = begin(2, round_robin_gradients=True)
     train(engine, 4)
     engine.save_checkpoint(directory / "engine")
     expected = runs.everything(engine.losia)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_dist import LoSiAConfig, export_model
+from tests.support import deepspeed_keys
 from tests.support.matrix import render
 from tests.support.models import batches, tiny_llama
 from tests.support.trl_models import save_tiny_model
@@ -36,6 +37,12 @@ def test_the_readmes_plain_loop_trains_and_exports(tmp_path, monkeypatch):
 
 def test_the_support_matrix_of_the_documentation_is_the_tested_one():
     assert render() in (ROOT / "docs" / "support-matrix.md").read_text(), "run python -m tests.support.matrix and paste it"
+
+
+def test_the_table_of_deepspeeds_keys_in_the_documentation_is_the_tested_one():
+    table = deepspeed_keys.render()
+    assert table in (ROOT / "docs" / "support-matrix.md").read_text(), "run python -m tests.support.deepspeed_keys and paste it"
+    assert len({key.name for key in (*deepspeed_keys.SAME, *deepspeed_keys.REFUSED)}) >= 40
 
 
 def test_every_option_of_the_configuration_is_explained():

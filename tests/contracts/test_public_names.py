@@ -17,7 +17,7 @@ LAYERS = [
     ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "kernels"],
     ["subnet"],
     ["localization", "optim", "sharding"],
-    ["loss", "model", "guard", "heartbeat", "watch", "liveness", "placement", "conductor", "warm_start", "allocation"],
+    ["loss", "model", "guard", "heartbeat", "watch", "liveness", "placement", "probe", "conductor", "warm_start", "allocation"],
     ["integrations", "checkpoint", "data", "planning", "reporting"],
     ["training", "doctor", "cli"],
 ]

@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 
 from losia_dist import LoSiAAdamW, LoSiACallback, LoSiAConfig, LoSiATrainer, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, LoSiAError, UnsupportedError
-from losia_dist.integrations.trainer_checks import refuse_engine
+from losia_dist.integrations.trainer_checks import refuse_arguments, refuse_engine
 from tests.support.models import tiny_llama
-from tests.support.trainers import TrainerOnCPU, arguments, examples, fresh_accelerate
+from tests.support.trainers import TrainerOnCPU, arguments, examples, fresh_accelerate, train_with_trainer
 from tests.support.training import Run
 
 CONFIG = LoSiAConfig(rank_factor=0.25)
@@ -145,6 +145,29 @@ def test_on_two_ranks_all_stop_with_the_same_message(ranks, tmp_path, name, sett
     for kind, message in failures:
         assert kind in ("UnsupportedError", "ConfigError")
         assert re.search(words, message), message
+
+
+def test_a_key_given_twice_of_which_transformers_takes_the_last_is_refused(tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}')
+    args = SimpleNamespace(deepspeed=str(tmp_path / "zero.json"))
+    with pytest.raises(ConfigError, match='zero.json gives "zero_optimization" twice'):
+        refuse_arguments(LoSiATrainer, {"model": tiny_llama(), "args": args}, CONFIG)
+
+
+def train_with_the_stage_as_text(directory: str):
+    zero = {"stage": "3", "stage3_param_persistence_threshold": "0"}
+    settings = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.0, "zero_optimization": zero}
+
+    def inspect(trainer):
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        return plugin.zero_stage, plugin.hf_ds_config.is_zero3(), trainer.deepspeed.zero_optimization_stage()
+
+    result = train_with_trainer(directory, "zero3", RUN, inspect, deepspeed=settings)
+    return result["inspected"], result["engine"]["sharded"]
+
+
+def test_the_stage_may_be_text_as_deepspeed_has_it(ranks, tmp_path):
+    assert ranks(2, train_with_the_stage_as_text, str(tmp_path)) == [((3, True, 3), True)] * 2
 
 
 def test_every_refusal_is_one_of_the_packages_errors():

@@ -86,7 +86,7 @@ def test_bad_options_are_named_with_the_rule(capsys, material, tmp_path, options
     "settings, words",
     [
         ({"fp16": {"enabled": True}}, '"fp16.enabled": True'),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, '"lr": 1.0 in {file} contradicts --learning_rate 0.003'),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.5}}}, '"lr": 0.5 in {file} contradicts --learning_rate 0.003'),
         ({"scheduler": {"type": "WarmupLR"}}, '"scheduler" in {file}'),
         ({"train_batch_size": 64}, '"train_batch_size": 64 in {file} contradicts --micro_batch x --gradient_accumulation'),
         ({"gradient_clipping": 0.5}, '"gradient_clipping": 0.5 in {file} contradicts --max_grad_norm 1.0'),
@@ -96,6 +96,12 @@ def test_deepspeed_files_that_contradict_the_options_are_refused(capsys, materia
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **settings}))
     assert words.format(file=file) in refused(capsys, arguments(material, tmp_path / "run", deepspeed=file))
+
+
+def test_a_deepspeed_file_with_a_key_given_twice_is_refused(capsys, material, tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": "2",}, "bf16": {"enabled": false}}')
+    assert f'{file} gives "bf16" twice' in refused(capsys, arguments(material, tmp_path / "run", deepspeed=file))
 
 
 def test_fp16_is_refused_in_full_fine_tuning_too(capsys, material, tmp_path):

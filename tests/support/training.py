@@ -277,15 +277,18 @@ def _deepspeed_loop(name: str, model: torch.nn.Module, config: LoSiAConfig, run:
         get_losia_model(model, config)
         named = optimizer_of(run)(losia_parameter_groups(model, lr=RATE), lr=RATE)
     engine, optimizer, _, _ = initialize(model=model, losia_config=config, config=settings, lr=RATE, optimizer=named)
+    managed = settings.get("managed_gradient_accumulation", True)  # or step() is called once a step
 
     def step(micro_batches, inspect):
         total = 0.0
         for place, batch in enumerate(micro_batches):
             loss = engine(**batch, use_cache=False).loss
+            last = place == len(micro_batches) - 1
             engine.backward(loss)
-            if inspect and place == len(micro_batches) - 1:
+            if inspect and last:
                 inspect("before", engine.losia, engine)
-            engine.step()
+            if managed or last:
+                engine.step()
             total += loss.item() / len(micro_batches)
         if inspect:
             inspect("after", engine.losia, engine)
