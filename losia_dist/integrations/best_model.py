@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 from losia_dist.agreement import Agreement
 from losia_dist.checkpoint.names import plain_entries, unwrap
+from losia_dist.checkpoint.weight_files import weight_map
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.kinds import read_subnet
-
-INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
 def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreement) -> None:
@@ -80,11 +78,7 @@ def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
 
 def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:
     """For each entry, the file that holds it and the name it has there (a tied tensor is stored under one of its names)."""
-    if (directory / INDEX_NAME).exists():
-        stored = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        with safe_open(directory / WEIGHTS_NAME, framework="pt") as opened:
-            stored = dict.fromkeys(opened.keys(), WEIGHTS_NAME)
+    stored = weight_map(directory)
     found = [next((name for name in names if name in stored), None) for names in entries.values()]
     missing = [names[0] for names, name in zip(entries.values(), found, strict=True) if name is None]
     if missing:

@@ -141,15 +141,13 @@ class LoSiATrainerMixin:
         if self.losia is not None:
             self.losia.consolidate()
             model = self.losia.model
-        save_whole_model(model, directory, agreement=self._checkpoints.agreement)
+        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        save_whole_model(model, directory, tokenizer=processor, agreement=self._checkpoints.agreement)
         if _internal_call and self.args.load_best_model_at_end:
             check_restorable(
                 model, directory, self._checkpoints.agreement
             )  # an error at the first checkpoint, not at the end of the run
         if self.args.should_save:
-            processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if processor is not None:
-                processor.save_pretrained(directory)
             torch.save(self.args, os.path.join(directory, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]

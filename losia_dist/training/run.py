@@ -42,6 +42,7 @@ from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
 from losia_dist.training.trajectory import describe, warmup_steps
 from losia_dist.training.weights.empty import Where, find_holders, give_memory
+from losia_dist.training.weights.files import local_directory
 from losia_dist.training.weights.streamed import StreamedWeights
 
 
@@ -126,11 +127,11 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     if not options.no_save:
         target = Path(options.output_dir) / "model"
         run.model.config.use_cache = run.model.config.get_text_config().use_cache = inputs.use_cache  # packing turned it off
+        beside = {"base_model": local_directory(options.model), "tokenizer": inputs.tokenizer}
         if run.losia is not None:
-            export_model(run.losia, target)
+            export_model(run.losia, target, **beside)
         else:
-            save_whole_model(run.model, target, agreement=agreement)
-        agreement.on_first(None, lambda: _save_tokenizer(inputs.tokenizer, target))
+            save_whole_model(run.model, target, **beside, agreement=agreement)
     checkpoints.wait(run)
     if run.losia is not None:
         run.losia.detach()
@@ -229,13 +230,6 @@ def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device
 
     made = give_memory(model, device, find_holders(model), allocate=allocate)
     return partition_without_values(settings, made, lambda there: there.kept[there.name])
-
-
-def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    try:
-        tokenizer.save_pretrained(directory)
-    except OSError as error:
-        raise ConfigError(f"the tokenizer could not be written to {directory}: {error}. The model has been written.") from error
 
 
 def _describe(
