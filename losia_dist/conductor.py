@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from losia_dist.config import LoSiAConfig
+from losia_dist.drift import DriftCheck
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.guard import (
     EngagementCheck,
@@ -106,6 +107,7 @@ class LoSiA:
         self.placement.cut_awaited(config.seed, group)
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
+        self._drift: DriftCheck | None = DriftCheck(self.layers, self.parameters, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
         # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
         self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
@@ -147,7 +149,8 @@ class LoSiA:
 
         Raises:
             EngagementError: after the first step, if a subnet does not train.
-            DivergenceError: at a slot's end, if ranks disagree or importance is not finite.
+            DivergenceError: after the first steps, if nothing reduces the ranks' gradients; at a slot's end, if ranks disagree
+                or importance is not finite.
         """
         if not self.rewarming.stepped:
             return False  # an accumulation step under a wrapper that holds the optimizer back
@@ -156,6 +159,8 @@ class LoSiA:
         self.parameters.settle()
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
+        if self._drift is not None and self._drift.verify():
+            self._drift = None
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []

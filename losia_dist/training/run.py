@@ -35,7 +35,7 @@ from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.training.environment import Place
 from losia_dist.training.fsdp import shard
-from losia_dist.training.interruption import Interrupted
+from losia_dist.interruption import Interrupted
 from losia_dist.training.loading import load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps

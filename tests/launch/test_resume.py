@@ -19,7 +19,7 @@ from losia_dist.cli import main as cli
 from losia_dist.errors import ConfigError, DivergenceError
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.engines import PlainRun
-from losia_dist.training.interruption import Interrupted
+from losia_dist.interruption import Interrupted
 from losia_dist.training.logs import RunLog
 from tests.launch.conftest import RUNS
 from tests.launch.test_bad_inputs import GOOD, refused
