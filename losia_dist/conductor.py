@@ -34,6 +34,8 @@ from losia_dist.optim.rewarming import Rewarming
 from losia_dist.placement import Placement
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.copied import check_copies
+from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 from losia_dist.subnet.operator import make_findable
 from losia_dist.warm_start import draw_all, layers_per_slot, locate_all, settled
@@ -53,7 +55,8 @@ class LoSiA:
         total_steps: optimizer steps of the whole run, which layers_per_slot="auto" is chosen for.
 
     Raises:
-        ConfigError: the model has no subnets, the optimizer does not hold them by decoder layer, or ranks differ.
+        ConfigError: the model has no subnets, or lost some since it was converted; the optimizer does not hold them by decoder
+            layer; ranks differ.
         UnsupportedError: an engine or a dtype that the support matrix refuses.
     """
 
@@ -86,6 +89,7 @@ class LoSiA:
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
             self._watch_hook = model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
         self.parameters = resolve_parameters(model)
+        check_intact(model, self.layers, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
         self.placement = Placement(self.layers, self.parameters, self.state, keep_moments=config.moments == "kept")
@@ -93,6 +97,7 @@ class LoSiA:
         if create_state is not None:
             create_state()
         for layer in self.layers:
+            layer.copied = None  # a copy of another model that is driven by itself from here on
             layer.weight_is_resident = self.parameters.weight_is_resident
         make_findable(self.layers)
         self.localization: Localization = make_localization(
@@ -164,6 +169,7 @@ class LoSiA:
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
+        check_copies(self.layers, thoroughly=bool(relocalized))
         moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
         for place, name in enumerate(relocalized):
             layers = [layer for layer in self.layers if layer.group_name == name]
@@ -259,8 +265,13 @@ class LoSiA:
         self._open_slot()
 
     def consolidate(self) -> None:
-        """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving."""
+        """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
+
+        Raises:
+            ConfigError: layers of the model were replaced since `LoSiA(...)` was made.
+        """
         self.parameters.settle()
+        check_intact(self.model, self.layers, self.parameters, trains=False)
         for layer in self.layers:
             self.placement.write_back(layer)
 

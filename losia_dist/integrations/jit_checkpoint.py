@@ -19,8 +19,8 @@ from losia_dist.interruption import Interruption
 class StepEndCheckpoint(TrainerCallback):
     """Learns of SIGTERM inside `watched()`. Made by all ranks together.
 
-    Every later signal is ignored: the run is ending. One that comes between two steps, in an evaluation say, is served at the end
-    of the step that follows; after the last step nothing is left to be saved for.
+    Every later signal is ignored: the run is ending. One that comes between two steps, in an evaluation say, is served at the
+    end of the step that follows; after the last step nothing is left to be saved for.
 
     Attributes:
         wanted: whether it does anything.

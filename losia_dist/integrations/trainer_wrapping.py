@@ -48,8 +48,8 @@ def refuse_evaluation_first(trainer: Any) -> None:
     if trainer.is_fsdp_enabled or (settings is not None and not settings.is_zero3()):
         engine = "FSDP2" if settings is None else "DeepSpeed below ZeRO-3"
         raise UnsupportedError(
-            f"evaluate() or predict() before train() under {engine}: the model is not wrapped yet, and Accelerate wraps it together "
-            "with its optimizer only. Set eval_on_start=True, or evaluate after train()."
+            f"evaluate() or predict() before train() under {engine}: the model is not wrapped yet, and Accelerate wraps it "
+            "together with its optimizer only. Set eval_on_start=True, or evaluate after train()."
         )
 
 

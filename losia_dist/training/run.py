@@ -24,6 +24,7 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.guard import check_same_on_all_ranks
+from losia_dist.interruption import Interrupted
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.reporting.facts import write_facts
@@ -35,7 +36,6 @@ from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.training.environment import Place
 from losia_dist.training.fsdp import shard
-from losia_dist.interruption import Interrupted
 from losia_dist.training.loading import load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
