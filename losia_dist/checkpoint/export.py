@@ -104,7 +104,7 @@ def save_whole_model(
         directory,
         entries,
         lambda name: _read(access, named[name]),
-        _texts_of(plain, state),
+        write_texts_of(plain, state),
         base_model=base_model,
         tokenizer=tokenizer,
         agreement=agreement or Agreement.of_all(),
@@ -118,7 +118,7 @@ def _tell_missing(directory: Path, agreement: Agreement) -> None:
         warnings.warn(f"{directory} holds the model's weights, and for inference it lacks {'; '.join(missing)}.", stacklevel=3)
 
 
-def _texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
+def write_texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
     """Lets the model's own class write its configuration, and code that it brings; and its weights where `state` has them."""
 
     def write(directory: Path) -> None:

@@ -22,7 +22,7 @@ from losia_dist.integrations.best_model import check_restorable, load_plain_weig
 from losia_dist.integrations.callback import LoSiACallback
 from losia_dist.integrations.deepspeed_checkpoint import EngineCounters
 from losia_dist.integrations.jit_checkpoint import take_over
-from losia_dist.integrations.trainer_checkpoint import TrainerCheckpoints
+from losia_dist.integrations.trainer_checkpoint import TrainerCheckpoints, warn_of_data
 from losia_dist.integrations.trainer_checks import refuse_arguments, refuse_engine
 from losia_dist.integrations.trainer_wrapping import (
     engine_settings,
@@ -30,6 +30,7 @@ from losia_dist.integrations.trainer_wrapping import (
     refuse_evaluation_first,
     refuse_unwrapped,
 )
+from losia_dist.integrations.trial_save import try_to_save
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.convert import subnet_layers
@@ -55,9 +56,12 @@ class LoSiATrainerMixin:
       besides, for all checkpoints of the run (the base once); it is rotated with them.
     - `enable_jit_checkpoint=True`: on SIGTERM all ranks save at the end of the same step, the one in progress or the next, and
       `train` returns.
+    - What only a save would fail with (generation_config, tokenizer, output_dir) is tried before the first step.
+    - `evaluate` and `predict` may come before `train` (one process, DDP, ZeRO-3), and `train` again: under DeepSpeed with a new
+      optimizer state, elsewhere with the old one.
     - `train(resume_from_checkpoint=True)`, or a path of a `checkpoint-N`, goes on bit for bit on the same engine and ranks, to
-      rounding on others. Make the trainer as for the first start, from the base model. `save_only_model` checkpoints cannot
-      be resumed from.
+      rounding on others; with iterable data while its first pass lasts, and not with ignore_data_skip (a warning says so).
+      Make the trainer as for the first start, from the base model. `save_only_model` checkpoints cannot be resumed from.
 
     Args:
         losia_config: keyword only; the same on every rank. Everything else is the trainer's.
@@ -76,6 +80,7 @@ class LoSiATrainerMixin:
     data_collator: Any
     state: Any
     control: Any
+    train_dataset: Any
     is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, losia_config: LoSiAConfig, **kwargs: Any) -> None:
@@ -119,6 +124,8 @@ class LoSiATrainerMixin:
         saving = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
         saves = (saving != "no" or self._at_step_end.wanted) and not self.args.save_only_model
         resume_from_checkpoint = self._checkpoints.choose(self.args.output_dir, resume_from_checkpoint, saves)
+        if resume_from_checkpoint and self.args.process_index == 0:
+            warn_of_data(self.train_dataset, str(resume_from_checkpoint), ignore_data_skip=self.args.ignore_data_skip)
         with self._at_step_end.watched():
             result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         self._checkpoints.remove_rotated(at_the_end=True)
@@ -158,8 +165,7 @@ class LoSiATrainerMixin:
         if self.losia is not None:
             self.losia.consolidate()
             model = self.losia.model
-        processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        save_whole_model(model, directory, tokenizer=processor, agreement=self._checkpoints.agreement)
+        save_whole_model(model, directory, tokenizer=self._processor(), agreement=self._checkpoints.agreement)
         if _internal_call and self.args.load_best_model_at_end:
             check_restorable(
                 model, directory, self._checkpoints.agreement
@@ -208,6 +214,8 @@ class LoSiATrainerMixin:
 
     def _start(self, losia: LoSiA) -> None:
         refuse_unwrapped(self)
+        saving = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no" or self._at_step_end.wanted
+        try_to_save(losia.model, self.args, self._processor(), self._checkpoints.agreement, in_output_dir=saving)
         if self.is_deepspeed_enabled:
             losia.carried["deepspeed"] = EngineCounters(self.model_wrapped)
         self._checkpoints.resume(losia, self.lr_scheduler, goes_on_saving=not self.args.save_only_model)
@@ -235,6 +243,10 @@ class LoSiATrainerMixin:
             if params:
                 groups.append({**rest, "params": params, "weight_decay": decay})
         return groups
+
+    def _processor(self) -> Any:
+        """What is saved beside the model, as the Trainer has it; None: nothing."""
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def _add_own_callback(self) -> None:
         handler = self.callback_handler  # type: ignore[attr-defined]

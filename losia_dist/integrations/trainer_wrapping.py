@@ -30,7 +30,10 @@ def forget_preparation(trainer: Any, settings: dict[str, Any] | None) -> None:
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped, trainer.deepspeed = trainer.model, None
         trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config = copy.deepcopy(settings)
-    elif trainer.model_wrapped is trainer.model and not trainer.is_fsdp_enabled and hasattr(trainer.model, _PREPARED):
+        return
+    if not trainer.is_fsdp_enabled and trainer.accelerator.unwrap_model(trainer.model_wrapped) is not trainer.model:
+        trainer.model_wrapped = trainer.model  # trainer.model was set to another one since
+    if trainer.model_wrapped is trainer.model and not trainer.is_fsdp_enabled and hasattr(trainer.model, _PREPARED):
         # Autocast was put around its forward, and would be a second time.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         delattr(trainer.model, _PREPARED)
