@@ -1,11 +1,14 @@
 """A converted model that something else has changed: refused with the layers' names, or it trains as it should."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
+from transformers import AutoModelForCausalLM
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
@@ -175,22 +178,31 @@ def test_a_mean_of_state_dicts_is_refused():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_whole_weights_can_be_averaged_as_the_docs_show(tied):
-    decay = 0.8
-    base = tiny_llama(tie_word_embeddings=tied)
-    whole = copy.deepcopy(base)
-    average = AveragedModel(whole, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    losia = conductor(get_losia_model(base, CONFIG))
-    live = dict(losia.model.named_parameters(remove_duplicate=False))
-    for name, parameter in whole.named_parameters(remove_duplicate=False):
-        parameter.data = live[name].data
-    expected = None
-    for seed in range(9):
-        step(losia, seed)
-        losia.consolidate()
-        average.update_parameters(whole)
-        now = {name: live[name].detach().clone() for name, _ in whole.named_parameters(remove_duplicate=False)}
-        expected = now if expected is None else {n: decay * expected[n] + (1 - decay) * now[n] for n in now}
-    for name, parameter in average.module.named_parameters(remove_duplicate=False):
-        assert torch.allclose(parameter, expected[name], atol=1e-6), name
-    assert (expected["lm_head.weight"] - live["lm_head.weight"]).abs().max() > 1e-3
+def test_whole_weights_can_be_averaged_as_the_docs_show(tmp_path, monkeypatch, tied):
+    """The block of docs/averaging.md with settings of a small run, against means of the whole weights, over several moves."""
+    text = (Path(__file__).parents[2] / "docs" / "averaging.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    output = "" if tied else ", output_rank_factor=0.25"
+    for before, after in (("0.999", "0.8"), ("5e-5", "1e-2"), ("0.125, period=100", f"0.25, period=2{output}")):
+        assert before in block
+        block = block.replace(before, after)
+    names: dict = {"model": tiny_llama(tie_word_embeddings=tied)}
+    weights = [name for name, _ in names["model"].named_parameters()]
+    seen = []
+
+    def loader():
+        for seed in range(9):
+            tokens = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(seed))
+            yield {"input_ids": tokens, "labels": tokens}
+            seen.append({name: names["model"].get_parameter(name).detach().clone() for name in weights})
+
+    monkeypatch.chdir(tmp_path)
+    names["loader"] = loader()
+    exec(compile(block, "docs/averaging.md", "exec"), names)
+    expected = seen[0]
+    for now in seen[1:]:
+        expected = {name: 0.8 * expected[name] + 0.2 * now[name] for name in weights}
+    averaged = AutoModelForCausalLM.from_pretrained(tmp_path / "averaged")
+    for name in weights:
+        assert torch.allclose(averaged.get_parameter(name), expected[name], atol=1e-6), name
+    assert (expected["model.layers.0.mlp.up_proj.weight"] - seen[-1]["model.layers.0.mlp.up_proj.weight"]).abs().max() > 1e-3
