@@ -267,8 +267,7 @@ class LoSiA:
     def consolidate(self) -> None:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
 
-        Raises:
-            ConfigError: layers of the model were replaced since `LoSiA(...)` was made.
+        Raises: ConfigError where layers of the model were replaced since `LoSiA(...)` was made.
         """
         self.parameters.settle()
         check_intact(self.model, self.layers, self.parameters, trains=False)
