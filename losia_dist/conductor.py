@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from losia_dist.config import LoSiAConfig
+from losia_dist.drift import DriftCheck
 from losia_dist.errors import ConfigError
 from losia_dist.guard import (
     EngagementCheck,
@@ -17,6 +18,7 @@ from losia_dist.guard import (
     check_relocalized,
     check_same_on_all_ranks,
     check_same_subnets,
+    refuse_unlocated,
     refuse_unusable,
     subnet_prints,
 )
@@ -37,6 +39,8 @@ from losia_dist.probe import FirstMove, check_masters
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.copied import check_copies
+from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.subnet.operator import make_findable
 from losia_dist.warm_start import draw_all, layers_per_slot, locate_all, settled
@@ -56,7 +60,8 @@ class LoSiA:
         total_steps: optimizer steps of the whole run, which layers_per_slot="auto" is chosen for.
 
     Raises:
-        ConfigError: the model has no subnets, the optimizer does not hold them by decoder layer, or ranks differ.
+        ConfigError: the model has no subnets, or lost some since it was converted; the optimizer does not hold them by decoder
+            layer; ranks differ.
         UnsupportedError: an engine or a dtype that the support matrix refuses.
     """
 
@@ -87,6 +92,7 @@ class LoSiA:
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
             self._watch_hook = model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
         self.parameters = resolve_parameters(model)
+        check_intact(model, self.layers, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
         self.placement = Placement(self.layers, self.parameters, self.state, keep_moments=config.moments == "kept")
@@ -96,6 +102,7 @@ class LoSiA:
         if create_state is not None:
             create_state()
         for layer in self.layers:
+            layer.copied = None  # a copy of another model that is driven by itself from here on
             layer.weight_is_resident = self.parameters.weight_is_resident
         make_findable(self.layers)
         self.localization: Localization = make_localization(
@@ -113,6 +120,7 @@ class LoSiA:
         check_masters(self.layers, self.parameters, self.state, self.collectives)
         self._first_move = FirstMove(self.state, self.collectives)
         self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
+        self._drift: DriftCheck | None = DriftCheck(self.layers, self.parameters, self.collectives)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
         # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
         self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
@@ -155,7 +163,8 @@ class LoSiA:
         Raises:
             EngagementError: after the first step, if a subnet does not train.
             DivergenceError: the step's gradients were not finite (on a GPU said one step later, or before anything is saved);
-                at a slot's end, if ranks disagree or importance is not finite. Same on every rank.
+                after the first steps, if nothing reduces the ranks' gradients; at a slot's end, if ranks disagree or importance
+                is not finite. Same on every rank.
         """
         if not self.rewarming.stepped:
             return False  # an accumulation step under a wrapper that holds the optimizer back
@@ -165,12 +174,21 @@ class LoSiA:
         self._finite.end_step(self.steps + 1)
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
+        if self._drift is not None and self._drift.verify():
+            self._drift = None
         self._first_move.verify()
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
+        check_copies(self.layers, thoroughly=bool(relocalized))
         if relocalized:
             self.check_latest_step()
+        if self._drift is not None and self._drift.verify():
+            self._drift = None
+        for accumulator in self._accumulators.values():
+            accumulator.end_step()
+        relocalized = self.clock.localizing if self.clock.in_last_step else []
+        check_copies(self.layers, thoroughly=bool(relocalized))
         moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
         for place, name in enumerate(relocalized):
             layers = [layer for layer in self.layers if layer.group_name == name]
@@ -278,10 +296,12 @@ class LoSiA:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
 
         Raises:
+            ConfigError: layers of the model were replaced since `LoSiA(...)` was made.
             DivergenceError: as `check_latest_step`.
         """
         self.check_latest_step()
         self.parameters.settle()
+        check_intact(self.model, self.layers, self.parameters, trains=False)
         for layer in self.layers:
             self.placement.write_back(layer)
 
@@ -369,17 +389,8 @@ class LoSiA:
 
     def _check_located(self) -> None:
         """An optimizer step is about to be made: the subnets must be those that the configuration asks for."""
-        if self.located:
-            return
-        if self.config.outlier_limit is not None:
-            raise ConfigError(
-                f"outlier_limit={self.config.outlier_limit}, but no calibration batches were given: call losia.locate(batches) "
-                "on every rank before the first step, or leave outlier_limit out."
-            )
-        raise ConfigError(
-            "init='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
-            "before the first step, or set init='random'."
-        )
+        if not self.located:
+            refuse_unlocated(self.config)
 
 
 def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -124,6 +124,23 @@ def refuse_unusable(model: nn.Module, layers: list[SubnetLinear], config: LoSiAC
         )
 
 
+def refuse_unlocated(config: LoSiAConfig) -> None:
+    """A step is asked for, and the first subnets still wait for calibration batches.
+
+    Raises:
+        ConfigError: always.
+    """
+    if config.outlier_limit is not None:
+        raise ConfigError(
+            f"outlier_limit={config.outlier_limit}, but no calibration batches were given: call losia.locate(batches) "
+            "on every rank before the first step, or leave outlier_limit out."
+        )
+    raise ConfigError(
+        "init='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
+        "before the first step, or set init='random'."
+    )
+
+
 def check_choices(choices: list[Choice], layers: list[SubnetLinear], collectives: RowCollectives) -> None:
     """Refuse to choose a subnet from importance that is not finite, and say which layers keep theirs for want of any.
 

@@ -68,7 +68,7 @@ def apply_delta(file: str | Path, base_model: str | Path, directory: str | Path)
     Args:
         file: what `save_delta` wrote.
         base_model: directory of the same base model; every weight that is used is checked against the delta's fingerprints.
-        directory: as for `export_model`; the base's tokenizer is copied.
+        directory: as for `export_model`; all of the base but its weights is copied.
 
     Raises:
         CheckpointError: not a delta, of a newer format, or another base model.

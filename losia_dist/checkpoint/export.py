@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import files
 from losia_dist.checkpoint.description import is_renamed_on_disk
+from losia_dist.checkpoint.inference import missing_for_inference
 from losia_dist.checkpoint.model_directory import write_model_directory
 from losia_dist.checkpoint.names import plain_entries, unwrap
 from losia_dist.checkpoint.offline import export_checkpoint
@@ -23,8 +25,8 @@ from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.sharding.resolve import resolve_parameters
 
 
-def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None) -> Path:
-    """Write the trained model as a plain directory (safetensors, config). Called by all ranks; rank 0 writes.
+def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None, tokenizer: Any = None) -> Path:
+    """Write the trained model as a plain directory (safetensors, config, tokenizer). Called by all ranks; rank 0 writes.
 
     The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. One weight is
     in memory at a time beyond what the ranks hold anyway. Models that Transformers stores under other names than they have in
@@ -32,12 +34,17 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
 
     From a checkpoint neither the model nor a GPU is needed.
 
+    A token that ends a turn in the tokenizer's chat template, or its eos, that generation_config.json lacks is added to its
+    eos_token_id, with a warning. Another warning names what the directory lacks for inference: a tokenizer, a processor, code.
+
     Args:
         checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed); or a directory that
             checkpoints were saved to (the newest complete one counts), one step's directory in it, or a run's output
             directory.
         directory: made if missing; what is in it changes only after all was written.
-        base_model: a model directory whose tokenizer is copied; None: none is.
+        base_model: directory of the model that was fine-tuned, of which everything is copied but weights and training state:
+            tokenizer, processors, chat templates, `.py` files of the model's own; None: nothing is.
+        tokenizer: the tokenizer or processor of the run, which is written too; it takes the place of the base's.
 
     Returns:
         the directory.
@@ -50,7 +57,9 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     directory = Path(directory)
     if isinstance(checkpoint_or_losia, str | Path):
         checkpoint = checkpoint_or_losia
-        Agreement.of_all().on_first(None, lambda: str(export_checkpoint(checkpoint, directory, base_model)))
+        agreement = Agreement.of_all()
+        agreement.on_first(None, lambda: str(export_checkpoint(checkpoint, directory, base_model, tokenizer)))
+        _tell_missing(directory, agreement)
         return directory
     if not isinstance(checkpoint_or_losia, LoSiA):
         raise ConfigError(
@@ -60,7 +69,9 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     losia = checkpoint_or_losia
     losia.consolidate()
     agreement = session_of(losia, losia.model, losia.state.optimizer).agreement
-    return save_whole_model(losia.model, directory, losia.parameters, base_model=base_model, agreement=agreement)
+    save_whole_model(losia.model, directory, losia.parameters, base_model=base_model, tokenizer=tokenizer, agreement=agreement)
+    _tell_missing(directory, agreement)
+    return directory
 
 
 def save_whole_model(
@@ -69,12 +80,14 @@ def save_whole_model(
     access: ParameterAccess | None = None,
     *,
     base_model: str | Path | None = None,
+    tokenizer: Any = None,
     agreement: Agreement | None = None,
 ) -> Path:
     """Write any model, sharded or not, as `export_model` does. Called by all ranks; rank 0 writes.
 
     Args:
         access: to the model's weights; None: found out.
+        base_model, tokenizer: as for `export_model`.
         agreement: of all ranks; None: one is made.
     """
     plain: Any = unwrap(model)
@@ -91,14 +104,21 @@ def save_whole_model(
         directory,
         entries,
         lambda name: _read(access, named[name]),
-        _texts_of(plain, state),
+        write_texts_of(plain, state),
         base_model=base_model,
+        tokenizer=tokenizer,
         agreement=agreement or Agreement.of_all(),
     )
     return Path(directory)
 
 
-def _texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
+def _tell_missing(directory: Path, agreement: Agreement) -> None:
+    missing = missing_for_inference(directory) if agreement.rank == 0 else []
+    if missing:
+        warnings.warn(f"{directory} holds the model's weights, and for inference it lacks {'; '.join(missing)}.", stacklevel=3)
+
+
+def write_texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
     """Lets the model's own class write its configuration, and code that it brings; and its weights where `state` has them."""
 
     def write(directory: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,14 @@ from torch import Tensor
 
 from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import files
+from losia_dist.checkpoint.beside import TEMPLATES, copy_beside
+from losia_dist.checkpoint.inference import TOKENIZERS, add_end_tokens, write_tokenizer
+from losia_dist.checkpoint.weight_files import INDEX, WEIGHTS, weight_map
 from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 
 SHARD_BYTES = 5_000_000_000
-_INDEX = "model.safetensors.index.json"
 # What from_pretrained looks for, in one file or several.
-_WEIGHTS = ("model*.safetensors", _INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
-_BESIDE_WEIGHTS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+_WEIGHTS = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 class ModelDirectory:
@@ -44,12 +33,8 @@ class ModelDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        index = self.path / _INDEX
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        else:
-            names = {"model.safetensors"}
         try:
+            names = set(weight_map(self.path).values())
             handles = [safe_open(str(self.path / name), framework="pt", device="cpu") for name in sorted(names)]
         except Exception as error:  # the library raises errors of its own kind
             raise CheckpointError(f"{self.path} has no model weights in safetensors files that can be read: {error}") from error
@@ -70,6 +55,7 @@ def write_model_directory(
     write_texts: Callable[[Path], None],
     *,
     base_model: str | Path | None = None,
+    tokenizer: Any = None,
     agreement: Agreement | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -82,8 +68,9 @@ def write_model_directory(
             among the new ones are deleted: a loader would take them.
         entries: every weight that `read` gives, in the same order on all ranks.
         read: gives a weight when its turn comes; called on all ranks, so that it may communicate.
-        write_texts: puts into the directory that it is given what belongs beside the weights; called on rank 0, first.
-        base_model: a directory whose tokenizer files are copied.
+        write_texts: puts into the directory that it is given the model's configuration, and its code; called on rank 0, first.
+        base_model: a directory of which all but the weights is copied (`copy_beside`).
+        tokenizer: a tokenizer or processor that is written too, in the place of the base's.
         agreement: None: this process alone.
 
     Raises:
@@ -98,8 +85,8 @@ def write_model_directory(
     def begin() -> None:
         nonlocal writer
         with _telling_where(directory):
-            writer = _DirectoryWriter(directory, shards, base_model)
-            writer.begin(write_texts)
+            writer = _DirectoryWriter(directory, shards)
+            writer.begin(write_texts, base_model, tokenizer)
 
     def complete() -> None:
         with _telling_where(directory):
@@ -130,8 +117,8 @@ def write_model_directory(
 class _DirectoryWriter:
     """Writes into a directory beside the target, or inside one that exists; then everything takes its place."""
 
-    def __init__(self, directory: Path, shards: list[dict[str, files.Entry]], base_model: str | Path | None) -> None:
-        self._directory, self._base_model = directory, base_model
+    def __init__(self, directory: Path, shards: list[dict[str, files.Entry]]) -> None:
+        self._directory = directory
         self._is_new = not directory.exists()
         self._beside = directory.with_name(f".{directory.name}.incomplete") if self._is_new else directory / ".incomplete"
         self._shards = {_file_name(place, len(shards)): shard for place, shard in enumerate(shards)} if shards[0] else {}
@@ -140,18 +127,21 @@ class _DirectoryWriter:
         self._name = ""
         self._file: files.TensorWriter | None = None
 
-    def begin(self, write_texts: Callable[[Path], None]) -> None:
+    def begin(self, write_texts: Callable[[Path], None], base_model: str | Path | None, tokenizer: Any) -> None:
         """Everything but the weights; and whether there is room for them."""
-        if self._base_model is not None and not Path(self._base_model).is_dir():
+        if base_model is not None and not Path(base_model).is_dir():
             raise CheckpointError(
-                f"base_model={str(self._base_model)!r} is not a directory: give a local model directory, or leave it out."
+                f"base_model={str(base_model)!r} is not a directory: give a local model directory, or leave it out."
             )
         files.remove(self._beside)
         self._beside.mkdir(parents=True)
         files.check_space(self._beside, self._size)
+        if base_model is not None:
+            copy_beside(base_model, self._beside)
         write_texts(self._beside)
-        if self._base_model is not None:
-            copy_tokenizer(self._base_model, self._beside)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, self._beside)
+        add_end_tokens(self._beside, tokenizer)
 
     def write(self, weight: str, tensor: Tensor) -> None:
         name = self._file_of[weight]
@@ -165,15 +155,18 @@ class _DirectoryWriter:
         self._close()
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._size}, "weight_map": dict(sorted(self._file_of.items()))}
-            files.write_text(self._beside / _INDEX, json.dumps(index, indent=2) + "\n")
+            files.write_text(self._beside / INDEX, json.dumps(index, indent=2) + "\n")
         if self._is_new:
             files.rename_directory(self._beside, self._directory)
             return
-        new = {path.name for path in self._beside.iterdir()}
-        for name in new:
-            os.replace(self._beside / name, self._directory / name)
+        new = {path.relative_to(self._beside) for path in self._beside.rglob("*") if path.is_file()}
+        if any(path.name in TOKENIZERS for path in new):  # templates that the new tokenizer does not have
+            files.remove(self._directory / TEMPLATES)
+        for path in sorted(new):
+            (self._directory / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(self._beside / path, self._directory / path)
         for old in {old for pattern in _WEIGHTS for old in self._directory.glob(pattern)}:
-            if old.name not in new:
+            if Path(old.name) not in new:
                 old.unlink()
         files.sync_directory(self._directory)
 
@@ -197,14 +190,6 @@ def write_json_files(directory: Path, contents: dict[str, Any]) -> None:
             files.write_text(directory / name, json.dumps(content, indent=2) + "\n")
 
 
-def copy_tokenizer(base_model: str | Path, directory: Path) -> None:
-    """Copy what a model needs besides weights and config."""
-    for pattern in _BESIDE_WEIGHTS:
-        for path in Path(base_model).glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, directory / path.name)
-
-
 @contextlib.contextmanager
 def _telling_where(directory: Path) -> Iterator[None]:
     try:
@@ -216,7 +201,7 @@ def _telling_where(directory: Path) -> Iterator[None]:
 
 
 def _file_name(place: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{place + 1:05d}-of-{count:05d}.safetensors"
+    return WEIGHTS if count == 1 else f"model-{place + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _shards(entries: dict[str, files.Entry], limit: int) -> list[dict[str, files.Entry]]:

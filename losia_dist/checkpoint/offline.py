@@ -67,13 +67,15 @@ class ExportedWeights:
         return name.endswith(".subnet") and name.removesuffix(".subnet") in self.reader.manifest["subnets"]
 
 
-def export_checkpoint(checkpoint: str | Path, directory: str | Path, base_model: str | Path | None = None) -> Path:
+def export_checkpoint(
+    checkpoint: str | Path, directory: str | Path, base_model: str | Path | None = None, tokenizer: Any = None
+) -> Path:
     """Write the model of a checkpoint as a plain directory. Called by one process.
 
     Args:
         checkpoint: a directory that was saved to (its newest complete checkpoint), or one step's directory in it.
         directory: made if missing; files of the same name are replaced only after all were written.
-        base_model: directory of the model that was fine-tuned; its tokenizer is copied.
+        base_model, tokenizer: as for `export_model`.
 
     Raises:
         CheckpointError: see `ExportedWeights`; or not enough space.
@@ -84,4 +86,6 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, base_model:
     def write_texts(beside: Path) -> None:
         write_json_files(beside, weights.texts)
 
-    return write_model_directory(directory, weights.entries, weights.read, write_texts, base_model=base_model)
+    return write_model_directory(
+        directory, weights.entries, weights.read, write_texts, base_model=base_model, tokenizer=tokenizer
+    )

@@ -18,7 +18,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DIRECTORY", help="for the plain Transformers model; with --delta: the file to write")
     parser.add_argument("--delta", action="store_true", help="write only what differs from --base_model, as one file")
     parser.add_argument(
-        "--base_model", metavar="DIRECTORY", help="the model that was fine-tuned: its tokenizer is copied; needed with --delta"
+        "--base_model",
+        metavar="DIRECTORY",
+        help="the model that was fine-tuned: all but its weights is copied; --delta needs it",
     )
 
 

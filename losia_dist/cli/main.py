@@ -75,8 +75,8 @@ def run_training(options: argparse.Namespace) -> int:
 
     Returns 143 where SIGTERM ended the run and a checkpoint was saved: whatever is to follow a finished run must not.
     """
+    from losia_dist.interruption import EXIT_CODE, Interrupted
     from losia_dist.training.environment import all_stop, end_process_group, find_place, start_process_group
-    from losia_dist.training.interruption import EXIT_CODE, Interrupted
     from losia_dist.training.run import train
 
     place, words = find_place(), None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 
 from losia_dist.agreement import Agreement
 from losia_dist.checkpoint.names import plain_entries, unwrap
+from losia_dist.checkpoint.weight_files import weight_map
 from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.kinds import read_subnet
-
-INDEX_NAME, WEIGHTS_NAME = "model.safetensors.index.json", "model.safetensors"
 
 
 def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreement) -> None:
@@ -27,7 +25,7 @@ def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreeme
             saving). Same on every rank.
         CheckpointError: a file cannot be read. Same on every rank.
     """
-    agreement.on_first(f"reading {directory}", lambda: _files_of(_entries(model), Path(directory)))
+    agreement.on_first(f"reading {directory}", lambda: _files_of(entries_of(model), Path(directory)))
 
 
 @torch.no_grad()
@@ -45,7 +43,7 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
         ConfigError, CheckpointError: as `check_restorable`, on every rank before any weight is changed.
     """
     losia.parameters.settle()
-    entries = _entries(losia.model)
+    entries = entries_of(losia.model)
     files = agreement.on_first(f"reading {directory}", lambda: _files_of(entries, Path(directory)))
     for tensor, (file, key) in zip(entries, files, strict=True):
         shape = losia.parameters.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
@@ -70,7 +68,7 @@ def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
         losia.state.write_master(tensor, values.to(torch.float32))
 
 
-def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
+def entries_of(model: nn.Module) -> dict[Tensor, list[str]]:
     """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank."""
     entries: dict[Tensor, list[str]] = {}
     for name, tensor in plain_entries(unwrap(model)):
@@ -80,16 +78,22 @@ def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
 
 def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:
     """For each entry, the file that holds it and the name it has there (a tied tensor is stored under one of its names)."""
-    if (directory / INDEX_NAME).exists():
-        stored = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        with safe_open(directory / WEIGHTS_NAME, framework="pt") as opened:
-            stored = dict.fromkeys(opened.keys(), WEIGHTS_NAME)
+    stored = weight_map(directory)
+    found = place_entries(entries, stored, directory)
+    return [(str(directory / stored[name]), name) for name in found]
+
+
+def place_entries(entries: dict[Tensor, list[str]], stored: dict[str, str], where: str | Path) -> list[str]:
+    """For each entry the name that it is stored under, of those in `stored`.
+
+    Raises:
+        ConfigError: one of them is stored under none of its names.
+    """
     found = [next((name for name in names if name in stored), None) for names in entries.values()]
     missing = [names[0] for names, name in zip(entries.values(), found, strict=True) if name is None]
     if missing:
         raise ConfigError(
-            f"{directory} does not hold {missing[0]} ({len(missing)} weights in all) under this name, so the best weights "
+            f"{where} does not hold {missing[0]} ({len(missing)} weights in all) under this name, so the best weights "
             "could not be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."
         )
-    return [(str(directory / stored[name]), name) for name in found if name is not None]
+    return [name for name in found if name is not None]

@@ -84,10 +84,12 @@ class LoSiACallback(TrainerCallback):
         if self.losia_config is None:
             raise ConfigError("LoSiACallback has no configuration: use LoSiACallback(losia_config), or LoSiATrainer.")
         saving = str(getattr(args.save_strategy, "value", args.save_strategy))
-        if not self.saves_plain_models and saving != "no":
+        asked = "enable_jit_checkpoint=True" if getattr(args, "enable_jit_checkpoint", False) else None
+        asked = asked if saving == "no" else f"save_strategy={saving!r}"
+        if not self.saves_plain_models and asked is not None:
             raise UnsupportedError(
-                f"save_strategy={saving!r}: a plain Trainer with LoSiACallback would save weights without their subnets' "
-                "values. Use LoSiATrainer (or LoSiATrainerMixin), or save_strategy='no' and export_model(callback.losia, ...)."
+                f"{asked}: a plain Trainer with LoSiACallback would save weights without their subnets' values. Use "
+                "LoSiATrainer (or LoSiATrainerMixin), or save_strategy='no' and export_model(callback.losia, ...)."
             )
         if not self.saves_plain_models and state.global_step > 0:
             raise UnsupportedError(

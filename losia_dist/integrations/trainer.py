@@ -21,8 +21,16 @@ from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.integrations.best_model import check_restorable, load_plain_weights
 from losia_dist.integrations.callback import LoSiACallback
 from losia_dist.integrations.deepspeed_checkpoint import EngineCounters
-from losia_dist.integrations.trainer_checkpoint import TrainerCheckpoints
+from losia_dist.integrations.jit_checkpoint import take_over
+from losia_dist.integrations.trainer_checkpoint import TrainerCheckpoints, warn_of_data
 from losia_dist.integrations.trainer_checks import refuse_arguments, refuse_engine
+from losia_dist.integrations.trainer_wrapping import (
+    engine_settings,
+    forget_preparation,
+    refuse_evaluation_first,
+    refuse_unwrapped,
+)
+from losia_dist.integrations.trial_save import try_to_save
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.convert import subnet_layers
@@ -46,9 +54,14 @@ class LoSiATrainerMixin:
     - Logs carry each group's true learning rate and the localizing group (`LoSiACallback.metrics`).
     - `save_model` and checkpoints hold a plain Transformers model. `output_dir/_losia_state` holds what resuming needs
       besides, for all checkpoints of the run (the base once); it is rotated with them.
+    - `enable_jit_checkpoint=True`: on SIGTERM all ranks save at the end of the same step, the one in progress or the next, and
+      `train` returns.
+    - What only a save would fail with (generation_config, tokenizer, output_dir) is tried before the first step.
+    - `evaluate` and `predict` may come before `train` (one process, DDP, ZeRO-3), and `train` again: under DeepSpeed with a new
+      optimizer state, elsewhere with the old one.
     - `train(resume_from_checkpoint=True)`, or a path of a `checkpoint-N`, goes on bit for bit on the same engine and ranks, to
-      rounding on others. Make the trainer as for the first start, from the base model. `save_only_model` checkpoints cannot
-      be resumed from.
+      rounding on others; with iterable data while its first pass lasts, and not with ignore_data_skip (a warning says so).
+      Make the trainer as for the first start, from the base model. `save_only_model` checkpoints cannot be resumed from.
 
     Args:
         losia_config: keyword only; the same on every rank. Everything else is the trainer's.
@@ -67,6 +80,7 @@ class LoSiATrainerMixin:
     data_collator: Any
     state: Any
     control: Any
+    train_dataset: Any
     is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, losia_config: LoSiAConfig, **kwargs: Any) -> None:
@@ -78,12 +92,14 @@ class LoSiATrainerMixin:
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         check_same_on_all_ranks("the LoSiA configuration", losia_config.to_dict(), group)
         self.losia_config = losia_config
+        self._engine_settings = engine_settings(self)
         self.losia_callback = LoSiACallback(losia_config)
         self.losia_callback.saves_plain_models = True
         self.losia_callback.when_made = self._start
         self.losia_callback.compute_loss = self._calibration_loss
         self._checkpoints = TrainerCheckpoints(group)
         self._add_own_callback()
+        self._at_step_end = take_over(self)
         if not subnet_layers(self.model):
             get_losia_model(self.model, losia_config)
 
@@ -106,11 +122,19 @@ class LoSiATrainerMixin:
                 f"resume_from_checkpoint needs Transformers 5.3 or later; this is {transformers.__version__}. Upgrade it."
             )
         saving = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
-        saves = saving != "no" and not self.args.save_only_model
+        saves = (saving != "no" or self._at_step_end.wanted) and not self.args.save_only_model
         resume_from_checkpoint = self._checkpoints.choose(self.args.output_dir, resume_from_checkpoint, saves)
-        result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if resume_from_checkpoint and self.args.process_index == 0:
+            warn_of_data(self.train_dataset, str(resume_from_checkpoint), ignore_data_skip=self.args.ignore_data_skip)
+        with self._at_step_end.watched():
+            result = super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         self._checkpoints.remove_rotated(at_the_end=True)
         return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. Raises: UnsupportedError before training where the engine cannot evaluate then."""
+        refuse_evaluation_first(self)
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """`LoSiAAdamW` in groups, or the groups for the optimizer that the DeepSpeed configuration names."""
@@ -141,21 +165,24 @@ class LoSiATrainerMixin:
         if self.losia is not None:
             self.losia.consolidate()
             model = self.losia.model
-        save_whole_model(model, directory, agreement=self._checkpoints.agreement)
+        save_whole_model(model, directory, tokenizer=self._processor(), agreement=self._checkpoints.agreement)
         if _internal_call and self.args.load_best_model_at_end:
             check_restorable(
                 model, directory, self._checkpoints.agreement
             )  # an error at the first checkpoint, not at the end of the run
         if self.args.should_save:
-            processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if processor is not None:
-                processor.save_pretrained(directory)
             torch.save(self.args, os.path.join(directory, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
 
     # Checkpoints: LoSiA's state is saved in the place of optimizer, scheduler and random states, and loaded when the conductor
     # is there; the Trainer's own loading, which knows no subnets, is left out.
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._at_step_end.due:  # after all other callbacks, and without an evaluation that there may be no time for
+            self._at_step_end.due = False
+            self.control.should_evaluate, self.control.should_save, self.control.should_training_stop = False, True, True
+        super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
@@ -172,6 +199,7 @@ class LoSiATrainerMixin:
         pass
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        forget_preparation(self, self._engine_settings)
         return super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -185,6 +213,9 @@ class LoSiATrainerMixin:
             self._checkpoints.restore_random_state()
 
     def _start(self, losia: LoSiA) -> None:
+        refuse_unwrapped(self)
+        saving = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no" or self._at_step_end.wanted
+        try_to_save(losia.model, self.args, self._processor(), self._checkpoints.agreement, in_output_dir=saving)
         if self.is_deepspeed_enabled:
             losia.carried["deepspeed"] = EngineCounters(self.model_wrapped)
         self._checkpoints.resume(losia, self.lr_scheduler, goes_on_saving=not self.args.save_only_model)
@@ -212,6 +243,10 @@ class LoSiATrainerMixin:
             if params:
                 groups.append({**rest, "params": params, "weight_decay": decay})
         return groups
+
+    def _processor(self) -> Any:
+        """What is saved beside the model, as the Trainer has it; None: nothing."""
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def _add_own_callback(self) -> None:
         handler = self.callback_handler  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 
 from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import layout, random_state
@@ -162,6 +163,30 @@ class TrainerCheckpoints:
                 "new run from a saved model with from_pretrained."
             )
         return None
+
+
+def warn_of_data(dataset: Any, checkpoint: str, *, ignore_data_skip: bool) -> None:
+    """Say where a resumed run will not see the data that the run would have seen; rank 0 calls it.
+
+    Args:
+        dataset: the training data; of one without a length the Trainer winds forward through the first pass only.
+        checkpoint: a directory of the Trainer's, with its trainer_state.json.
+    """
+    if ignore_data_skip:
+        logger.warning(
+            "resuming with ignore_data_skip=True: the data begins anew, so that the run does not go on as it would have."
+        )
+        return
+    try:
+        passes = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("epoch") or 0
+    except (OSError, ValueError):
+        return  # the Trainer, which needs it, says so
+    if not has_length(dataset) and passes > 1:
+        logger.warning(
+            "resuming in pass %d over an iterable data set: the Trainer winds forward through the first pass only, so that "
+            "this run goes on from the beginning of a pass, and not bit for bit. A data set with a length goes on as it was.",
+            int(passes) + 1,
+        )
 
 
 def _parts(losia: LoSiA) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
             values=values if subnet_dtype is None else values.to(subnet_dtype),
             asked_dtype=subnet_dtype,
         )
+        layer.converted_with = shapes  # one object of all layers, so that any of them knows what there was
         embedding = embeddings[target.name]
         if embedding is not None:
             TiedSubnetEmbedding.adopt(embedding, layer)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.fingerprint import loading_print
+from losia_dist.subnet.copied import check_copy, check_index, deep_copy, note_state
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed
 from losia_dist.subnet.operator import compiled_embedding, compiled_linear
@@ -53,6 +54,9 @@ class SubnetLinear(nn.Linear):
     gradient_sink: GradientSink | None  # set while the group localizes
     kept_inputs: dict[int, Tensor]  # under torch.compile: inputs of this step that await their backward, while it localizes
     gradient_witness: Callable[[Tensor], None] | None  # set until the subnet was seen to train
+    converted_with: dict[str, tuple[int, int]]  # of all layers that the model was converted with: name -> (m, n)
+    shares_embedding: bool  # the input embedding has the same weight, and looks up in it (TiedSubnetEmbedding)
+    copied: tuple[int, int] | None  # of a deep copy that no conductor drives: version and print of the subnet it was made with
     in_mid_step: bool  # a backward formed the subnet's gradient since the last optimizer step ended
 
     @classmethod
@@ -90,8 +94,22 @@ class SubnetLinear(nn.Linear):
         linear.gradient_sink = None
         linear.kept_inputs = {}
         linear.gradient_witness = None
+        linear.converted_with = {name: shape}
+        linear.shares_embedding = False
+        linear.copied = None
         linear.in_mid_step = False
         return linear
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubnetLinear:
+        return deep_copy(self, memo)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, size in (("row_index", self.out_features), ("col_index", self.in_features)):
+            if f"{prefix}{name}" in state_dict:
+                check_index(self, name, state_dict[f"{prefix}{name}"], size)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.copied is not None and f"{prefix}subnet" in state_dict:
+            note_state(self)
 
     @property
     def rows(self) -> Tensor | None:
@@ -139,6 +157,8 @@ class SubnetLinear(nn.Linear):
     def _compute(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return compiled_linear(self, x)
+        if self.copied is not None:
+            check_copy(self)
         return SubnetLinearFunction.apply(x, self.weight, self.bias, self.subnet, self)
 
     def extra_repr(self) -> str:
@@ -187,6 +207,7 @@ class TiedSubnetEmbedding(nn.Embedding):
         # Between the subclass and nn.Embedding, so that the subclass's scaling stays.
         embedding.__class__ = cls if kind is nn.Embedding else type(f"TiedSubnet{kind.__name__}", (kind, cls), {})
         assert isinstance(embedding, cls)
+        head.shares_embedding = True
         embedding.subnet = head.subnet  # registered here too, so that a sharded engine gathers it for this module
         embedding.__dict__["head"] = head  # not a submodule: the model's tree stays as it was
         return embedding

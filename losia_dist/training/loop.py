@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from losia_dist.errors import DivergenceError
+from losia_dist.interruption import Interrupted, Interruption
 from losia_dist.reporting.facts import GB, peak_memory
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.engines import Engine
 from losia_dist.training.heldout import held_out_loss, sample_answers
-from losia_dist.training.interruption import Interrupted, Interruption
 from losia_dist.training.logs import RunLog
 from losia_dist.training.trajectory import Progress
 

@@ -24,6 +24,7 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.guard import check_same_on_all_ranks
+from losia_dist.interruption import Interrupted
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.reporting.facts import write_facts
@@ -35,7 +36,6 @@ from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.training.environment import Place
 from losia_dist.training.fsdp import shard
-from losia_dist.training.interruption import Interrupted
 from losia_dist.training.loading import load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
@@ -43,6 +43,7 @@ from losia_dist.training.options import check
 from losia_dist.training.output_directory import OutputDirectory
 from losia_dist.training.trajectory import describe, warmup_steps
 from losia_dist.training.weights.empty import Where, find_holders, give_memory
+from losia_dist.training.weights.files import local_directory
 from losia_dist.training.weights.streamed import StreamedWeights
 
 
@@ -131,11 +132,12 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         target = output.model
         agreement.on_first(None, output.note_others)
         run.model.config.use_cache = run.model.config.get_text_config().use_cache = inputs.use_cache  # packing turned it off
+        beside = {"base_model": local_directory(options.model), "tokenizer": inputs.tokenizer}
         if run.losia is not None:
-            export_model(run.losia, target)
+            export_model(run.losia, target, **beside)
         else:
-            save_whole_model(run.model, target, agreement=agreement)
-        agreement.on_first(None, lambda: _save_tokenizer(inputs.tokenizer, output))
+            save_whole_model(run.model, target, **beside, agreement=agreement)
+        agreement.on_first(f"writing to {output.path}", output.record_model)
     checkpoints.wait(run)
     if run.losia is not None:
         run.losia.detach()
@@ -234,16 +236,6 @@ def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device
 
     made = give_memory(model, device, find_holders(model), allocate=allocate)
     return partition_without_values(settings, made, lambda there: there.kept[there.name])
-
-
-def _save_tokenizer(tokenizer: Any, output: OutputDirectory) -> None:
-    try:
-        tokenizer.save_pretrained(output.model)
-        output.record_model()
-    except OSError as error:
-        raise ConfigError(
-            f"the tokenizer could not be written to {output.model}: {error}. The model has been written."
-        ) from error
 
 
 def _describe(

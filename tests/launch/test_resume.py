@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from losia_dist.checkpoint.session import session_of
 from losia_dist.cli import main as cli
 from losia_dist.errors import ConfigError, DivergenceError
+from losia_dist.interruption import Interrupted
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.engines import PlainRun
-from losia_dist.training.interruption import Interrupted
 from losia_dist.training.logs import RunLog
 from tests.launch.conftest import RUNS
 from tests.launch.test_bad_inputs import GOOD, refused

@@ -130,7 +130,7 @@ def export_what_cannot_be_saved(engine: str, where: str, directory: str) -> None
     import torch.distributed as dist
 
     losia, _, close = _plain_loop(engine, prepared_model(RUN), LoSiAConfig(**RUN.config), RUN)
-    kept = files.TensorWriter.write, model_directory.copy_tokenizer
+    kept = files.TensorWriter.write, model_directory.copy_beside
 
     def broken(*_):
         raise OSError("cut wire")
@@ -140,11 +140,11 @@ def export_what_cannot_be_saved(engine: str, where: str, directory: str) -> None
     if where == "weights" and dist.get_rank() == 0:
         files.TensorWriter.write = broken
     if where == "tokenizer":
-        model_directory.copy_tokenizer = broken
+        model_directory.copy_beside = broken
     try:
         export_model(losia, directory, base_model=str(Path(directory).parent))
     finally:
-        files.TensorWriter.write, model_directory.copy_tokenizer = kept
+        files.TensorWriter.write, model_directory.copy_beside = kept
         close()
 
 

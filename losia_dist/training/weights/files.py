@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from losia_dist.checkpoint.weight_files import find_weights as locate
 from losia_dist.training.weights.stored import StoredTensor, open_files
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class ReadWhole(Exception):
@@ -34,16 +33,20 @@ def find_weights(name: str, config: Any) -> dict[str, StoredTensor]:
         raise ReadWhole("names weight files of its own")
     if _find(name, "adapter_config.json") is not None:
         raise ReadWhole("is an adapter on another model")
-    whole, index = _find(name, WEIGHTS), None
-    if whole is None:
-        index = _find(name, INDEX)
-        if index is None:
-            raise ReadWhole("has no safetensors files")
+    whole, index = locate(lambda file: _find(name, file))
+    if whole is None and index is None:
+        raise ReadWhole("has no safetensors files")
     stored = open_files([] if whole is None else [whole], index, lambda file: _find(name, file) or Path(name) / file)
     for key, tensor in stored.items():
         if tensor.dtype is None:
             raise ReadWhole(f"stores {key} in a format of its own")
     return stored
+
+
+def local_directory(name: str) -> Path | None:
+    """Where a model's files lie on this machine: the directory itself, or the hub's cache of it; None: not there."""
+    config = _find(name, "config.json")
+    return None if config is None else config.parent
 
 
 def _find(name: str, file: str) -> Path | None:

@@ -1,0 +1,49 @@
+"""Whether the ranks' gradients are reduced at all: a model that nothing wraps trains a model of its own on every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from losia_dist.errors import DivergenceError
+from losia_dist.fingerprint import fingerprint
+from losia_dist.localization.collectives import RowCollectives
+from losia_dist.sharding.interface import ParameterAccess
+from losia_dist.subnet.linear import SubnetLinear
+
+
+class DriftCheck:
+    """After each step, until one has changed the subnets: every rank's are the same. One collective of a number a layer.
+
+    Of weights that every rank holds whole (one process, DDP, ZeRO-1 and 2, a plain loop that reduces gradients itself);
+    sharded ones exist once. Made and called by all ranks.
+    """
+
+    def __init__(self, layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
+        self._layers, self._collectives = layers, collectives
+        self._needless = collectives.world_size == 1 or not parameters.weight_is_resident
+        self._before: Tensor | None = None
+
+    def verify(self) -> bool:
+        """Whether the check is done; call again after the next step if not.
+
+        Raises:
+            DivergenceError: on every rank: the subnets differ, since no gradient was reduced.
+        """
+        if self._needless:
+            return True
+        mine = torch.stack([fingerprint(layer.subnet) for layer in self._layers])
+        changed = mine.new_zeros(1) if self._before is None else (mine != self._before).any().to(mine.dtype).view(1)
+        self._before = mine
+        everyone = self._collectives.stack(torch.cat([mine, changed])).view(self._collectives.world_size, -1).tolist()
+        for layer, values in zip(self._layers, zip(*everyone, strict=True), strict=False):
+            if len(set(values)) > 1:
+                raise DivergenceError(
+                    f"the subnet of {layer.name} differs between ranks after an optimizer step: nothing reduces the gradients, "
+                    "so that every rank trains a model of its own. The model is not wrapped: wrap it "
+                    "(DistributedDataParallel, fully_shard, DeepSpeed, accelerator.prepare) before the optimizer and "
+                    "LoSiA(...) are made and run the wrapped model, or all-reduce the gradients before optimizer.step(). A "
+                    "plain Trainer stays unwrapped after evaluate() or predict() before train(): call them later, or use "
+                    "LoSiATrainer. Ranks that are to train models of their own: process_group=dist.new_group([rank])."
+                )
+        return any(theirs[-1] for theirs in everyone)
