@@ -137,7 +137,7 @@ class LoSiA:
 
     @property
     def accumulators(self) -> dict[SubnetLinear, ImportanceAccumulator]:
-        """What collects importance on this rank in the slot in progress; between steps it may be read and filled."""
+        """What collects importance on this rank in this slot; between steps it may be read and filled."""
         return self._accumulators
 
     @property
@@ -387,8 +387,7 @@ class LoSiA:
             for told in self.on_move:
                 told(move)
 
-    def _check_located(self) -> None:
-        """An optimizer step is about to be made: the subnets must be those that the configuration asks for."""
+    def _check_located(self) -> None:  # an optimizer step is about to be made
         if not self.located:
             refuse_unlocated(self.config)
 
