@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +138,8 @@ def build_dataset(
     context_length: int | None = None,
     overlong: str = "truncate",
     packing: bool = False,
+    chat_template: str | None = None,
+    template_date: date | None = None,
 ) -> TokenizedDataset | PackedDataset:
     """Tokenize `records`. Every rank calls it; the result depends on nothing but the arguments.
 
@@ -148,6 +151,8 @@ def build_dataset(
         turn to learn, and it is dropped if no answer is left), "drop" drops it, "error" raises.
     packing: put several records into each row of exactly `max_length` tokens; see the module `packing`, also for what
         the model needs.
+    chat_template: a Jinja template in place of the tokenizer's.
+    template_date: what a chat template that writes the date takes for today (None: today).
 
     Raises: DataError when `max_length` is above `context_length`, the tokenizer cannot serve the records, a record is
     too long and `overlong` is "error", or no example is left; ConfigError for a setting that cannot work.
@@ -162,7 +167,7 @@ def build_dataset(
             f"(max_position_embeddings). Set max_length to {context_length} or less."
         )
     dataset = TokenizedDataset(max_length)
-    for index, encoded in enumerate(encode(records, tokenizer)):
+    for index, encoded in enumerate(encode(records, tokenizer, chat_template=chat_template, template_date=template_date)):
         try:
             dataset.add(encoded, overlong)
         except DataError as error:

@@ -32,6 +32,7 @@ from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.training.calibrate import locate_first_subnets
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.choice import EngineChoice, choose_engine
+from losia_dist.training.data import choose_template_date
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.training.environment import Place
 from losia_dist.training.fsdp import shard
@@ -66,7 +67,9 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     check_same_on_all_ranks("the engine's settings", asdict(choice), words)
     checkpoints = Checkpoints(options, agreement)
     checkpoints.choose()
-    inputs = agreement.attempt(None, lambda: load(options, config, choice, place))
+    saved = checkpoints.source.extra["trajectory"] if checkpoints.source is not None else None
+    day = agreement.on_first(None, lambda: choose_template_date(options, saved))  # ranks may start on two sides of midnight
+    inputs = agreement.attempt(None, lambda: load(options, config, choice, place, day))
     check_same_on_all_ranks("the data", inputs.fingerprint(), words)
     prints = agreement.attempt(None, inputs.weights_fingerprint)
     check_same_on_all_ranks("the model's files", prints, words)
@@ -74,7 +77,8 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
     steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
-    checkpoints.check(describe(options, choice.precision, inputs.fingerprint(), len(inputs.train), steps, place.world_size))
+    data = {"template_date": inputs.template_date, **inputs.fingerprint()}
+    checkpoints.check(describe(options, choice.precision, data, len(inputs.train), steps, place.world_size))
     run = _start(inputs.model, config, choice, options, place, steps, inputs.weights, agreement)
     subnets = SubnetLog(run.losia) if run.losia is not None and place.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source

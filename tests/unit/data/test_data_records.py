@@ -61,10 +61,11 @@ def test_hub_names_take_a_split_and_a_configuration(monkeypatch, name, arguments
     assert asked == [arguments]
 
 
-@pytest.mark.parametrize("answer", ["response", "completion"])
-def test_prompt_and_answer_keys_are_instructions(tmp_path, answer):
-    records = load_records(write(tmp_path / "data.jsonl", {"prompt": "Hi", answer: "Hello"}))
+def test_prompt_and_response_are_an_instruction_and_completions_go_on(tmp_path):
+    records = load_records(write(tmp_path / "data.jsonl", {"prompt": "Hi", "response": "Hello"}))
     assert list(records) == [{"instruction": "Hi", "input": "", "output": "Hello"}]
+    records = load_records(write(tmp_path / "more.jsonl", {"prompt": "Hi", "completion": " there"}))
+    assert (records.form, list(records)) == ("continuation", [{"prompt": "Hi", "completion": " there"}])
 
 
 def test_form_overrides_what_the_first_record_suggests(tmp_path):
@@ -112,12 +113,12 @@ BAD_THIRD_LINES = {
     "role": (
         CHAT,
         {"messages": [CHAT["messages"][0], {"role": "bot", "content": "a"}]},
-        [MESSAGE + ": unknown role 'bot'", "'system', 'user', 'assistant', 'tool'"],
+        [MESSAGE + ": unknown role 'bot'", "'system', 'developer', 'user', 'assistant', 'tool'"],
     ),
     "content": (
         CHAT,
         {"messages": [CHAT["messages"][0], {"role": "assistant", "content": ["a"]}]},
-        [MESSAGE + ": 'content' must be a string, got list"],
+        [MESSAGE + ": 'content' must be a string, or a list of {type: text, text}, got list"],
     ),
     "no assistant": (
         CHAT,
@@ -222,7 +223,9 @@ def test_directories_and_splits_that_do_not_fit_are_explained(tmp_path):
 
 
 def test_an_unknown_form_is_a_setting_error(tmp_path):
-    with pytest.raises(ConfigError, match="form='alpaca' is unknown. Give one of 'instruction', 'chat', 'text'"):
+    with pytest.raises(
+        ConfigError, match="form='alpaca' is unknown. Give one of 'instruction', 'chat', 'continuation', 'text'"
+    ):
         load_records(write(tmp_path / "data.jsonl", TEXT), form="alpaca")
 
 
