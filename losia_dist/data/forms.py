@@ -10,6 +10,7 @@ What else decides how a chat is written stands beside: "tools", "variables" (TRL
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from losia_dist.errors import ConfigError, DataError
 
 FORMS = ("instruction", "chat", "continuation", "text")
 
+_MESSAGES = re.compile(r'\s*\[\s*\{\s*"role"')  # as JSON text
 _CHAT_KEYS = ("messages", "conversations", "conversation")
 # (question, answer) keys, in the order in which they are looked for.
 _INSTRUCTION_KEYS = (("instruction", "output"), ("prompt", "response"), ("instruction", "response"))
@@ -143,6 +145,8 @@ def _instruction(row: Mapping[str, Any], question: str, answer: str, where: str)
     if row.get("system"):
         record["system"] = _text(row, "system", where)
     history = row.get("history")
+    if isinstance(history, str) and history.strip():
+        history = parse_json(history, where, "history")
     if history:
         turns = history if isinstance(history, list) else [None]
         if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
@@ -158,16 +162,15 @@ def _chat(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], tuple[str
         messages = row[key]
     elif _is_chat_in_two(row):
         read = ("prompt", "completion")
-        if not isinstance(row["prompt"], list) or not isinstance(row["completion"], list):
+        prompt, completion = (_parsed(row[key], where, key) for key in read)
+        if not isinstance(prompt, list) or not isinstance(completion, list):
             raise DataError(f"{where}: 'prompt' and 'completion' must both be texts, or both lists of messages.")
         # As TRL does: of these chats the completion alone is learned.
-        context = [{**m, "weight": 0} if isinstance(m, Mapping) and m.get("role") == "assistant" else m for m in row["prompt"]]
-        messages = context + row["completion"]
+        context = [{**m, "weight": 0} if isinstance(m, Mapping) and m.get("role") == "assistant" else m for m in prompt]
+        messages = context + completion
     else:
         raise _missing(row, "chat", where)
-    if isinstance(messages, str) and messages.lstrip().startswith("["):
-        messages = parse_json(messages, where, read[0])
-    checked = read_messages(messages, where, read[0])
+    checked = read_messages(_parsed(messages, where, read[0]), where, read[0])
     if row.get("system"):
         if checked[0]["role"] in ("system", "developer"):
             raise DataError(f"{where}: 'system' stands beside messages that begin with a system message. Leave one out.")
@@ -227,7 +230,16 @@ def _chat_key(row: Mapping[str, Any]) -> str | None:
 def _is_chat_in_two(row: Mapping[str, Any]) -> bool:
     """TRL's prompt and completion as lists of messages."""
     parts = (row.get("prompt"), row.get("completion"))
-    return all(part is not None for part in parts) and any(isinstance(part, list) for part in parts)
+    if any(part is None for part in parts):
+        return False
+    return any(isinstance(part, list) for part in parts) or all(
+        _MESSAGES.match(part) for part in parts if isinstance(part, str)
+    )
+
+
+def _parsed(messages: Any, where: str, key: str) -> Any:
+    """Messages that a table of texts holds as JSON."""
+    return parse_json(messages, where, key) if isinstance(messages, str) and messages.lstrip().startswith("[") else messages
 
 
 def _instruction_keys(row: Mapping[str, Any]) -> tuple[str, str] | None:

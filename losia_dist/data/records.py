@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from losia_dist.data.files import RawRecords
 from losia_dist.data.forms import canonical, check_form, detect_form
-from losia_dist.data.sources import RawRecords, read_source
+from losia_dist.data.sources import read_sources
 from losia_dist.errors import ConfigError, DataError
 
 
@@ -38,7 +39,7 @@ class Records(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         source_index = self._indices[index]
-        where = _place(self.raw, source_index)
+        where = self.raw.place(source_index)
         return canonical(_rename(self.raw.rows[source_index], self.columns, where), self.form, where, self.unused)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -46,17 +47,21 @@ class Records(Sequence[dict[str, Any]]):
 
     def place(self, index: int) -> str:
         """Where record `index` came from, for messages: "train.jsonl, line 7" or "name:split, record 6"."""
-        return _place(self.raw, self._indices[index])
+        return self.raw.place(self._indices[index])
 
     def select(self, indices: Sequence[int]) -> Records:
         """The records at `indices`, in that order; nothing is copied."""
         return Records(self.raw, self.form, [self._indices[index] for index in indices], self.columns)
 
 
-def load_records(source: str | os.PathLike[str], form: str | None = None, columns: Mapping[str, str] | None = None) -> Records:
+def load_records(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Records:
     """Read a data set and check every record. Every rank calls it; all read the same and raise the same.
 
-    source: a `.jsonl` or `.json` file, a directory of `datasets.save_to_disk`, or a hub name, "name:split".
+    source: a file, directory, glob, saved data set or hub name, or several, with weights or without; see `sources`.
     form: "instruction", "chat", "continuation" or "text"; None takes the form of the first record. All records must have it.
     columns: {name in the source: key of the form}, for sources that use other names.
 
@@ -65,9 +70,9 @@ def load_records(source: str | os.PathLike[str], form: str | None = None, column
     """
     if form is not None:
         check_form(form)
-    raw = read_source(source)
+    raw = read_sources(source)
     if form is None:
-        form = detect_form(_rename(raw.rows[0], columns or {}, _place(raw, 0)), _place(raw, 0))
+        form = detect_form(_rename(raw.rows[0], columns or {}, raw.place(0)), raw.place(0))
     records = Records(raw, form, columns=columns)
     for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
         pass
@@ -112,7 +117,3 @@ def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> M
             raise DataError(f"{where}: '{name}' is to be read as '{key}', which the record has too. Choose one of them.")
     rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
     return rest | {key: row[name] for name, key in columns.items()}
-
-
-def _place(raw: RawRecords, index: int) -> str:
-    return f"{raw.name}, line {raw.lines[index]}" if raw.lines is not None else f"{raw.name}, record {index}"

@@ -20,8 +20,20 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Every option of the training script; units and defaults are in the help texts."""
     model = parser.add_argument_group("model and data")
     model.add_argument("--model", required=True, help="directory or hub name of a causal language model")
-    model.add_argument("--train_file", required=True, help=".jsonl or .json file, saved data set, or hub name[:split]")
-    model.add_argument("--eval_file", help="held-out data in the same forms; without it, --validation_size is split off")
+    model.add_argument(
+        "--train_file",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="files (.jsonl, .json, .parquet, .csv, .tsv, .txt; also .gz, .zst), directories, globs, saved data sets, hub "
+        "names[:split]; each with [start:stop] for a part, and with :WEIGHT for its share of a mix",
+    )
+    model.add_argument(
+        "--eval_file",
+        nargs="+",
+        metavar="SOURCE",
+        help="held-out data in the same forms; without it, --validation_size is split off",
+    )
     model.add_argument(
         "--validation_size", type=_count_or_share, default=0.0, help="held-out records (1 and more) or their share (0.05)"
     )
