@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -35,7 +36,10 @@ COMPRESSED = (".gz", ".zst")
 class RawRecords:
     """Raw records, not yet checked. `rows[i]` is what the source holds; `lines[i]` its 1-based line, if it has one."""
 
-    def __init__(self, rows: Sequence[Any], name: str, lines: array[int] | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[Any], name: str, lines: array[int] | None = None, identify: Callable[[], str] | None = None
+    ) -> None:
+        self._identify = identify
         self.rows = rows
         self.name = name
         self.lines = lines
@@ -43,6 +47,10 @@ class RawRecords:
     def place(self, index: int) -> str:
         """Where record `index` came from, for messages."""
         return f"{self.name}, line {self.lines[index]}" if self.lines is not None else f"{self.name}, record {index}"
+
+    def identity(self) -> str | None:
+        """A text that is another one when the records are others, or None if there is no such text."""
+        return self._identify() if self._identify is not None else None
 
 
 def kind_of(path: Path) -> str | None:
@@ -53,6 +61,21 @@ def kind_of(path: Path) -> str | None:
 
 def read_file(path: Path) -> RawRecords:
     """The records of one file. Raises: DataError naming the file, and the line where there is one."""
+    raw = _read_file(path)
+    raw._identify = lambda: f"{kind_of(path)} {digest_of(path)}"
+    return raw
+
+
+def digest_of(path: Path) -> str:
+    """A hash of a file's content."""
+    digest = hashlib.blake2b()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_file(path: Path) -> RawRecords:
     kind = kind_of(path)
     if kind is None:
         known = ", ".join(SUFFIXES)

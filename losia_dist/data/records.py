@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +52,14 @@ class Records(Sequence[dict[str, Any]]):
         """Where record `index` came from, for messages: "train.jsonl, line 7" or "name:split, record 6"."""
         return self.raw.place(self._indices[index])
 
+    def identity(self) -> str | None:
+        """What the records follow from, as text: their source by its content, and which of it in what form; or None."""
+        source = self.raw.identity()
+        if source is None:
+            return None
+        indices = hashlib.blake2b(array("q", self._indices)).hexdigest()
+        return json.dumps([source, self.form, dict(self.columns), indices])
+
     def select(self, indices: Sequence[int]) -> Records:
         """The records at `indices`, in that order; nothing is copied."""
         return Records(self.raw, self.form, [self._indices[index] for index in indices], self.columns)
@@ -58,12 +69,14 @@ def load_records(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     form: str | None = None,
     columns: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> Records:
     """Read a data set and check every record. Every rank calls it; all read the same and raise the same.
 
     source: a file, directory, glob, saved data set or hub name, or several, with weights or without; see `sources`.
     form: "instruction", "chat", "continuation" or "text"; None takes the form of the first record. All records must have it.
     columns: {name in the source: key of the form}, for sources that use other names.
+    check: read every record now; else a bad one is an error when it is read.
 
     Raises: DataError, naming the file and the line (or the record), for anything that cannot be used;
     ConfigError for an unknown form.
@@ -74,8 +87,9 @@ def load_records(
     if form is None:
         form = detect_form(_rename(raw.rows[0], columns or {}, raw.place(0)), raw.place(0))
     records = Records(raw, form, columns=columns)
-    for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
-        pass
+    if check:
+        for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
+            pass
     return records
 
 

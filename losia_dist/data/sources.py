@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import math
 import os
 import random
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from losia_dist.data.files import SUFFIXES, RawRecords, Table, kind_of, read_file
+from losia_dist.data.files import SUFFIXES, RawRecords, Table, digest_of, kind_of, read_file
 from losia_dist.errors import ConfigError, DataError
 
 DEFAULT_SPLIT = "train"
@@ -41,6 +44,13 @@ class Joined(RawRecords):
     def place(self, index: int) -> str:
         part, at = self.find(index)
         return part.place(at)
+
+    def identity(self) -> str | None:
+        parts = [part.identity() for part in self._parts]
+        if any(part is None for part in parts):
+            return None
+        picks = [hashlib.blake2b(array("q", pick)).hexdigest() for pick in self._picks]
+        return json.dumps([parts, picks])
 
 
 class _JoinedRows(Sequence[Any]):
@@ -150,7 +160,9 @@ def _read_with_datasets(source: str) -> RawRecords:
             loaded = _choose_split(loaded, name, rest)
         elif rest:
             raise DataError(f"{source}: {name} holds one data set without splits. Leave out ':{':'.join(rest)}'.")
-        return RawRecords(Table(loaded), source)
+        files = sorted(file for file in Path(name).rglob("*") if file.is_file())
+        split = ":".join(rest)
+        return RawRecords(Table(loaded), source, identify=lambda: split + "".join(map(digest_of, files)))
 
     if Path(name).is_absolute() or name.startswith((".", "~")) or not name:
         raise DataError(f"{source}: no such file or directory.")
@@ -165,7 +177,7 @@ def _read_with_datasets(source: str) -> RawRecords:
             f"{source}: no such file or directory, and reading it as the data set '{name}' (split '{split}') from the "
             f"Hugging Face hub failed: {type(error).__name__}: {error}. Check the name, the split and the network."
         ) from error
-    return RawRecords(Table(loaded), source)
+    return RawRecords(Table(loaded), source, identify=lambda: loaded._fingerprint)
 
 
 def _choose_split(loaded: Any, name: str, rest: list[str]) -> Any:

@@ -20,7 +20,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.loss import use_chunked_loss, use_liger_loss
 from losia_dist.model import get_losia_model
 from losia_dist.training.choice import EngineChoice
-from losia_dist.training.data import load_data
+from losia_dist.training.data import RunData
 from losia_dist.training.environment import Place
 from losia_dist.training.weights.empty import check_buffers, parameters_on_meta
 from losia_dist.training.weights.files import ReadWhole, find_weights
@@ -62,20 +62,14 @@ class Inputs:
         }
 
 
-def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, place: Place, day: str) -> Inputs:
-    """Read everything, check that the output can be written, and convert the model.
-
-    Args:
-        day: that a chat template is to take for today.
+def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, place: Place, data: RunData) -> Inputs:
+    """Read the model and convert it.
 
     Raises:
         LoSiAError: something is missing, malformed, or does not fit.
     """
-    if place.rank == 0:
-        _check_writable(Path(options.output_dir))
-    else:
+    if place.rank != 0:
         disable_progress_bar()  # of reading the weights, which every rank would show
-    data = load_data(options, day)
     torch.manual_seed(options.seed)
     model, weights, notes = load_model(options, choice, place)
     use_cache = model.config.use_cache
@@ -90,7 +84,8 @@ def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: Engine
     return Inputs(data.tokenizer, data.train, data.held_out, model, flatten, use_cache, data.template_date, weights, notes)
 
 
-def _check_writable(directory: Path) -> None:
+def check_writable(directory: Path) -> None:
+    """Raises: ConfigError when the output cannot be written there."""
     probe = directory / f".probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

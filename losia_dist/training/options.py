@@ -59,6 +59,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default="truncate",
         help="what to do with longer records (truncate)",
     )
+    model.add_argument(
+        "--data_cache",
+        metavar="DIRECTORY|off",
+        help="where tokenized data is kept, to be found again at the next start; off: in each rank's memory "
+        "($LOSIA_DATA_CACHE, or ~/.cache/losia_dist/data)",
+    )
     model.add_argument("--packing", action="store_true", help="fill rows of max_length with several records")
     model.add_argument("--attn_implementation", help="attention of Transformers, for example sdpa or flash_attention_2")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")

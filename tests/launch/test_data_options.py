@@ -64,6 +64,65 @@ def test_columns_name_the_keys_of_a_form(material, tmp_path):
     assert summary["notes"] == [f"not used of {other}: id"]
 
 
+@pytest.fixture
+def kept(material, tmp_path):
+    """Options of a short run on two ranks that keeps its tokens in a directory of its own; the directory."""
+    options = {"data_cache": tmp_path / "kept", "max_steps": 2, "no_save": True, "packing": True, "micro_batch": 1}
+    return options, tmp_path / "kept"
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_ranks_tokenize_together_and_the_next_start_finds_it(ranks, material, tmp_path, kept, monkeypatch):
+    options, directory = kept
+    made = ranks(2, train, arguments(material, tmp_path / "made", **options))[0][0]
+    assert made["data_from"].startswith("made by 2 rank(s) in ") and len(names(directory)) == 2
+    alone = train(arguments(material, tmp_path / "alone", **options | {"data_cache": "off", "micro_batch": 2}))[0]
+    assert alone["data_from"].startswith("tokenized by every rank for itself in ") and alone["data"] == made["data"]
+    before = names(directory)
+    monkeypatch.setattr("losia_dist.training.data.cache.write_part", None)  # nothing is tokenized again
+    found = train(arguments(material, tmp_path / "found", **options | {"micro_batch": 2}))[0]
+    assert found["data_from"].startswith("found in ") and names(directory) == before
+    assert losses(tmp_path / "found") == losses(tmp_path / "alone")
+    assert losses(tmp_path / "made") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+
+
+def test_a_bad_record_in_the_part_of_one_rank_is_the_same_error_on_all(ranks, material, tmp_path, kept):
+    options, directory = kept
+    file = tmp_path / "bad.jsonl"
+    lines = material["instruction"].read_text().splitlines()
+    for line in (30, 35):
+        lines[line - 1] = '{"instruction": "a", "output": 3}'
+    file.write_text("\n".join(lines))
+    found = ranks.errors(2, train, arguments(material, tmp_path / "run", **options, train_file=file))
+    assert found[0] == found[1] == ("DataError", f"{file}, line 30: 'output' must be a string, got int 3.")
+    assert names(directory) == []
+
+
+def test_a_directory_that_cannot_be_written_leaves_the_data_in_memory_and_says_so(material, tmp_path, kept):
+    options, directory = kept
+    directory.write_text("a file")
+    summary = train(arguments(material, tmp_path / "run", **options))[0]
+    assert "by every rank for itself" in summary["data_from"] and f"({directory} cannot be written: " in summary["data_from"]
+
+
+def test_positions_that_the_configuration_scales_are_allowed(material):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(material["model"])
+    longest = config.max_position_embeddings
+    assert run_data.context_length(config) == longest
+    for rope, expected in (
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": longest}, 4 * longest),
+        ({"rope_type": "linear", "factor": 2.0}, 2 * longest),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": longest // 16}, longest),
+    ):
+        config.rope_parameters = {**rope, "rope_theta": 10000.0}
+        assert run_data.context_length(config) == expected
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
