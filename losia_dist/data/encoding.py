@@ -7,7 +7,6 @@ write it.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from itertools import islice
@@ -190,40 +189,41 @@ def _tokenize(tokenizer: Any, texts: list[tuple[str, list[Span]]]) -> Iterator[t
     """Token ids of each text, and which of them hold a character that is learned."""
     # No special tokens: templates write their own. verbose=False: lengths are dealt with later, and counted.
     options = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
-    fast = tokenizer.is_fast
-    found = tokenizer([text for text, _ in texts], return_offsets_mapping=fast, **options)
+    found = tokenizer([text for text, _ in texts], **options)
     for at, (text, spans) in enumerate(texts):
         ids = found["input_ids"][at]
         learned = [False] * len(ids)
-        if not spans:
-            yield ids, learned
-            continue
-        if fast:
-            ranges = _tokens_of(spans, found["offset_mapping"][at])
-        else:
+        if found.encodings is not None:
+            ranges = [_tokens_of(span, found.encodings[at], len(ids)) for span in spans] if ids else []
+        elif spans:
             ends = [text[:end] for span in spans for end in span]
             counts = [_common_prefix(part, ids) for part in tokenizer(ends, **options)["input_ids"]]
             ranges = list(zip(counts[0::2], counts[1::2], strict=True))
+        else:
+            ranges = []
         for start, stop in ranges:
             learned[start:stop] = [True] * (stop - start)
         yield ids, learned
 
 
-def _tokens_of(spans: Sequence[Span], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The tokens that hold a character of each span.
+def _tokens_of(span: Span, encoding: Any, count: int) -> tuple[int, int]:
+    """The first token that holds a character of the span, and the one after the last.
 
-    Tokenizers leave the spaces around a token out of its offsets (a token of spaces has none at all), and give all tokens of
-    one character the same: so a token begins where the one before it ended, or earlier.
+    Tokenizers leave the spaces around a token out of its range of characters (a token of spaces has an empty one), and give all
+    tokens of one character the same: so a token begins where the one before it ended, or earlier.
     """
-    ends = [end for _, end in offsets]
-    ranges = []
-    for begin, end in spans:
-        start = bisect_right(ends, begin)
-        stop = max(start, bisect_left(ends, end))
-        while stop < len(ends) and min(offsets[stop][0], ends[stop - 1] if stop else 0) < end:
-            stop += 1
-        ranges.append((start, stop))
-    return ranges
+    begin, end = span
+    inside = (encoding.char_to_token(at) for at in range(begin, end))
+    start = next((token for token in inside if token is not None), None)
+    if start is None:  # spaces alone
+        start = next((token for token in range(count) if encoding.token_to_chars(token)[1] > begin), count)
+    while start > 0 and encoding.token_to_chars(start - 1)[1] > begin:
+        start -= 1
+    inside = (encoding.char_to_token(at) for at in range(end - 1, begin - 1, -1))
+    stop = next((token + 1 for token in inside if token is not None), start)
+    while stop < count and min(encoding.token_to_chars(stop)[0], encoding.token_to_chars(stop - 1)[1] if stop else 0) < end:
+        stop += 1
+    return start, stop
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -107,7 +107,7 @@ def _read(options: argparse.Namespace, day: str) -> _Sources:
         model_config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {options.model}: no model and tokenizer could be read: {error}") from error
-    template = _chat_template(options, tokenizer)
+    template = chat_template_of(options, tokenizer)
     columns = parse_columns(options.columns)
     records = load_records(options.train_file, options.form, columns, check=False)
     held_out = load_records(options.eval_file, options.form, columns, check=False) if options.eval_file else None
@@ -208,8 +208,11 @@ def _raise_first(failures: list[tuple[str, str] | None], whole: bool) -> None:
             raise error(message if whole else f"rank {rank}: {message}")
 
 
-def _chat_template(options: argparse.Namespace, tokenizer: Any) -> str | None:
-    """What is to be used in place of the tokenizer's own template, for training alone."""
+def chat_template_of(options: argparse.Namespace, tokenizer: Any) -> str | None:
+    """What is to be used in place of the tokenizer's own template, for training alone. A file becomes the tokenizer's own.
+
+    Raises: ConfigError.
+    """
     if options.chat_template == TRL:
         return training_template(tokenizer)
     if options.chat_template is not None:

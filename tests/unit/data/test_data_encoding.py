@@ -1,12 +1,14 @@
 """From records to tokens: which tokens carry loss, what happens to long records, and what the report says."""
 
 import json
+from random import Random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from losia_dist.data import build_dataset, load_records
+from losia_dist.data.encoding import _tokens_of
 from losia_dist.errors import ConfigError, DataError
 
 CHATML = (
@@ -197,7 +199,8 @@ def test_a_template_that_rewrites_earlier_messages_is_learned_as_it_writes_the_w
 def test_a_tokenizer_that_gives_no_offsets_marks_the_same_tokens(records, monkeypatch):
     tokenizer = make_tokenizer(BRACKETS, bos_token="<s>")
     expected = build_dataset(records(CHAT), tokenizer, 200)
-    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: BatchEncoding(dict(call(*args, **kwargs))))
     assert build_dataset(records(CHAT), tokenizer, 200).fingerprint() == expected.fingerprint()
 
 
@@ -206,6 +209,20 @@ def test_spaces_and_characters_of_several_tokens_at_the_ends_of_answers_are_lear
     turns = [{"role": "user", "content": "Name a color."}, {"role": "assistant", "content": "\u2728 Red.   \U0001f600  "}]
     example = build_dataset(records({"messages": turns}), tokenizer, 200)[0]
     assert learned_texts(tokenizer, example) == ["\u2728 Red.   \U0001f600  \n<|im_end|>"]
+
+
+def test_tokens_of_any_span_of_any_text(records):
+    """Against the ranges of characters that all tokens have, of texts whose spaces and characters are several tokens."""
+    random = Random(0)
+    tokenizer = make_tokenizer()
+    for _ in range(200):
+        text = "".join(random.choice([" ", "  ", "\n", "Red", "a", "\U0001f600", "\u00e9", "<|im_end|>"]) for _ in range(12))
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets, count = encoded["offset_mapping"], len(encoded["input_ids"])
+        starts = [min(start, offsets[at - 1][1] if at else 0) for at, (start, _) in enumerate(offsets)]
+        begin, end = sorted(random.sample(range(len(text) + 1), 2))
+        expected = [at for at in range(count) if offsets[at][1] > begin and starts[at] < end]
+        assert list(range(*_tokens_of((begin, end), encoded.encodings[0], count))) == expected, (text, begin, end)
 
 
 def test_a_special_token_inside_an_answer_does_not_end_it(records):
