@@ -108,7 +108,10 @@ class ChatTemplate:
     def _choose(self, with_tools: bool) -> _Compiled:
         source = self._source
         if source is None:
-            source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+            try:
+                source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+            except ValueError as error:  # several templates with names, and none of them for this
+                raise ConfigError(f"the tokenizer has no chat template for this: {error}") from error
         if source not in self._compiled:
             self._compiled[source] = _compile(source)
         return self._compiled[source]

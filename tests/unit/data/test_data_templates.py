@@ -115,6 +115,12 @@ def test_masks_equal_those_that_transformers_gives_for_marked_templates(tmp_path
     assert (example["labels"] != -100).int().tolist() == expected["assistant_masks"]
 
 
+def test_weights_count_under_marked_templates_too(tokenizer):
+    messages = [TURNS[0], {**TURNS[1], "learned": False}, *TURNS[2:]]
+    assert learned(tokenizer, source("qwen2_5_training"), messages) == ["\nSecond <answer>.<|im_end|>\n"]
+    assert learned(tokenizer, CHATML, messages) == ["Second <answer>.<|im_end|>"]
+
+
 def test_what_is_written_is_what_transformers_writes(tokenizer):
     for name in [*NO_TOOLS, *TOOLS]:
         ours = ChatTemplate(tokenizer, source(name)).render([SYSTEM, *TURNS]).text
