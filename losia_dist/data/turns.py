@@ -9,7 +9,7 @@ token that ends turns may stand inside an answer. Templates that mark `{% genera
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from losia_dist.data.messages import tool_name
@@ -18,6 +18,7 @@ from losia_dist.errors import DataError
 
 Messages = list[dict[str, Any]]
 
+_TELLING = 16  # characters of a text that no header of a turn holds by chance
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -101,17 +102,19 @@ class TurnFinder:
     def _turn(self, chat: _Chat, index: int) -> tuple[Span, bool]:
         """What is learned of message `index`, and whether it ends in a token that ends a generation."""
         place = _place_of(chat, index)
-        begin, written, with_sentinel = place.begin, place.written, place.with_sentinel
+        begin, written = place.begin, place.written
         if index == len(chat.messages) - 1:  # what the template writes after the loop ends the last turn
             written = chat.whole.text[begin:]
         head = len(place.prompt)
         if not written.startswith(place.prompt):
             # The prompt goes on otherwise (with <think>, say), so that the header ends where a plain answer would begin.
             head = _common_prefix(_common_text(place.prompt, _as_plain_answer(chat, index)), written)
-        tail = _common_prefix(written[head:][::-1], with_sentinel[::-1])
+        message = chat.messages[index]
+        tail = _after_plain_text(message, written[head:])
+        if tail is None:
+            tail = _common_prefix(written[head:][::-1], place.with_sentinel()[::-1])
         end_of_turn = written[len(written) - tail :]
         answer = written[head : len(written) - tail]
-        message = chat.messages[index]
         if not answer.strip() and (_text_of(message).strip() or message.get("tool_calls")):
             raise DataError(
                 f"message {index}: the tokenizer's chat template leaves nothing of the answer. "
@@ -156,25 +159,31 @@ class _Chat:
 
 
 class _Place(NamedTuple):
-    """A turn: it begins at character `begin` with `written`. prompt: what asks for it; with_sentinel: it with no own text."""
+    """A turn: it begins at character `begin` with `written`. prompt: what asks for it; with_sentinel: it with no own text.
+
+    The latter takes a rendering more, and is asked for where the message is more than a text that is written as it is.
+    """
 
     begin: int
     written: str
     prompt: str
-    with_sentinel: str
+    with_sentinel: Callable[[], str]
 
 
 def _place_of(chat: _Chat, index: int) -> _Place:
     whole, last = chat.whole, index == len(chat.messages) - 1
     prompted = chat.render(chat.messages[:index], add_generation_prompt=True)
-    span, sentinel_span = whole.span(index), chat.with_sentinels.span(index)
-    if span is not None and sentinel_span is not None:
+    span = whole.span(index)
+    if span is not None:
+
+        def with_sentinel() -> str:
+            found = chat.with_sentinels.span(index)
+            return "" if found is None else chat.with_sentinels.text[found[0] : None if last else found[1]]
+
         prompt = _prompt_of_turn(prompted, whole, index, span)
-        with_sentinel = chat.with_sentinels.text[sentinel_span[0] : None if last else sentinel_span[1]]
         return _Place(span[0], whole.text[span[0] : span[1]], prompt, with_sentinel)
     # No loop writes the message: the chat up to it, and with it, must then be beginnings of the whole.
     answered = chat.render(chat.messages[: index + 1])
-    sentinel = chat.render(with_sentinels(chat.messages[: index + 1]))
     begin = len(prompted.text)
     if not (whole.text.startswith(answered.text) and answered.text.startswith(prompted.text)):
         raise DataError(
@@ -182,7 +191,18 @@ def _place_of(chat: _Chat, index: int) -> _Place:
             "messages follow, so that the answer's place is not known. Mark answers in the template with "
             "{% generation %}, or give chats with one assistant message."
         )
-    return _Place(begin, answered.text[begin:], "", sentinel.text[begin:])
+    return _Place(
+        begin, answered.text[begin:], "", lambda: chat.render(with_sentinels(chat.messages[: index + 1])).text[begin:]
+    )
+
+
+def _after_plain_text(message: Mapping[str, Any], written: str) -> int | None:
+    """How many characters follow the message's text, where it is nothing else and `written` begins with it."""
+    own = _text_of(message).strip()
+    if not own or message.get("tool_calls") or any(name in message for name in _REASONING):
+        return None
+    begin = len(written) - len(written.lstrip())
+    return len(written) - begin - len(own) if written.startswith(own, begin) else None
 
 
 def _prompt_of_turn(prompted: Rendering, whole: Rendering, index: int, span: Span) -> str:
@@ -230,6 +250,9 @@ def _is_written(chat: _Chat, index: int, message: Mapping[str, Any]) -> bool:
     if not own:
         return True
     if message["role"] == "assistant":
+        span = chat.whole.span(index)
+        if span is not None and len(own) >= _TELLING and own in chat.whole.text[slice(*span)]:
+            return True
         span = chat.with_sentinels.span(index)
         seen = chat.with_sentinels.text if span is None else chat.with_sentinels.text[slice(*span)]
         # Some templates drop an earlier turn's text on purpose; what they write of a last turn shows that they know it.
