@@ -132,9 +132,11 @@ def test_tables_keep_texts_that_look_like_something_else_and_lose_the_nulls_of_o
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         FORMS["tools"][0] | {"tools": None},
     ]
-    first, second = load_records(write(tmp_path, "parquet", chats))
+    other = json.loads(json.dumps(chats[1]).replace("city", "place"))
+    first, *calling = load_records(write(tmp_path, "parquet", [*chats, other]))
     assert first == {"messages": chats[0]["messages"]}
-    assert second["messages"][1]["tool_calls"] == chats[1]["messages"][1]["tool_calls"]
+    for found, given in zip(calling, (chats[1], other), strict=True):
+        assert found["messages"][1]["tool_calls"] == given["messages"][1]["tool_calls"]
 
 
 def test_directories_and_globs_are_read_in_the_order_of_their_names(tmp_path):

@@ -77,6 +77,7 @@ def test_two_turns_under_a_stock_template(tokenizer, name):
 def test_a_tool_call_under_a_stock_template(tokenizer, name):
     call, *answers = learned(tokenizer, source(name), CALLING, [TOOL])
     assert "weather" in call and "Oslo" in call and len(answers) == 2
+    assert call.count("<tool_call>") == call.count("</tool_call>")
     assert all(text in found for text, found in zip(("It rains.", "Second <answer>."), answers, strict=True))
     assert not any(word in "".join([call, *answers]) for word in ("QUESTION", "BRIEF", "RAIN"))
 
