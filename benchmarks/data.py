@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             name: on_ranks(options.ranks, start, options.model, str(file), directory)
             for name, file in (("small", small), ("first start", large), ("second start", large))
         }
+        for name, ranks in starts.items():  # a cut run keeps what it had
+            print(f"{name}: {[{key: round(value, 2) for key, value in rank.items()} for rank in ranks]}", flush=True)
         mapped = on_ranks(1, map_once, options.model, str(large), directory)
     rows = [["datasets.map", f"{mapped['processor']:.1f} s", f"{mapped['clock']:.1f} s", "", ""]]
     found: dict[str, Any] = {"records": options.records, "ranks": options.ranks, "datasets.map": mapped}
