@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,10 @@ from pathlib import Path
 if "CUDA_VISIBLE_DEVICES" not in os.environ:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+
+if "LOSIA_DATA_CACHE" not in os.environ:  # not the user's; workers and launches inherit it
+    os.environ["LOSIA_DATA_CACHE"] = tempfile.mkdtemp(prefix="losia-data-")
+    atexit.register(shutil.rmtree, os.environ["LOSIA_DATA_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

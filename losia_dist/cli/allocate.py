@@ -18,7 +18,7 @@ BY = ("module", "layer", "budget")
 def add_allocate_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `losia-dist allocate`."""
     parser.add_argument("--model", required=True, help="directory or hub name of a causal language model")
-    parser.add_argument("--train_file", required=True, help="data as for losia-dist train")
+    parser.add_argument("--train_file", required=True, nargs="+", help="data as for losia-dist train")
     parser.add_argument("--form", choices=("instruction", "chat", "text"), help="form of the records (default: detected)")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens per example (1024)")
     parser.add_argument("--micro_batch", type=int, default=4, help="examples per forward pass (4)")

@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
     commands = parser.add_subparsers(dest="command", required=True)
     from losia_dist.cli.allocate import add_allocate_arguments, run_allocate
+    from losia_dist.cli.data import add_data_arguments, run_data
     from losia_dist.cli.doctor import add_doctor_arguments, run_doctor
     from losia_dist.cli.export import add_apply_arguments, add_export_arguments, run_apply, run_export
     from losia_dist.cli.plan import add_plan_arguments, run_plan
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_doctor_arguments(commands.add_parser("doctor", help="examine this machine, or under a launcher the cluster"))
     add_plan_arguments(commands.add_parser("plan", help="memory, traffic and time of a run on a cluster, before it is rented"))
     add_allocate_arguments(commands.add_parser("allocate", help="what subnets of each shape capture, and a configuration"))
+    add_data_arguments(commands.add_parser("data", help="what will be learned of a source: records, lengths, what is dropped"))
     add_report_arguments(commands.add_parser("report", help="a page about a run, from the logs in its directory"))
     options = parser.parse_args(arguments)
     if options.command == "train":
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "plan":
             return run_plan(options)
+        if options.command == "data":
+            return run_data(options)
         if options.command == "allocate":
             written = run_allocate(options)
         elif options.command == "report":

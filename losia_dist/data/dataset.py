@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from datetime import date
+from itertools import pairwise
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ class Report:
     examples: records that are kept. tokens: theirs, padding not counted. answer_tokens: tokens that carry loss.
     truncated: kept records that were cut to `max_length`. dropped_overlong: records dropped for their length.
     dropped_unanswered: records in which no token that carries loss was left.
+    longest: tokens of the longest record, before it was cut.
     rows, row_tokens: rows of a packed data set and all their tokens with padding; 0 when it is not packed.
     """
 
@@ -38,6 +41,7 @@ class Report:
     truncated: int = 0
     dropped_overlong: int = 0
     dropped_unanswered: int = 0
+    longest: int = 0
     rows: int = 0
     row_tokens: int = 0
 
@@ -47,9 +51,32 @@ class Report:
             f"{self.truncated:,} truncated, {self.dropped_overlong:,} dropped as too long, "
             f"{self.dropped_unanswered:,} dropped without an answer"
         )
+        if self.truncated or self.dropped_overlong or self.dropped_unanswered:
+            text += f" (a max_length of {self.longest:,} would keep all whole)"
         if self.rows:
             text += f"; packed into {self.rows:,} rows, {self.tokens / self.row_tokens:.1%} full"
         return text
+
+    def __add__(self, other: Report) -> Report:
+        """Of two parts of one data set."""
+        added = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return Report(**added | {"longest": max(self.longest, other.longest)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How records become tokens; see `build_dataset`. Raises: ConfigError for a setting that cannot work."""
+
+    max_length: int
+    overlong: str = "truncate"
+    chat_template: str | None = None
+    template_date: date | None = None
+
+    def __post_init__(self) -> None:
+        if self.overlong not in OVERLONG:
+            raise ConfigError(f"overlong={self.overlong!r} is unknown. Give one of {', '.join(map(repr, OVERLONG))}.")
+        if self.max_length < 2:
+            raise ConfigError(f"max_length={self.max_length}: give at least 2 tokens, one to read and one to predict.")
 
 
 class TokenizedDataset(Dataset[dict[str, Tensor]]):
@@ -64,7 +91,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
         self._ids = array("i")
         self._learned = bytearray()
         self._ends = array("q", [0])
-        self._truncated = self._dropped_overlong = self._dropped_unanswered = 0
+        self._truncated = self._dropped_overlong = self._dropped_unanswered = self._longest = 0
 
     def append(self, encoded: Encoded) -> None:
         """Add one example, which must not be longer than `max_length`."""
@@ -75,6 +102,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
     def add(self, encoded: Encoded, overlong: str) -> None:
         """Add one record, dealing with its length. Raises: DataError when it is too long and `overlong` is "error"."""
         length = len(encoded.ids)
+        self._longest = max(self._longest, length)
         if length > self.max_length:
             if overlong == "error":
                 raise DataError(
@@ -96,7 +124,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start, end = self._span(index)
-        ids = torch.frombuffer(self._ids, dtype=torch.int32, count=end - start, offset=start * self._ids.itemsize)
+        ids = torch.frombuffer(self._ids, dtype=torch.int32, count=end - start, offset=start * 4)
         learned = torch.frombuffer(self._learned, dtype=torch.bool, count=end - start, offset=start)
         input_ids = ids.to(torch.int64)  # a copy: a view would forbid adding examples
         return {"input_ids": input_ids, "labels": input_ids.masked_fill(~learned, IGNORED)}
@@ -113,6 +141,12 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
             digest.update(memoryview(part))
         return digest.hexdigest()
 
+    def write(self, ids: IO[bytes], learned: IO[bytes], lengths: IO[bytes]) -> None:
+        """Append the examples to files: tokens, what is learned of them, and how long each example is (int64)."""
+        ids.write(memoryview(self._ids))
+        learned.write(memoryview(self._learned))
+        lengths.write(memoryview(array("q", (end - start for start, end in pairwise(self._ends)))))
+
     def report(self) -> Report:
         return Report(
             examples=len(self),
@@ -121,6 +155,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
             truncated=self._truncated,
             dropped_overlong=self._dropped_overlong,
             dropped_unanswered=self._dropped_unanswered,
+            longest=self._longest,
         )
 
     def _span(self, index: int) -> tuple[int, int]:
@@ -137,6 +172,8 @@ def build_dataset(
     context_length: int | None = None,
     overlong: str = "truncate",
     packing: bool = False,
+    chat_template: str | None = None,
+    template_date: date | None = None,
 ) -> TokenizedDataset | PackedDataset:
     """Tokenize `records`. Every rank calls it; the result depends on nothing but the arguments.
 
@@ -148,37 +185,55 @@ def build_dataset(
         turn to learn, and it is dropped if no answer is left), "drop" drops it, "error" raises.
     packing: put several records into each row of exactly `max_length` tokens; see the module `packing`, also for what
         the model needs.
+    chat_template: a Jinja template in place of the tokenizer's.
+    template_date: what a chat template that writes the date takes for today (None: today).
 
     Raises: DataError when `max_length` is above `context_length`, the tokenizer cannot serve the records, a record is
     too long and `overlong` is "error", or no example is left; ConfigError for a setting that cannot work.
     """
-    if overlong not in OVERLONG:
-        raise ConfigError(f"overlong={overlong!r} is unknown. Give one of {', '.join(map(repr, OVERLONG))}.")
-    if max_length < 2:
-        raise ConfigError(f"max_length={max_length}: give at least 2 tokens, one to read and one to predict.")
+    settings = Settings(max_length, overlong, chat_template, template_date)
+    check_context(max_length, context_length)
+    dataset = tokenize(records, tokenizer, settings)
+    check_not_empty(dataset.report(), records, max_length)
+    return pack(dataset, tokenizer) if packing else dataset
+
+
+def tokenize(records: Records, tokenizer: Any, settings: Settings) -> TokenizedDataset:
+    """Tokenize `records`, of which nothing may be left. Raises: DataError, naming the record."""
+    dataset = TokenizedDataset(settings.max_length)
+    all_encoded = encode(records, tokenizer, chat_template=settings.chat_template, template_date=settings.template_date)
+    for index, encoded in enumerate(all_encoded):
+        try:
+            dataset.add(encoded, settings.overlong)
+        except DataError as error:
+            raise DataError(f"{records.place(index)}: {error}") from None
+    return dataset
+
+
+def pack(dataset: TokenizedDataset, tokenizer: Any) -> PackedDataset:
+    """`dataset` in rows of its `max_length`."""
+    from losia_dist.data.packing import PackedDataset
+
+    return PackedDataset(dataset, dataset.max_length, _pad_id(tokenizer))
+
+
+def check_context(max_length: int, context_length: int | None) -> None:
+    """Raises: DataError when examples may be longer than the model's context."""
     if context_length is not None and max_length > context_length:
         raise DataError(
             f"max_length={max_length} is above the model's context of {context_length} tokens "
             f"(max_position_embeddings). Set max_length to {context_length} or less."
         )
-    dataset = TokenizedDataset(max_length)
-    for index, encoded in enumerate(encode(records, tokenizer)):
-        try:
-            dataset.add(encoded, overlong)
-        except DataError as error:
-            raise DataError(f"{records.place(index)}: {error}") from None
-    if len(dataset) == 0:
-        report = dataset.report()
+
+
+def check_not_empty(report: Report, records: Records, max_length: int) -> None:
+    """Raises: DataError when no example is left."""
+    if report.examples == 0:
         raise DataError(
             f"{records.raw.name}: no example is left of {len(records)} records at max_length={max_length}: "
             f"{report.dropped_overlong} were too long and dropped, {report.dropped_unanswered} had no answer token. "
-            "Raise max_length, or shorten the prompts."
+            f"Raise max_length ({report.longest:,} would keep all whole), or shorten the prompts."
         )
-    if packing:
-        from losia_dist.data.packing import PackedDataset
-
-        return PackedDataset(dataset, max_length, _pad_id(tokenizer))
-    return dataset
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -1,18 +1,21 @@
 """Records to token ids and a mask of the tokens that carry loss. One encoder per way of writing a record down.
 
-An encoder splits its work so that many texts reach the tokenizer in one call: `texts(record)` gives the texts to
-tokenize, `join(ids)` puts their token ids together. Masks are positions, never token ids: the end of a turn may be the
-same token as padding, and the model must learn to write it.
+An encoder writes a record as texts, each with the spans of characters that are learned; many texts reach the tokenizer in one
+call. Masks are positions, never token ids: the end of a turn may be the same token as padding, and the model must learn to
+write it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, pairwise
+from datetime import date
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from losia_dist.data.forms import as_messages
 from losia_dist.data.records import Records
+from losia_dist.data.template import ChatTemplate, Span
+from losia_dist.data.turns import TurnFinder
 from losia_dist.errors import DataError
 
 # The plain prompt of a tokenizer without a chat template (Stanford Alpaca's, Taori et al. 2023).
@@ -38,101 +41,86 @@ class Encoded(NamedTuple):
     learned: list[bool]
 
 
+class Written(NamedTuple):
+    """A record as text. texts: tokenized apart and laid end to end, each with the characters that are learned.
+
+    begins: whether the record still needs the tokenizer's bos in front, ends: its eos at the end, which is learned.
+    """
+
+    texts: list[tuple[str, list[Span]]]
+    begins: bool = False
+    ends: bool = False
+
+
 class Encoder(Protocol):
     """How records of one form are written down for one tokenizer."""
 
-    def texts(self, record: Mapping[str, Any]) -> list[str]: ...
-
-    def join(self, ids: list[list[int]]) -> Encoded: ...
+    def write(self, record: Mapping[str, Any]) -> Written: ...
 
 
-def encode(records: Records, tokenizer: Any) -> Iterator[Encoded]:
+def encode(
+    records: Records, tokenizer: Any, *, chat_template: str | None = None, template_date: date | None = None
+) -> Iterator[Encoded]:
     """Encode all records, in order. The first token of a record is never learned: nothing comes before it.
+
+    chat_template: in place of the tokenizer's. template_date: what the template takes for today (None: today).
 
     Raises: DataError naming the record when the tokenizer or its chat template cannot serve it.
     """
-    encoder = _encoder(records, tokenizer)
+    encoder = _encoder(records, tokenizer, chat_template, template_date)
+    start, eos = _start_ids(tokenizer), _eos_id(tokenizer)
     positions = iter(range(len(records)))
     while chunk := list(islice(positions, _CHUNK)):
-        texts = []
+        written = []
         for index in chunk:
             record = records[index]
             try:
-                texts.append(encoder.texts(record))
+                written.append(encoder.write(record))
             except DataError as error:
                 raise DataError(f"{records.place(index)}: {error}") from error.__cause__
-        flat = iter(_ids(tokenizer, [text for group in texts for text in group]))
-        for group in texts:
-            encoded = encoder.join([next(flat) for _ in group])
-            if encoded.learned:
-                encoded.learned[0] = False
-            yield encoded
+        tokens = _tokenize(tokenizer, [text for one in written for text in one.texts])
+        for one in written:
+            ids: list[int] = []
+            learned: list[bool] = []
+            for _ in one.texts:
+                part, mask = next(tokens)
+                ids += part
+                learned += mask
+            if one.begins and ids[: len(start)] != start:
+                ids, learned = start + ids, [False] * len(start) + learned
+            if one.ends:
+                ids.append(eos)
+                learned.append(True)
+            if learned:
+                learned[0] = False
+            yield Encoded(ids, learned)
 
 
 class ChatEncoder:
-    """Chats and instructions through the tokenizer's chat template; every assistant message is learned.
+    """Chats and instructions through the tokenizer's chat template; every assistant message is learned. See `turns`.
 
-    An assistant message's tokens are those that `messages[:i + 1]` renders beyond `messages[:i]` with a generation
-    prompt: exactly what the model will be asked to write. This needs no `{% generation %}` in the template, but it
-    needs renderings to be prefixes of each other, which is checked. Where the tokenizer joins the last characters of
-    a prompt and the first of an answer into one token (an answer that begins with a newline), that token is learned.
+    Where the tokenizer joins the last characters of a prompt and the first of an answer into one token (an answer that begins
+    with a newline), that token is learned.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.eos_id = _eos_id(tokenizer)
+    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
         # Not eos alone: a base model's tokenizer may have an eos that its chat template never writes.
-        added = tokenizer.added_tokens_decoder
-        self.end_ids = {self.eos_id, *(token_id for token_id, token in added.items() if token.special)}
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.eos = tokenizer.eos_token
+        self.finder = TurnFinder(template, [tokenizer.eos_token, *special])
 
-    def texts(self, record: Mapping[str, Any]) -> list[str]:
-        """For each assistant message its prompt and the chat up to its end; then the whole chat, if it goes on.
+    def write(self, record: Mapping[str, Any]) -> Written:
+        """Raises: DataError when the template refuses the chat or leaves something of it out."""
+        messages = [self._without_eos(message) for message in as_messages(record)]
+        turns = self.finder.find(messages, record.get("tools"), record.get("variables"))
+        return Written([(turns.text, turns.spans)], ends=not turns.ended)
 
-        Each text is a prefix of the next. Raises: DataError when the template refuses the chat or rewrites it.
-        """
-        messages = as_messages(record)
-        texts: list[str] = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                texts.append(self._render(messages[:index], add_generation_prompt=True))
-                texts.append(self._render(messages[: index + 1]))
-        if messages[-1]["role"] != "assistant":
-            texts.append(self._render(messages))
-        if not all(longer.startswith(shorter) for shorter, longer in pairwise(texts)):
-            raise DataError(
-                "the tokenizer's chat template is not prefix-stable: what it writes for a chat changes when the next "
-                "message is added, so that the answers' tokens cannot be told apart. Use a chat template that leaves "
-                "earlier messages as they are (set tokenizer.chat_template), or give chats with one assistant message."
-            )
-        return texts
-
-    def join(self, ids: list[list[int]]) -> Encoded:
-        whole = list(ids[-1])
-        learned = [False] * len(whole)
-        for prompt, answered in zip(ids[0::2], ids[1::2], strict=False):
-            start, stop = _common_prefix(prompt, whole), _common_prefix(answered, whole)
-            end = self._end_of_turn(whole, start, stop)
-            if end is None and stop == len(whole):  # the template writes no end of turn: end the chat with one
-                whole.append(self.eos_id)
-                learned.append(False)
-                stop += 1
-            for position in range(start, end or stop):
-                learned[position] = True
-        return Encoded(whole, learned)
-
-    def _end_of_turn(self, ids: Sequence[int], start: int, stop: int) -> int | None:
-        # Templates often write a newline after the end of a turn. Generation has stopped by then, so that learning
-        # it would be of no use.
-        return next((at + 1 for at in range(stop - 1, start - 1, -1) if ids[at] in self.end_ids), None)
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # templates refuse chats with errors of their own (roles must alternate, ...)
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"the tokenizer's chat template refuses this chat (roles: {roles}): {error}. Change the record or the template."
-            ) from error
+    def _without_eos(self, message: dict[str, Any]) -> dict[str, Any]:
+        """An answer that brings the end that the template writes would be taught to end twice."""
+        content = message.get("content")
+        if message["role"] == "assistant" and isinstance(content, str) and content.rstrip().endswith(self.eos):
+            return {**message, "content": content.rstrip().removesuffix(self.eos)}
+        return message
 
 
 class PlainInstructionEncoder:
@@ -142,39 +130,53 @@ class PlainInstructionEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.eos_id = _eos_id(tokenizer)
-        self.start = _start_ids(tokenizer)
+        self.eos = tokenizer.eos_token
 
-    def texts(self, record: Mapping[str, Any]) -> list[str]:
+    def write(self, record: Mapping[str, Any]) -> Written:
+        for key in ("system", "history", "tools", "variables"):
+            if key in record:
+                name = "chat_template_kwargs" if key == "variables" else key
+                raise DataError(f"'{name}' needs a chat template, and this tokenizer has none. Set tokenizer.chat_template.")
         prompt = ALPACA_WITH_INPUT if record["input"] else ALPACA_WITHOUT_INPUT
-        return [prompt.format(instruction=record["instruction"], input=record["input"]), record["output"]]
+        prompt = prompt.format(instruction=record["instruction"], input=record["input"])
+        answer = record["output"]
+        return Written([(prompt, []), (answer, [(0, len(answer))])], begins=True, ends=not _ends(answer, self.eos))
 
-    def join(self, ids: list[list[int]]) -> Encoded:
-        prompt, answer = ids
-        prompt, answer = self.start + prompt, [*answer, self.eos_id]
-        return Encoded(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+
+class ContinuationEncoder:
+    """A prompt and what follows it, without a template; the completion and eos are learned, as TRL does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.eos = tokenizer.eos_token
+
+    def write(self, record: Mapping[str, Any]) -> Written:
+        prompt, text = record["prompt"], record["prompt"] + record["completion"]
+        return Written([(text, [(len(prompt), len(text))])], begins=True, ends=not _ends(text, self.eos))
 
 
 class TextEncoder:
-    """Plain text and eos; all of it is learned."""
+    """Plain text and eos; all of it is learned. Text that was rendered before brings bos and eos, and gets no second ones."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.eos_id = _eos_id(tokenizer)
-        self.start = _start_ids(tokenizer)
+        self.eos = tokenizer.eos_token
 
-    def texts(self, record: Mapping[str, Any]) -> list[str]:
-        return [record["text"]]
-
-    def join(self, ids: list[list[int]]) -> Encoded:
-        whole = [*self.start, *ids[0], self.eos_id]
-        return Encoded(whole, [True] * len(whole))
+    def write(self, record: Mapping[str, Any]) -> Written:
+        text = record["text"]
+        return Written([(text, [(0, len(text))])], begins=True, ends=not _ends(text, self.eos))
 
 
-def _encoder(records: Records, tokenizer: Any) -> Encoder:
+def _ends(text: str, eos: str) -> bool:
+    return text.rstrip().endswith(eos)
+
+
+def _encoder(records: Records, tokenizer: Any, chat_template: str | None, template_date: date | None) -> Encoder:
+    _eos_id(tokenizer)
     if records.form == "text":
         return TextEncoder(tokenizer)
-    if getattr(tokenizer, "chat_template", None):
-        return ChatEncoder(tokenizer)
+    if records.form == "continuation":
+        return ContinuationEncoder(tokenizer)
+    if chat_template is not None or getattr(tokenizer, "chat_template", None):
+        return ChatEncoder(tokenizer, ChatTemplate(tokenizer, chat_template, template_date))
     if records.form == "instruction":
         return PlainInstructionEncoder(tokenizer)
     raise DataError(
@@ -183,9 +185,45 @@ def _encoder(records: Records, tokenizer: Any) -> Encoder:
     )
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _tokenize(tokenizer: Any, texts: list[tuple[str, list[Span]]]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids of each text, and which of them hold a character that is learned."""
     # No special tokens: templates write their own. verbose=False: lengths are dealt with later, and counted.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    options = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
+    found = tokenizer([text for text, _ in texts], **options)
+    for at, (text, spans) in enumerate(texts):
+        ids = found["input_ids"][at]
+        learned = [False] * len(ids)
+        if found.encodings is not None:
+            ranges = [_tokens_of(span, found.encodings[at], len(ids)) for span in spans] if ids else []
+        elif spans:
+            ends = [text[:end] for span in spans for end in span]
+            counts = [_common_prefix(part, ids) for part in tokenizer(ends, **options)["input_ids"]]
+            ranges = list(zip(counts[0::2], counts[1::2], strict=True))
+        else:
+            ranges = []
+        for start, stop in ranges:
+            learned[start:stop] = [True] * (stop - start)
+        yield ids, learned
+
+
+def _tokens_of(span: Span, encoding: Any, count: int) -> tuple[int, int]:
+    """The first token that holds a character of the span, and the one after the last.
+
+    Tokenizers leave the spaces around a token out of its range of characters (a token of spaces has an empty one), and give all
+    tokens of one character the same: so a token begins where the one before it ended, or earlier.
+    """
+    begin, end = span
+    inside = (encoding.char_to_token(at) for at in range(begin, end))
+    start = next((token for token in inside if token is not None), None)
+    if start is None:  # spaces alone
+        start = next((token for token in range(count) if encoding.token_to_chars(token)[1] > begin), count)
+    while start > 0 and encoding.token_to_chars(start - 1)[1] > begin:
+        start -= 1
+    inside = (encoding.char_to_token(at) for at in range(end - 1, begin - 1, -1))
+    stop = next((token + 1 for token in inside if token is not None), start)
+    while stop < count and min(encoding.token_to_chars(stop)[0], encoding.token_to_chars(stop - 1)[1] if stop else 0) < end:
+        stop += 1
+    return start, stop
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from losia_dist.data.files import RawRecords
 from losia_dist.data.forms import canonical, check_form, detect_form
-from losia_dist.data.sources import RawRecords, read_source
+from losia_dist.data.sources import read_sources
 from losia_dist.errors import ConfigError, DataError
 
 
@@ -18,9 +22,17 @@ class Records(Sequence[dict[str, Any]]):
     Records are brought into shape when they are read, so that an Arrow data set stays on disk.
     """
 
-    def __init__(self, raw: RawRecords, form: str, indices: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        raw: RawRecords,
+        form: str,
+        indices: Sequence[int] | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
         self.raw = raw
+        self.columns = columns or {}
         self.form = form
+        self.unused: set[str] = set()  # keys that are there and are not read, as far as records were read
         self._indices: Sequence[int] = range(len(raw.rows)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -30,37 +42,54 @@ class Records(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         source_index = self._indices[index]
-        return canonical(self.raw.rows[source_index], self.form, _place(self.raw, source_index))
+        where = self.raw.place(source_index)
+        return canonical(_rename(self.raw.rows[source_index], self.columns, where), self.form, where, self.unused)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
     def place(self, index: int) -> str:
         """Where record `index` came from, for messages: "train.jsonl, line 7" or "name:split, record 6"."""
-        return _place(self.raw, self._indices[index])
+        return self.raw.place(self._indices[index])
+
+    def identity(self) -> str | None:
+        """What the records follow from, as text: their source by its content, and which of it in what form; or None."""
+        source = self.raw.identity()
+        if source is None:
+            return None
+        indices = hashlib.blake2b(array("q", self._indices)).hexdigest()
+        return json.dumps([source, self.form, dict(self.columns), indices])
 
     def select(self, indices: Sequence[int]) -> Records:
         """The records at `indices`, in that order; nothing is copied."""
-        return Records(self.raw, self.form, [self._indices[index] for index in indices])
+        return Records(self.raw, self.form, [self._indices[index] for index in indices], self.columns)
 
 
-def load_records(source: str | os.PathLike[str], form: str | None = None) -> Records:
+def load_records(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    check: bool = True,
+) -> Records:
     """Read a data set and check every record. Every rank calls it; all read the same and raise the same.
 
-    source: a `.jsonl` or `.json` file, a directory of `datasets.save_to_disk`, or a hub name, "name:split".
-    form: "instruction", "chat" or "text"; None takes the form of the first record. All records must have it.
+    source: a file, directory, glob, saved data set or hub name, or several, with weights or without; see `sources`.
+    form: "instruction", "chat", "continuation" or "text"; None takes the form of the first record. All records must have it.
+    columns: {name in the source: key of the form}, for sources that use other names.
+    check: read every record now; else a bad one is an error when it is read.
 
     Raises: DataError, naming the file and the line (or the record), for anything that cannot be used;
     ConfigError for an unknown form.
     """
     if form is not None:
         check_form(form)
-    raw = read_source(source)
+    raw = read_sources(source)
     if form is None:
-        form = detect_form(raw.rows[0], _place(raw, 0))
-    records = Records(raw, form)
-    for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
-        pass
+        form = detect_form(_rename(raw.rows[0], columns or {}, raw.place(0)), raw.place(0))
+    records = Records(raw, form, columns=columns)
+    if check:
+        for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
+            pass
     return records
 
 
@@ -92,5 +121,13 @@ def train_validation_split(records: Records, validation_size: int | float, seed:
     )
 
 
-def _place(raw: RawRecords, index: int) -> str:
-    return f"{raw.name}, line {raw.lines[index]}" if raw.lines is not None else f"{raw.name}, record {index}"
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    if not columns:
+        return row
+    for name, key in columns.items():
+        if name not in row:
+            raise DataError(f"{where}: no '{name}', which is to be read as '{key}'. It has {', '.join(map(repr, row))}.")
+        if key in row and key not in columns and row[key] is not None:
+            raise DataError(f"{where}: '{name}' is to be read as '{key}', which the record has too. Choose one of them.")
+    rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
+    return rest | {key: row[name] for name, key in columns.items()}

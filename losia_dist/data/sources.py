@@ -1,97 +1,151 @@
-"""Reading raw records: a JSON Lines file, a JSON file, a saved `datasets` directory, or a name on the Hugging Face hub.
-
-JSON is parsed here, not by `datasets`, so that an error can name the file and the line a person has to open.
-"""
+"""What --train_file names: files, directories, globs, data sets saved by `datasets` or on the hub; parts and mixes of them."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
+import math
 import os
+import random
+import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from losia_dist.errors import DataError
+from losia_dist.data.files import SUFFIXES, RawRecords, Table, digest_of, kind_of, read_file
+from losia_dist.errors import ConfigError, DataError
 
 DEFAULT_SPLIT = "train"
+_SLICE = re.compile(r"^(?P<rest>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
+_WEIGHT = re.compile(r"^(?P<rest>.+):(?P<weight>\d+(\.\d+)?|\.\d+)$")
+_GLOB = re.compile(r"[*?\[]")
 
 
-class RawRecords(NamedTuple):
-    """Raw records, not yet checked. `rows[i]` is what the source holds; `lines[i]` its 1-based line, if it has one."""
+class Joined(RawRecords):
+    """Records of several sources as one: `picks[k]` of `parts[k]`, one part after the other."""
 
-    rows: Sequence[Any]
-    name: str
-    lines: array[int] | None = None
+    def __init__(self, parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str) -> None:
+        self._parts, self._picks = parts, picks
+        self._ends = list(accumulate(len(pick) for pick in picks))
+        super().__init__(_JoinedRows(self), name)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def find(self, index: int) -> tuple[RawRecords, int]:
+        """The part that record `index` is in, and its index there."""
+        part = bisect_right(self._ends, index)
+        return self._parts[part], self._picks[part][index - self._ends[part] + len(self._picks[part])]
+
+    def place(self, index: int) -> str:
+        part, at = self.find(index)
+        return part.place(at)
+
+    def identity(self) -> str | None:
+        parts = [part.identity() for part in self._parts]
+        if any(part is None for part in parts):
+            return None
+        picks = [hashlib.blake2b(array("q", pick)).hexdigest() for pick in self._picks]
+        return json.dumps([parts, picks])
 
 
-def read_source(source: str | os.PathLike[str]) -> RawRecords:
-    """Read `source`: a `.jsonl` or `.json` file, a directory of `datasets.save_to_disk`, or a hub name.
+class _JoinedRows(Sequence[Any]):
+    def __init__(self, joined: Joined) -> None:
+        self._joined = joined
 
-    A directory and a hub name take an optional split, "name:split" (default "train"); a hub name that has several
-    configurations is "name:configuration:split". Every rank calls this and reads the same, so that every rank
-    raises the same error.
+    def __len__(self) -> int:
+        return len(self._joined)
 
-    Raises: DataError when the source is missing, malformed or empty.
+    def __getitem__(self, index: Any) -> Any:
+        part, at = self._joined.find(index)
+        return part.rows[at]
+
+
+class _Named(NamedTuple):
+    """A source as it was written: what to read, the part of it, and its share of the mix."""
+
+    text: str
+    part: slice
+    weight: float | None
+
+
+def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RawRecords:
+    """Read one source or several. Every rank calls it and reads the same, so that every rank raises the same error.
+
+    A source is a file (`files.SUFFIXES`, each also .gz or .zst), a directory or glob of such files, a directory of
+    `datasets.save_to_disk`, or a hub name; the last two take a split, "name:split" (default "train"), or
+    "name:configuration:split". `[start:stop]` behind it takes a part of its records.
+
+    Several are read one after the other. With weights, "a.jsonl:0.7 b.jsonl:0.3", they are mixed in these shares: as many
+    records as there can be without one that repeats, drawn from each, the same on every rank and at every start.
+
+    Raises: DataError when a source is missing, malformed or empty; ConfigError for weights that cannot be.
     """
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json"):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file. Give the path of an existing .jsonl or .json file.")
-        raw = _read_json_lines(path) if path.suffix == ".jsonl" else _read_json(path)
-    elif path.is_file():
-        raise DataError(f"{path}: cannot read a '{path.suffix}' file. Convert it to .jsonl: one JSON object on each line.")
-    else:
-        raw = _read_with_datasets(str(source))
+    several = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    named = [_parse(str(source)) for source in several]
+    weights = [one.weight for one in named if one.weight is not None]
+    if weights and (len(weights) != len(named) or not all(weights)):
+        raise ConfigError(
+            f"{' '.join(map(str, several))}: give every source a weight above 0, as in a.jsonl:0.7 b.jsonl:0.3, or none."
+        )
+    read = [_read(one) for one in named]
+    if len(read) == 1:
+        return read[0]
+    picks: list[Sequence[int]] = [range(len(raw.rows)) for raw in read]
+    if weights:
+        whole = min(len(raw.rows) / weight for raw, weight in zip(read, weights, strict=True))
+        counts = [max(1, math.floor(whole * weight + 1e-9)) for weight in weights]
+        picks = [sorted(random.Random(0).sample(pick, count)) for pick, count in zip(picks, counts, strict=True)]
+    return Joined(read, picks, " ".join(str(source) for source in several))
+
+
+def _parse(text: str) -> _Named:
+    weight, part = None, slice(None)
+    if not Path(text).exists():
+        if found := _WEIGHT.match(text):
+            text, weight = found["rest"], float(found["weight"])
+        if found := _SLICE.match(text):
+            text = found["rest"]
+            part = slice(*(int(found[key]) if found[key] else None for key in ("start", "stop")))
+    return _Named(text, part, weight)
+
+
+def _read(named: _Named) -> RawRecords:
+    raw = _read_whole(named.text)
+    if named.part != slice(None):
+        name = f"{named.text}[{named.part.start or ''}:{'' if named.part.stop is None else named.part.stop}]"
+        raw = Joined([raw], [range(len(raw.rows))[named.part]], name)
     if len(raw.rows) == 0:
         raise DataError(f"{raw.name}: the data set is empty. Give a source with at least one record.")
     return raw
 
 
-def _read_json_lines(path: Path) -> RawRecords:
-    rows: list[dict[str, Any]] = []
-    lines = array("q")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue  # blank lines are common at the end of hand-edited files and carry no record
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}: malformed JSON: {error.msg} (column {error.colno}). Each line must be one JSON object."
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected a JSON object, got {_kind(row)}. Each line must be one JSON object.")
-            rows.append(row)
-            lines.append(number)
-    return RawRecords(rows, str(path), lines)
+def _read_whole(source: str) -> RawRecords:
+    path = Path(source)
+    if path.is_file():
+        return read_file(path)
+    if path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _read_many(sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file)), source)
+    if not path.is_dir() and _GLOB.search(source):
+        return _read_many(sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()), source)
+    if kind_of(path) is not None:
+        raise DataError(f"{path}: no such file. Give the path of an existing file.")
+    return _read_with_datasets(source)
 
 
-def _read_json(path: Path) -> RawRecords:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        hint = " If it has one object on each line, name it .jsonl." if error.msg == "Extra data" else ""
-        raise DataError(f"{path}, line {error.lineno}: malformed JSON: {error.msg} (column {error.colno}).{hint}") from error
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: a .json file must hold a list of objects, got {_kind(rows)}. "
-            "If it has one object on each line, name it .jsonl."
-        )
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, record {index}: expected a JSON object, got {_kind(row)}.")
-    return RawRecords(rows, str(path))
+def _read_many(files: list[Path], source: str) -> RawRecords:
+    if not files:
+        raise DataError(f"{source}: no file of records there ({', '.join(SUFFIXES)}), and no data set that was saved.")
+    parts = [raw for raw in map(read_file, files) if len(raw.rows)]
+    return Joined(parts, [range(len(part.rows)) for part in parts], source) if parts else RawRecords([], source)
 
 
 def _read_with_datasets(source: str) -> RawRecords:
-    import datasets  # imported late: it takes a second, and JSON files do not need it
+    import datasets  # imported late: it takes a second, and files of text do not need it
 
     name, *rest = source.split(":") if not Path(source).exists() else [source]
     if Path(name).is_dir():
@@ -100,13 +154,15 @@ def _read_with_datasets(source: str) -> RawRecords:
         except Exception as error:  # the reader raises many types for a directory that it did not write
             raise DataError(
                 f"{name}: not a directory written by datasets' save_to_disk, or without records ({error}). "
-                "Give such a directory, or a .jsonl file."
+                "Give such a directory, or files of records."
             ) from error
         if isinstance(loaded, datasets.DatasetDict):
             loaded = _choose_split(loaded, name, rest)
         elif rest:
             raise DataError(f"{source}: {name} holds one data set without splits. Leave out ':{':'.join(rest)}'.")
-        return RawRecords(loaded, source)
+        files = sorted(file for file in Path(name).rglob("*") if file.is_file())
+        split = ":".join(rest)
+        return RawRecords(Table(loaded), source, identify=lambda: split + "".join(map(digest_of, files)))
 
     if Path(name).is_absolute() or name.startswith((".", "~")) or not name:
         raise DataError(f"{source}: no such file or directory.")
@@ -121,7 +177,7 @@ def _read_with_datasets(source: str) -> RawRecords:
             f"{source}: no such file or directory, and reading it as the data set '{name}' (split '{split}') from the "
             f"Hugging Face hub failed: {type(error).__name__}: {error}. Check the name, the split and the network."
         ) from error
-    return RawRecords(loaded, source)
+    return RawRecords(Table(loaded), source, identify=lambda: loaded._fingerprint)
 
 
 def _choose_split(loaded: Any, name: str, rest: list[str]) -> Any:
@@ -130,15 +186,3 @@ def _choose_split(loaded: Any, name: str, rest: list[str]) -> Any:
         choices = ", ".join(f"'{name}:{choice}'" for choice in sorted(loaded))
         raise DataError(f"{name}: no split '{split}'. Give one of {choices}.")
     return loaded[split]
-
-
-def _kind(value: Any) -> str:
-    names = {
-        list: "a list",
-        str: "a string",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        dict: "an object",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from losia_dist.config import LoSiAConfig
-from losia_dist.data import build_dataset, load_records, prepare_for_packing, train_validation_split
+from losia_dist.data import prepare_for_packing
 from losia_dist.errors import ConfigError
 from losia_dist.loss import use_chunked_loss, use_liger_loss
 from losia_dist.model import get_losia_model
 from losia_dist.training.choice import EngineChoice
+from losia_dist.training.data import RunData
 from losia_dist.training.environment import Place
 from losia_dist.training.weights.empty import check_buffers, parameters_on_meta
 from losia_dist.training.weights.files import ReadWhole, find_weights
@@ -31,6 +32,7 @@ from losia_dist.training.weights.streamed import StreamedWeights, missing_messag
 class Inputs:
     """What a run starts from. flatten: whether packed rows must be laid end to end. use_cache: as the model came.
 
+    template_date: the day that the chat template writes, if it writes one.
     weights: where the engine reads the model's values from, which is on the meta device then; None: the model has them (all
     ranks', or rank 0's alone for FSDP2). notes: what is to be said about the loading.
     """
@@ -41,6 +43,7 @@ class Inputs:
     model: Any
     flatten: bool
     use_cache: bool
+    template_date: str | None = None
     weights: StreamedWeights | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -59,17 +62,14 @@ class Inputs:
         }
 
 
-def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, place: Place) -> Inputs:
-    """Read everything, check that the output can be written, and convert the model.
+def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, place: Place, data: RunData) -> Inputs:
+    """Read the model and convert it.
 
     Raises:
         LoSiAError: something is missing, malformed, or does not fit.
     """
-    if place.rank == 0:
-        _check_writable(Path(options.output_dir))
-    else:
+    if place.rank != 0:
         disable_progress_bar()  # of reading the weights, which every rank would show
-    tokenizer, train, held_out = _load_data(options)
     torch.manual_seed(options.seed)
     model, weights, notes = load_model(options, choice, place)
     use_cache = model.config.use_cache
@@ -80,10 +80,12 @@ def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: Engine
         use_chunked_loss(model, options.loss_chunk)
     elif options.loss == "liger":
         use_liger_loss(model)
-    return Inputs(tokenizer, train, held_out, model, flatten, use_cache, weights, notes)
+    notes = data.notes + notes
+    return Inputs(data.tokenizer, data.train, data.held_out, model, flatten, use_cache, data.template_date, weights, notes)
 
 
-def _check_writable(directory: Path) -> None:
+def check_writable(directory: Path) -> None:
+    """Raises: ConfigError when the output cannot be written there."""
     probe = directory / f".probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -93,22 +95,6 @@ def _check_writable(directory: Path) -> None:
         raise ConfigError(
             f"--output_dir {directory} cannot be written: {error.strerror}. Give a directory that can be made or written."
         ) from error
-
-
-def _load_data(options: argparse.Namespace) -> tuple[Any, Any, Any | None]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-        model_config = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--model {options.model}: no model and tokenizer could be read: {error}") from error
-    records = load_records(options.train_file, form=options.form)
-    held_out = load_records(options.eval_file, form=options.form) if options.eval_file else None
-    if held_out is None and options.validation_size:
-        records, held_out = train_validation_split(records, options.validation_size, options.seed)
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    common = {"context_length": context, "overlong": options.overlong, "packing": options.packing}
-    train = build_dataset(records, tokenizer, options.max_length, **common)
-    return tokenizer, train, None if held_out is None else build_dataset(held_out, tokenizer, options.max_length, **common)
 
 
 def load_model(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from datetime import date
 
 from losia_dist.cli.arguments import add_config_arguments
 from losia_dist.config import LoSiAConfig
+from losia_dist.data.forms import FORMS
 from losia_dist.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp32")
@@ -18,18 +20,50 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     """Every option of the training script; units and defaults are in the help texts."""
     model = parser.add_argument_group("model and data")
     model.add_argument("--model", required=True, help="directory or hub name of a causal language model")
-    model.add_argument("--train_file", required=True, help=".jsonl or .json file, saved data set, or hub name[:split]")
-    model.add_argument("--eval_file", help="held-out data in the same forms; without it, --validation_size is split off")
+    model.add_argument(
+        "--train_file",
+        required=True,
+        nargs="+",
+        metavar="SOURCE",
+        help="files (.jsonl, .json, .parquet, .csv, .tsv, .txt; also .gz, .zst), directories, globs, saved data sets, hub "
+        "names[:split]; each with [start:stop] for a part, and with :WEIGHT for its share of a mix",
+    )
+    model.add_argument(
+        "--eval_file",
+        nargs="+",
+        metavar="SOURCE",
+        help="held-out data in the same forms; without it, --validation_size is split off",
+    )
     model.add_argument(
         "--validation_size", type=_count_or_share, default=0.0, help="held-out records (1 and more) or their share (0.05)"
     )
-    model.add_argument("--form", choices=("instruction", "chat", "text"), help="form of the records (default: detected)")
+    model.add_argument("--form", choices=FORMS, help="form of the records (default: detected)")
+    model.add_argument(
+        "--columns", nargs="+", metavar="NAME=KEY", help="other names of a form's keys: question=instruction answer=output"
+    )
+    model.add_argument(
+        "--chat_template",
+        metavar="FILE|trl",
+        help="Jinja file in place of the tokenizer's template, saved with the model; trl: TRL's training template for the "
+        "tokenizer's, for training alone",
+    )
+    model.add_argument(
+        "--template_date",
+        metavar="YYYY-MM-DD",
+        help="what a chat template that writes the date takes for today (the day of the first start, kept when it is resumed)",
+    )
     model.add_argument("--max_length", type=int, default=1024, help="tokens per example, or per packed row (1024)")
     model.add_argument(
         "--overlong",
         choices=("truncate", "drop", "error"),
         default="truncate",
         help="what to do with longer records (truncate)",
+    )
+    model.add_argument(
+        "--data_cache",
+        metavar="DIRECTORY|off",
+        help="where tokenized data is kept, to be found again at the next start; off: in each rank's memory "
+        "($LOSIA_DATA_CACHE, or ~/.cache/losia_dist/data)",
     )
     model.add_argument("--packing", action="store_true", help="fill rows of max_length with several records")
     model.add_argument("--attn_implementation", help="attention of Transformers, for example sdpa or flash_attention_2")
@@ -133,6 +167,7 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
         _at_least(options, "loss_chunk", 1)
         if options.loss != "chunked":
             raise ConfigError("--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out.")
+    _check_data(options)
     _check_reporting(options)
     _check_engine(options)
     _check_checkpoints(options)
@@ -141,6 +176,25 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     if not options.losia:
         return None
     return LoSiAConfig.from_file(options.losia_config) if options.losia_config else LoSiAConfig()
+
+
+def parse_columns(given: list[str] | None) -> dict[str, str] | None:
+    """--columns as {name in the file: name of a form}. Raises: ConfigError."""
+    columns = dict(pair.split("=", 1) for pair in given or [] if "=" in pair)
+    if len(columns) != len(given or []) or not all(columns) or not all(columns.values()):
+        raise ConfigError(
+            f"--columns {' '.join(given or [])}: give the file's names and the form's: question=instruction answer=output."
+        )
+    return columns or None
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    parse_columns(options.columns)
+    if options.template_date is not None:
+        try:
+            date.fromisoformat(options.template_date)
+        except ValueError:
+            raise ConfigError(f"--template_date {options.template_date}: give a day as YYYY-MM-DD.") from None
 
 
 def _check_reporting(options: argparse.Namespace) -> None:

@@ -33,10 +33,11 @@ from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.training.calibrate import locate_first_subnets
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.choice import EngineChoice, choose_engine
+from losia_dist.training.data import choose_template_date, load_data
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.training.environment import Place
 from losia_dist.training.fsdp import shard
-from losia_dist.training.loading import load
+from losia_dist.training.loading import check_writable, load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
@@ -69,7 +70,11 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     output = OutputDirectory(options)
     checkpoints = Checkpoints(options, output, agreement)
     checkpoints.choose()
-    inputs = agreement.attempt(None, lambda: load(options, config, choice, place))
+    saved = checkpoints.source.extra["trajectory"] if checkpoints.source is not None else None
+    day = agreement.on_first(None, lambda: choose_template_date(options, saved))  # ranks may start on two sides of midnight
+    agreement.on_first(None, lambda: check_writable(Path(options.output_dir)))
+    data = load_data(options, agreement, day)
+    inputs = agreement.attempt(None, lambda: load(options, config, choice, place, data))
     check_same_on_all_ranks("the data", inputs.fingerprint(), words)
     prints = agreement.attempt(None, inputs.weights_fingerprint)
     check_same_on_all_ranks("the model's files", prints, words)
@@ -77,7 +82,8 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
     steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
-    checkpoints.check(describe(options, choice.precision, inputs.fingerprint(), len(inputs.train), steps, place.world_size))
+    followed = {"template_date": inputs.template_date, **inputs.fingerprint()}
+    checkpoints.check(describe(options, choice.precision, followed, len(inputs.train), steps, place.world_size))
     run = _start(inputs.model, config, choice, options, place, steps, inputs.weights, agreement)
     subnets = SubnetLog(run.losia) if run.losia is not None and place.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
@@ -92,6 +98,7 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         "steps": steps,
         "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters() if p.requires_grad),
         "data": str(inputs.train.report()),
+        "data_from": data.origin,
     }
     agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
     log = RunLog(output.path, steps, enabled=place.rank == 0, begun=begun, continues=continues)
@@ -99,6 +106,8 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         f"{summary['method']}, {run.name}, {choice.precision}, {place.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
     )
+    agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
+    log.say(f"data {data.origin}")
     log.follow(subnets, continues)
     if source is None and run.losia is not None and not run.losia.located:
         log.say(locate_first_subnets(run, loader))

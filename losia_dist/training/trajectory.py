@@ -11,6 +11,7 @@ from losia_dist.errors import ConfigError
 
 # name in the checkpoint -> what a user changes
 _OPTIONS = {
+    "template_date": "the date that the chat template writes (--template_date)",
     "learning_rate": "--learning_rate",
     "min_lr_ratio": "--min_lr_ratio",
     "weight_decay": "--weight_decay",
@@ -54,7 +55,7 @@ def describe(
     """Plain values that a run and the one that resumes it must share.
 
     Args:
-        data: fingerprints of the data, as `Inputs.fingerprint` gives them.
+        data: fingerprints of the data, as `Inputs.fingerprint` gives them, and the date that the chat template writes.
         examples: in the training data.
     """
     at_once = options.micro_batch * world_size

@@ -1,12 +1,14 @@
 """From records to tokens: which tokens carry loss, what happens to long records, and what the report says."""
 
 import json
+from random import Random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from losia_dist.data import build_dataset, load_records
+from losia_dist.data.encoding import _tokens_of
 from losia_dist.errors import ConfigError, DataError
 
 CHATML = (
@@ -187,10 +189,74 @@ def test_examples_are_int64_and_start_without_loss(records):
         assert example["labels"][0] == -100
 
 
-def test_a_template_that_rewrites_earlier_messages_is_refused(records):
+def test_a_template_that_rewrites_earlier_messages_is_learned_as_it_writes_the_whole_chat(records):
     tokenizer = make_tokenizer(REWRITES_HISTORY)
-    with pytest.raises(DataError, match=r"data.jsonl, line 1: .*not prefix-stable.*set tokenizer.chat_template"):
-        build_dataset(records(CHAT), tokenizer, 200)
+    example = build_dataset(records(CHAT), tokenizer, 200)[0]
+    assert learned_texts(tokenizer, example) == ["Red.<|im_end|>", "thought Blue.<|im_end|>"]
+    assert whole_text(tokenizer, example) == tokenizer.apply_chat_template(CHAT["messages"], tokenize=False)
+
+
+def test_a_tokenizer_that_gives_no_offsets_marks_the_same_tokens(records, monkeypatch):
+    tokenizer = make_tokenizer(BRACKETS, bos_token="<s>")
+    expected = build_dataset(records(CHAT), tokenizer, 200)
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: BatchEncoding(dict(call(*args, **kwargs))))
+    assert build_dataset(records(CHAT), tokenizer, 200).fingerprint() == expected.fingerprint()
+
+
+def test_spaces_and_characters_of_several_tokens_at_the_ends_of_answers_are_learned(records):
+    tokenizer = make_tokenizer(NO_END_OF_TURN)
+    turns = [{"role": "user", "content": "Name a color."}, {"role": "assistant", "content": "\u2728 Red.   \U0001f600  "}]
+    example = build_dataset(records({"messages": turns}), tokenizer, 200)[0]
+    assert learned_texts(tokenizer, example) == ["\u2728 Red.   \U0001f600  \n<|im_end|>"]
+
+
+def test_tokens_of_any_span_of_any_text(records):
+    """Against the ranges of characters that all tokens have, of texts whose spaces and characters are several tokens."""
+    random = Random(0)
+    tokenizer = make_tokenizer()
+    for _ in range(200):
+        text = "".join(random.choice([" ", "  ", "\n", "Red", "a", "\U0001f600", "\u00e9", "<|im_end|>"]) for _ in range(12))
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets, count = encoded["offset_mapping"], len(encoded["input_ids"])
+        starts = [min(start, offsets[at - 1][1] if at else 0) for at, (start, _) in enumerate(offsets)]
+        begin, end = sorted(random.sample(range(len(text) + 1), 2))
+        expected = [at for at in range(count) if offsets[at][1] > begin and starts[at] < end]
+        assert list(range(*_tokens_of((begin, end), encoded.encodings[0], count))) == expected, (text, begin, end)
+
+
+def test_a_special_token_inside_an_answer_does_not_end_it(records):
+    for template, end in ((CHATML, "<|im_end|>"), (NO_END_OF_TURN, "\n<|im_end|>")):
+        tokenizer = make_tokenizer(template)
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "say <|im_start|> or <s> twice"}]
+        example = build_dataset(records({"messages": turns}), tokenizer, 200)[0]
+        assert learned_texts(tokenizer, example)[0].strip() == f"say <|im_start|> or <s> twice{end}".strip()
+
+
+@pytest.mark.parametrize("form", ["text", "instruction", "continuation", "chat"])
+def test_records_that_bring_bos_or_eos_get_no_second_ones(records, form):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(CHATML if form == "chat" else None, bos_token="<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    row = {
+        "text": {"text": "<s>Red.<|im_end|>\n"},
+        "instruction": {**INSTRUCTION, "output": "Red.<|im_end|>"},
+        "continuation": {"prompt": "<s>Name a color.", "completion": "Red.<|im_end|>"},
+        "chat": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Red.<|im_end|>\n"}]},
+    }[form]
+    text = whole_text(tokenizer, build_dataset(records(row), tokenizer, 400)[0])
+    assert text.count("Red.<|im_end|>") == 1 and "<|im_end|><|im_end|>" not in text.replace("\n", "")
+    assert text.count("<s>") == (form != "chat")
+
+
+def test_a_continuation_is_learned_from_where_the_prompt_ends(records):
+    tokenizer = make_tokenizer()
+    example = build_dataset(records({"prompt": "Name a color.", "completion": " Red."}), tokenizer, 200)[0]
+    assert whole_text(tokenizer, example) == "Name a color. Red.<|im_end|>"
+    assert learned_texts(tokenizer, example) == [" Red.<|im_end|>"]
 
 
 def test_chats_need_a_chat_template(records):

@@ -61,10 +61,11 @@ def test_hub_names_take_a_split_and_a_configuration(monkeypatch, name, arguments
     assert asked == [arguments]
 
 
-@pytest.mark.parametrize("answer", ["response", "completion"])
-def test_prompt_and_answer_keys_are_instructions(tmp_path, answer):
-    records = load_records(write(tmp_path / "data.jsonl", {"prompt": "Hi", answer: "Hello"}))
+def test_prompt_and_response_are_an_instruction_and_completions_go_on(tmp_path):
+    records = load_records(write(tmp_path / "data.jsonl", {"prompt": "Hi", "response": "Hello"}))
     assert list(records) == [{"instruction": "Hi", "input": "", "output": "Hello"}]
+    records = load_records(write(tmp_path / "more.jsonl", {"prompt": "Hi", "completion": " there"}))
+    assert (records.form, list(records)) == ("continuation", [{"prompt": "Hi", "completion": " there"}])
 
 
 def test_form_overrides_what_the_first_record_suggests(tmp_path):
@@ -112,12 +113,12 @@ BAD_THIRD_LINES = {
     "role": (
         CHAT,
         {"messages": [CHAT["messages"][0], {"role": "bot", "content": "a"}]},
-        [MESSAGE + ": unknown role 'bot'", "'system', 'user', 'assistant', 'tool'"],
+        [MESSAGE + ": unknown role 'bot'", "'system', 'developer', 'user', 'assistant', 'tool'"],
     ),
     "content": (
         CHAT,
         {"messages": [CHAT["messages"][0], {"role": "assistant", "content": ["a"]}]},
-        [MESSAGE + ": 'content' must be a string, got list"],
+        [MESSAGE + ": 'content' must be a string, or a list of {type: text, text}, got list"],
     ),
     "no assistant": (
         CHAT,
@@ -165,8 +166,8 @@ def test_a_first_record_of_no_form_lists_the_forms(tmp_path):
     [
         ("", r"data.json, line 1: malformed JSON"),
         ('[\n{"text": "a"},\n{"text" "b"}]', r"data.json, line 3: malformed JSON"),
-        ('{"text": "a"}\n{"text": "b"}', r"data.json, line 2: .*name it \.jsonl"),
-        ('{"text": "a"}', r"must hold a list of objects, got an object.*name it \.jsonl"),
+        ('{"text": "a"}\n{"text" "b"}', r"data.json, line 2: malformed JSON"),
+        ("3", r"data.json: a .json file must hold a list of objects, or one on each line, got a number"),
         ('[{"text": "a"}, 3]', r"data.json, record 1: expected a JSON object, got a number"),
         ("[]", r"data.json: the data set is empty"),
     ],
@@ -195,8 +196,10 @@ def test_sources_that_do_not_exist_are_explained(tmp_path, monkeypatch):
         load_records(tmp_path / "absent.jsonl")
     with pytest.raises(DataError, match=r"absent: no such file or directory"):
         load_records(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"cannot read a '.csv' file. Convert it to .jsonl"):
-        load_records(write(tmp_path / "data.csv", "a,b"))
+    with pytest.raises(
+        DataError, match=r"data.docx: cannot read a '.docx' file. Convert it to one of .jsonl, .*each also .gz, .zst"
+    ):
+        load_records(write(tmp_path / "data.docx", "a,b"))
     with pytest.raises(DataError, match=r"write a hub data set as"):
         load_records("a:b:c:d")
 
@@ -210,7 +213,7 @@ def test_sources_that_do_not_exist_are_explained(tmp_path, monkeypatch):
 
 def test_directories_and_splits_that_do_not_fit_are_explained(tmp_path):
     (tmp_path / "other").mkdir()
-    with pytest.raises(DataError, match=r"other: not a directory written by datasets' save_to_disk"):
+    with pytest.raises(DataError, match=r"other: no file of records there .*no data set that was saved"):
         load_records(tmp_path / "other")
     saved = datasets.Dataset.from_list([TEXT])
     saved.save_to_disk(tmp_path / "plain")
@@ -222,7 +225,9 @@ def test_directories_and_splits_that_do_not_fit_are_explained(tmp_path):
 
 
 def test_an_unknown_form_is_a_setting_error(tmp_path):
-    with pytest.raises(ConfigError, match="form='alpaca' is unknown. Give one of 'instruction', 'chat', 'text'"):
+    with pytest.raises(
+        ConfigError, match="form='alpaca' is unknown. Give one of 'instruction', 'chat', 'continuation', 'text'"
+    ):
         load_records(write(tmp_path / "data.jsonl", TEXT), form="alpaca")
 
 

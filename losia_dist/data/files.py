@@ -1,0 +1,271 @@
+"""Reading one file of records. `datasets` reads tables; JSON and text are read here, so that an error can name the line.
+
+A `.jsonl` or `.txt` file stays on disk: kept is where its lines begin, and a record is parsed when it is asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from losia_dist.errors import DataError
+
+# suffix -> the reader of `datasets`, and its options. Texts stay texts: an answer "007" is no number, and "NA" is not missing.
+_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".csv": ("csv", {"keep_default_na": False, "sep": ","}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
+}
+_LINES = (".jsonl", ".ndjson", ".txt")
+SUFFIXES = (*_LINES, ".json", *_TABLES)
+COMPRESSED = (".gz", ".zst")
+
+
+class RawRecords:
+    """Raw records, not yet checked. `rows[i]` is what the source holds; `lines[i]` its 1-based line, if it has one."""
+
+    def __init__(
+        self, rows: Sequence[Any], name: str, lines: array[int] | None = None, identify: Callable[[], str] | None = None
+    ) -> None:
+        self._identify = identify
+        self.rows = rows
+        self.name = name
+        self.lines = lines
+
+    def place(self, index: int) -> str:
+        """Where record `index` came from, for messages."""
+        return f"{self.name}, line {self.lines[index]}" if self.lines is not None else f"{self.name}, record {index}"
+
+    def identity(self) -> str | None:
+        """A text that is another one when the records are others, or None if there is no such text."""
+        return self._identify() if self._identify is not None else None
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that says how to read `path`, that of a compression left out; None when it cannot be read."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED] if path.suffix in COMPRESSED else path.suffixes
+    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+
+
+def read_file(path: Path) -> RawRecords:
+    """The records of one file. Raises: DataError naming the file, and the line where there is one."""
+    raw = _read_file(path)
+    raw._identify = lambda: f"{kind_of(path)} {digest_of(path)}"
+    return raw
+
+
+def digest_of(path: Path) -> str:
+    """A hash of a file's content."""
+    digest = hashlib.blake2b()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_file(path: Path) -> RawRecords:
+    kind = kind_of(path)
+    if kind is None:
+        known = ", ".join(SUFFIXES)
+        raise DataError(
+            f"{path}: cannot read a '{path.suffix}' file. Convert it to one of {known} (each also {', '.join(COMPRESSED)})."
+        )
+    try:
+        if kind in _TABLES:
+            return _read_table(path, *_TABLES[kind])
+        with _opened(path) as file:
+            if kind == ".json":
+                return _read_json(path, file)
+            return _read_lines(path, file, _text_of if kind == ".txt" else _object_of)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}. Give a file that this user can read.") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without keys that are null. Columnar storage gives every object the keys of all others."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+class Table(Sequence[dict[str, Any]]):
+    """Rows of a data set of `datasets`, without nulls."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        return without_nulls(self._table[index])
+
+
+class _Lines(Sequence[Any]):
+    """Lines of a file that stays on disk, parsed when they are read. Nothing of it is mapped: memory does not grow with it."""
+
+    def __init__(self, file: IO[bytes], parse: Callable[[bytes, str], Any], name: str) -> None:
+        self._file = file
+        self._parse = parse
+        self._name = name
+        self._starts, self.numbers = array("q"), array("q")
+        self._sizes = array("q")
+        at = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip(b" \t\r\n\xef\xbb\xbf"):  # blank lines are common at the end of hand-edited files
+                self._starts.append(at)
+                self._sizes.append(len(line))
+                self.numbers.append(number)
+            at += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        line = os.pread(self._file.fileno(), self._sizes[index], self._starts[index])
+        if len(line) != self._sizes[index]:
+            raise DataError(f"{self._name}: became shorter while it was read. Leave it as it is during a run.")
+        number = self.numbers[index]
+        return self._parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{self._name}, line {number}")
+
+
+def _read_lines(path: Path, file: IO[bytes], parse: Callable[[bytes, str], Any]) -> RawRecords:
+    copy = os.fdopen(os.dup(file.fileno()), "rb")  # outlives the caller's file
+    copy.seek(0)
+    lines = _Lines(copy, parse, str(path))
+    return RawRecords(lines, str(path), lines.numbers)
+
+
+def _object_of(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(_decode(line, where))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: malformed JSON: {error.msg} (column {error.colno}). Each line must be one JSON object."
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {_kind(row)}. Each line must be one JSON object.")
+    return row
+
+
+def _text_of(line: bytes, where: str) -> dict[str, Any]:
+    return {"text": _decode(line, where)}
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+
+
+def _read_json(path: Path, file: IO[bytes]) -> RawRecords:
+    try:
+        rows = json.loads(file.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # an object on each line
+            return _read_lines(path, file, _object_of)
+        raise DataError(f"{path}, line {error.lineno}: malformed JSON: {error.msg} (column {error.colno}).") from error
+    if isinstance(rows, dict):
+        return _read_lines(path, file, _object_of)
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a .json file must hold a list of objects, or one on each line, got {_kind(rows)}.")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, record {index}: expected a JSON object, got {_kind(row)}.")
+    return RawRecords(rows, str(path))
+
+
+def _read_table(path: Path, reader: str, options: dict[str, Any]) -> RawRecords:
+    import datasets  # imported late: it takes a second, and JSON files do not need it
+
+    bar = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        if path.suffix in COMPRESSED:
+            with tempfile.TemporaryDirectory() as directory:
+                whole = Path(directory) / f"whole.{reader}"
+                with _opened(path) as packed, whole.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+                options = {**options, "cache_dir": directory, "keep_in_memory": True}
+                table = _load(reader, whole, options)
+        else:
+            table = _load(reader, path, options)
+    except (DataError, PermissionError):
+        raise
+    except Exception as error:  # each reader has errors of its own
+        reasons = {str(reason).strip().splitlines()[0] for reason in (error, error.__cause__) if str(reason or "").strip()}
+        raise DataError(
+            f"{path}: cannot be read as {reader}: {'; '.join(sorted(reasons))}. Write the file anew: it is damaged, "
+            "cut short, or something else than its name says."
+        ) from error
+    finally:
+        if bar:
+            datasets.utils.logging.enable_progress_bar()
+    return RawRecords(Table(table), str(path))
+
+
+def _load(reader: str, path: Path, options: dict[str, Any]) -> Any:
+    import datasets
+
+    if reader == "csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(file, delimiter=options["sep"]), [])
+        options = {**options, "features": datasets.Features({name: datasets.Value("string") for name in names})}
+    return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+
+
+@contextmanager
+def _opened(path: Path) -> Any:
+    """The file's bytes, decompressed into a file without a name where it is compressed."""
+    if path.suffix not in COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as whole:
+        try:
+            if path.suffix == ".gz":
+                with gzip.open(path) as packed:
+                    shutil.copyfileobj(packed, whole)
+            else:
+                import pyarrow
+
+                with pyarrow.input_stream(str(path), compression="zstd") as packed:
+                    shutil.copyfileobj(packed, whole)
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
+                raise
+            raise DataError(
+                f"{path}: cannot be unpacked: {error}. It is damaged or cut short: copy or write it anew."
+            ) from error
+        whole.flush()
+        whole.seek(0)
+        yield whole
+
+
+def _kind(value: Any) -> str:
+    names = {
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        dict: "an object",
+    }
+    return "null" if value is None else names.get(type(value), type(value).__name__)
