@@ -240,6 +240,7 @@ class LoSiA:
         self._note_changes()
         check_same_subnets(self.layers, self.parameters, self.collectives)
         self._engagement = EngagementCheck(self.layers, self.state, self.collectives)
+        self._drift = DriftCheck(self.layers, self.parameters, self.collectives)
         self._open_slot()
         self.located = True
         self._tell("located", self.layers, choices)

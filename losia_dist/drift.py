@@ -7,6 +7,7 @@ from torch import Tensor
 
 from losia_dist.errors import DivergenceError
 from losia_dist.fingerprint import fingerprint
+from losia_dist.guard import check_agreement
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.subnet.linear import SubnetLinear
@@ -22,22 +23,26 @@ class DriftCheck:
     def __init__(self, layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
         self._layers, self._collectives = layers, collectives
         self._needless = collectives.world_size == 1 or not parameters.weight_is_resident
-        self._before: Tensor | None = None
+        self._before = torch.zeros(0) if self._needless else self._prints()
 
     def verify(self) -> bool:
         """Whether the check is done; call again after the next step if not.
 
         Raises:
-            DivergenceError: on every rank: the subnets differ, since no gradient was reduced.
+            DivergenceError: on every rank: the subnets differ, since no gradient was reduced, or as `check_relocalized`
+                where most ranks agree.
         """
         if self._needless:
             return True
-        mine = torch.stack([fingerprint(layer.subnet) for layer in self._layers])
-        changed = mine.new_zeros(1) if self._before is None else (mine != self._before).any().to(mine.dtype).view(1)
+        mine = self._prints()
+        changed = (mine != self._before).any().to(mine.dtype).view(1)
         self._before = mine
-        everyone = self._collectives.stack(torch.cat([mine, changed])).view(self._collectives.world_size, -1).tolist()
+        ranks = self._collectives.world_size
+        everyone = self._collectives.stack(torch.cat([mine, changed])).view(ranks, -1).tolist()
         for layer, values in zip(self._layers, zip(*everyone, strict=True), strict=False):
-            if len(set(values)) > 1:
+            if len(set(values)) > 1 and 2 * max(map(values.count, values)) > ranks:  # most are alike: one is faulty
+                check_agreement(self._layers, mine[:, None], ("values",), self._collectives)
+            elif len(set(values)) > 1:
                 raise DivergenceError(
                     f"the subnet of {layer.name} differs between ranks after an optimizer step: nothing reduces the gradients, "
                     "so that every rank trains a model of its own. The model is not wrapped: wrap it "
@@ -47,3 +52,6 @@ class DriftCheck:
                     "LoSiATrainer. Ranks that are to train models of their own: process_group=dist.new_group([rank])."
                 )
         return any(theirs[-1] for theirs in everyone)
+
+    def _prints(self) -> Tensor:
+        return torch.stack([fingerprint(layer.subnet) for layer in self._layers])

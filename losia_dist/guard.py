@@ -63,7 +63,7 @@ def check_relocalized(layers: list[SubnetLinear], prints: Tensor, collectives: R
         DivergenceError: on every rank, with the ranks that differ from most, the layers, and what differs in them.
     """
     parts = ("chosen places", "values left in the weight", "values read from the weight")
-    _check_agreement(layers, prints, parts, collectives)
+    check_agreement(layers, prints, parts, collectives)
 
 
 def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
@@ -84,7 +84,7 @@ def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, 
         values = parameters.read_whole(layer.subnet)  # one layer's at a time
         prints.append(subnet_prints(layer, values))
         rounded.append(loading_print(values).to(prints[0].device))
-    _check_agreement(layers, torch.stack(prints), ("places", "values"), collectives)
+    check_agreement(layers, torch.stack(prints), ("places", "values"), collectives)
     now = torch.stack(rounded)
     unknown = torch.zeros_like(now[0])  # converted on the meta device
     then = [unknown if layer.converted_print.is_meta else layer.converted_print.to(now.device) for layer in layers]
@@ -254,8 +254,12 @@ class EngagementCheck:
         return torch.zeros((), dtype=torch.int64) if fragment is None else fingerprint(fragment).cpu()
 
 
-def _check_agreement(layers: list[SubnetLinear], prints: Tensor, parts: tuple[str, ...], collectives: RowCollectives) -> None:
-    """prints [layers, parts]: raise on every rank unless all ranks hold the same."""
+def check_agreement(layers: list[SubnetLinear], prints: Tensor, parts: tuple[str, ...], collectives: RowCollectives) -> None:
+    """Raise on every rank unless all hold the same prints [layers, parts]; called by all ranks.
+
+    Raises:
+        DivergenceError: as `check_relocalized`.
+    """
     if collectives.world_size == 1:
         return
     everyone = collectives.stack(prints.reshape(-1)).view(collectives.world_size, *prints.shape).tolist()

@@ -95,7 +95,9 @@ def test_a_second_master_inside_the_first_is_seen_at_the_start(ranks):
 
 
 class HiddenMasters(LoSiAAdamW):
-    """Keeps fp32 values out of anybody's reach, from its first step on."""
+    """Keeps fp32 values out of anybody's reach, from its first step on, and passes for Adam, which is not tried."""
+
+    keeps_adam_state = True
 
     def step(self, closure=None):
         parameters = [p for group in self.param_groups for p in group["params"]]

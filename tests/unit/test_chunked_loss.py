@@ -202,7 +202,8 @@ def test_without_labels_and_in_evaluation_nothing_else_changes():
 
 
 def test_a_copy_of_the_model_trains_its_own_weights():
-    _, chunked = pair()
+    settings, config = HEADS["subnet"]
+    chunked = use_chunked_loss(get_losia_model(tiny_llama(**settings), LoSiAConfig(rank_factor=0.25, **config)), 5)
     twin = copy.deepcopy(chunked)
     with torch.no_grad():
         for p in chunked.parameters():
