@@ -8,7 +8,6 @@ read by the parsers that would read them. Commands that start several processes 
 import argparse
 import configparser
 import contextlib
-import inspect
 import os
 import re
 import runpy
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from losia_dist import export_model
 from losia_dist.cli.main import main, train_main
 from tests.support.documents import ROOT, Command, blocks, inline_commands, shown_commands, untold_blocks
 from tests.support.shown import make_place, run_python_block
@@ -66,8 +64,6 @@ def test_there_is_something_to_try():
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: f"{block.page.stem}:{PYTHON.index(block)}")
 def test_a_python_block_runs(block, ranks, tmp_path):
-    if "tokenizer=" in block.text and "tokenizer" not in inspect.signature(export_model).parameters:
-        pytest.skip("export_model takes no tokenizer yet")
     place = make_place(tmp_path)
     earlier = [other.text for other in PYTHON if other.page == block.page and other.line < block.line]
     for result in ranks(2, run_python_block, block.text, earlier, str(place), f"{block.page.name}, line {block.line}"):
