@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # DeepSpeed 0.19.8, ZeRO-3 with "reduce_scatter": false: a "gradient_predivide_factor" equal to the number of ranks halves the
-# gradients of two ranks. It divides by the factor before the sum, and multiplies by factor / ranks after it only where the two
-# differ ... seen with SGD at rate 1: the change of a weight is its gradient.
-# Seen (two ranks, gloo, CPU; the mean gradient is 1): factor 1 "changed by 1", factor 2 "changed by 0.5" (stage 3); stage 2 is right.
+# gradients of two ranks. They are divided by the factor, averaged over the ranks, and multiplied by the factor again only where it
+# is not the number of ranks. Seen with SGD at rate 1, where the change of a weight is its gradient; Adam would hide it.
+# Seen (two ranks, gloo, CPU; the mean gradient is 1): stage 3 with factor 1 "changed by 1", with factor 2
+# "changed by 0.5"; stage 2 both times "changed by 1".
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
