@@ -183,12 +183,6 @@ class LoSiA:
         check_copies(self.layers, thoroughly=bool(relocalized))
         if relocalized:
             self.check_latest_step()
-        if self._drift is not None and self._drift.verify():
-            self._drift = None
-        for accumulator in self._accumulators.values():
-            accumulator.end_step()
-        relocalized = self.clock.localizing if self.clock.in_last_step else []
-        check_copies(self.layers, thoroughly=bool(relocalized))
         moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
         for place, name in enumerate(relocalized):
             layers = [layer for layer in self.layers if layer.group_name == name]
