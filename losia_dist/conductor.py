@@ -39,7 +39,7 @@ from losia_dist.probe import FirstMove, check_masters
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
-from losia_dist.subnet.copied import check_copies
+from losia_dist.subnet.copied import copies_changed
 from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.subnet.operator import make_findable
@@ -162,6 +162,7 @@ class LoSiA:
 
         Raises:
             EngagementError: after the first step, if a subnet does not train.
+            UnsupportedError: something was averaged into a deep copy of the model (`subnet.copied`), on any rank.
             DivergenceError: the step's gradients were not finite (on a GPU said one step later, or before anything is saved);
                 after the first steps, if nothing reduces the ranks' gradients; at a slot's end, if ranks disagree or importance
                 is not finite. Same on every rank.
@@ -171,7 +172,7 @@ class LoSiA:
         self.rewarming.stepped = False
         self._note_changes()
         self.parameters.settle()
-        self._finite.end_step(self.steps + 1)
+        self._finite.end_step(self.steps + 1, copies_changed(self.layers, thoroughly=self.clock.in_last_step))
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
         if self._drift is not None and self._drift.verify():
@@ -180,7 +181,6 @@ class LoSiA:
         for accumulator in self._accumulators.values():
             accumulator.end_step()
         relocalized = self.clock.localizing if self.clock.in_last_step else []
-        check_copies(self.layers, thoroughly=bool(relocalized))
         if relocalized:
             self.check_latest_step()
         moved: list[tuple[list[SubnetLinear], list[Choice]]] = []

@@ -18,10 +18,14 @@ _ANSWER = "an answer that no template contains"
 
 
 def write_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Write a tokenizer or processor by its own `save_pretrained`; templates that were copied before give way to its own."""
-    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
-    for copied in directory.glob("chat_template.*"):
-        copied.unlink()
+    """Write a tokenizer or processor by its own `save_pretrained`; templates that were copied before give way to its own.
+
+    Where it has none, those stay: a processor's stands beside a tokenizer that knows nothing of it.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+        for copied in directory.glob("chat_template.*"):
+            copied.unlink()
     tokenizer.save_pretrained(str(directory))
 
 

@@ -20,8 +20,12 @@ from losia_dist.checkpoint.weight_files import INDEX, WEIGHTS, weight_map
 from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 
 SHARD_BYTES = 5_000_000_000
-# What from_pretrained looks for, in one file or several.
-_WEIGHTS = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+# What from_pretrained looks for, in one file or several; no other name (model_ema.safetensors) is touched.
+_WEIGHTS = tuple(
+    pattern
+    for name, end in (("model", "safetensors"), ("pytorch_model", "bin"))
+    for pattern in (f"{name}.{end}", f"{name}-[0-9]*-of-[0-9]*.{end}", f"{name}.{end}.index.json")
+)
 
 
 class ModelDirectory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from losia_dist.errors import DivergenceError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.optim.adamw import local_part
+from losia_dist.subnet.copied import changed_copy
 from losia_dist.subnet.groups import GROUP_KEY
 
 
@@ -38,13 +40,16 @@ class FiniteCheck:
         """Leave the optimizer as it was found."""
         self._handle.remove()
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, copies_changed: bool = False) -> None:
         """Called by all ranks after each optimizer step, which is number `step`, from 1.
 
+        copies_changed: of this rank's (`subnet.copied`); all ranks learn of it on the way.
+
         Raises:
+            UnsupportedError: some rank's copies were. Same on every rank.
             DivergenceError: gradients of this step (on a GPU: of the one before) were not finite. Same on every rank.
         """
-        before, self._told = self._told, self._agree(step)
+        before, self._told = self._told, self._agree(step, copies_changed)
         self._norms = {}
         if self._device.type == "cpu":
             self.settle()
@@ -71,9 +76,10 @@ class FiniteCheck:
             known = self._norms.get(group[GROUP_KEY])
             self._norms[group[GROUP_KEY]] = norm if known is None else torch.maximum(known, norm)
 
-    def _agree(self, step: int) -> tuple[int, Tensor, Any]:
+    def _agree(self, step: int, copies_changed: bool) -> tuple[int, Tensor, Any]:
         nothing = torch.zeros((), device=self._device)
         found = [self._norms.get(name, nothing).to(self._device, torch.float32, non_blocking=True) for name in self._names]
+        found.append(torch.full((), math.inf if copies_changed else 0.0, device=self._device))
         # As flags: a maximum over ranks may lose a NaN.
         flags = self._collectives.largest((~torch.isfinite(torch.stack(found))).to(torch.int32))
         if self._device.type == "cpu":
@@ -90,10 +96,13 @@ class FiniteCheck:
         step, flags, ready = told
         if ready is not None:
             ready.synchronize()
-        bad = [name or "what trains in full" for name, flag in zip(self._names, flags.tolist(), strict=True) if flag]
+        *found, copies_changed = flags.tolist()
+        bad = [name or "what trains in full" for name, flag in zip(self._names, found, strict=True) if flag]
         if bad:
             named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more groups" if len(bad) > 5 else "")
             raise _not_finite(f"the gradients of {named}", step)
+        if copies_changed:
+            raise changed_copy(f"seen after step {step}, of this rank or another")
 
 
 def refuse_skipped(step: int) -> None:

@@ -48,36 +48,44 @@ def note_state(layer: SubnetLinear) -> None:
     layer.copied = None if layer.subnet.is_meta else (layer.subnet._version, int(loading_print(_local(layer.subnet))))
 
 
-def check_copy(layer: SubnetLinear, thoroughly: bool = True) -> None:
-    """A copy's subnet must be what was copied. thoroughly: also what was written past the version counter (`.data`).
+def check_copy(layer: SubnetLinear) -> None:
+    """A copy's subnet must be what was copied.
 
     Raises:
         UnsupportedError: something was averaged, or otherwise written, into it.
     """
-    if layer.copied is None:
-        return
-    version, known = layer.copied
-    if not thoroughly and layer.subnet._version == version:
-        return
-    if int(loading_print(_local(layer.subnet))) != known:
-        raise UnsupportedError(
-            f"a deep copy of a model with subnets was changed since it was made ({layer.name}), by something that knows of no "
-            f"subnets. {HOW}"
-        )
-    layer.copied = layer.subnet._version, known
+    if _was_changed(layer, thoroughly=True):
+        raise changed_copy(layer.name)
 
 
-def check_copies(layers: Iterable[SubnetLinear], thoroughly: bool) -> None:
-    """`check_copy` of every copy that there is of a run's layers; costs next to nothing where there is none.
+def copies_changed(layers: Iterable[SubnetLinear], thoroughly: bool) -> bool:
+    """Whether anything was written into copies that this rank has of a run's layers; costs next to nothing where there is none.
 
-    Raises:
-        UnsupportedError: as `check_copy`.
+    thoroughly: also what was written past the version counter (`.data`); waits for the device.
     """
     if not _copies:
-        return
-    for layer in layers:
-        for made in list(_copies.get(layer, ())):
-            check_copy(made, thoroughly)
+        return False
+    return any(_was_changed(made, thoroughly) for layer in layers for made in list(_copies.get(layer, ())))
+
+
+def changed_copy(where: str) -> UnsupportedError:
+    """The error for a copy that was changed; `where`: its layer, or whose copy it is."""
+    return UnsupportedError(
+        f"a deep copy of a model with subnets was changed since it was made ({where}), by something that knows of no subnets. "
+        f"{HOW}"
+    )
+
+
+def _was_changed(layer: SubnetLinear, thoroughly: bool) -> bool:
+    if layer.copied is None:
+        return False
+    version, known = layer.copied
+    if not thoroughly and layer.subnet._version == version:
+        return False
+    if int(loading_print(_local(layer.subnet))) != known:
+        return True
+    layer.copied = layer.subnet._version, known
+    return False
 
 
 def check_index(layer: SubnetLinear, name: str, index: Tensor, size: int) -> None:

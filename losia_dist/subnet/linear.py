@@ -103,6 +103,15 @@ class SubnetLinear(nn.Linear):
     def __deepcopy__(self, memo: dict[int, Any]) -> SubnetLinear:
         return deep_copy(self, memo)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:
+        """A copy that is moved or cast is the same copy, whatever the new dtype rounds to."""
+        if self.copied is None:
+            return super()._apply(fn, recurse)
+        check_copy(self)
+        super()._apply(fn, recurse)
+        note_state(self)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, size in (("row_index", self.out_features), ("col_index", self.in_features)):
             if f"{prefix}{name}" in state_dict:

@@ -8,6 +8,7 @@ calling the layer, attention to an encoder that is not there, a pooler beside an
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib.util
 import inspect
 import textwrap
@@ -140,16 +141,20 @@ def _weights_read(kind: type) -> tuple[frozenset[str], frozenset[str]]:
             used.update(filter(None, (_weight_of(node.left), _weight_of(node.right))))
         elif isinstance(node, ast.Call):
             values = [*node.args, *(keyword.value for keyword in node.keywords)]
-            into = handed if isinstance(node.func, ast.Name) else used if _computes(ast.unparse(node.func)) else None
+            function = ast.unparse(node.func)
+            own = handed if isinstance(node.func, ast.Name) and not hasattr(builtins, function) else None  # T5 asks isinstance
+            into = used if _computes(function) else own
             if into is not None:
                 into.update(filter(None, (_weight_of(value) for value in values)))
     return frozenset(used), frozenset(handed)
 
 
 def _computes(function: str) -> bool:
-    """Whether a dotted name is torch's own arithmetic (F.linear, torch.matmul), not the filling of a weight."""
-    return function.partition(".")[0] in ("F", "functional", "nn", "torch") and not (
-        "init" in function or function.endswith("_")
+    """Whether a dotted name is torch's own arithmetic (F.linear, torch.matmul): no filling of a weight, no look at its kind."""
+    package, _, name = function.partition(".")
+    last = name.rpartition(".")[2]
+    return package in ("F", "functional", "nn", "torch") and not (
+        "init" in name or last.endswith(("_", "_like")) or last.startswith("is_") or last == "Parameter"
     )
 
 

@@ -111,6 +111,23 @@ def test_named_templates_and_a_tokenizer_that_is_passed_survive_and_old_ones_do_
         assert AutoTokenizer.from_pretrained(tmp_path / target).chat_template == wanted
 
 
+def test_a_processors_template_stays_beside_a_tokenizer_that_has_none(tmp_path):
+    base, tokenizer = tmp_path / "base", tokenizer_with(tmp_path / "base", None)
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    (base / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    export_model(conductor(), tmp_path / "model", base_model=base, tokenizer=tokenizer)
+    assert (tmp_path / "model" / "chat_template.json").read_text() == (base / "chat_template.json").read_text()
+
+
+def test_over_an_older_model_its_weights_go_and_nobody_elses(tmp_path):
+    older = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX, "pytorch_model.bin"]
+    for name in [*older, "model_ema.safetensors", "model_best.safetensors", "pytorch_model_ema.bin", "mine.txt"]:
+        (tmp_path / name).write_text("older")
+    export_model(conductor(), tmp_path)
+    there = {"model_ema.safetensors", "model_best.safetensors", "pytorch_model_ema.bin", "mine.txt"}
+    assert found_in(tmp_path) == {*there, "config.json", "generation_config.json", WEIGHTS}
+
+
 def said_of(action) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

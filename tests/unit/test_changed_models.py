@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
@@ -131,6 +133,30 @@ def test_a_copy_computes_what_the_model_did_then_and_takes_nothing_from_the_run(
     snapshot.load_state_dict(losia.model.state_dict())
     assert torch.equal(snapshot(input_ids=tokens).logits, now)
     step(losia)
+
+
+def test_a_copy_may_be_cast_and_moved():
+    losia = conductor(converted())
+    snapshots = [copy.deepcopy(losia.model).to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)]
+    for seed in range(3):
+        step(losia, seed)
+    for snapshot in snapshots:
+        assert snapshot(input_ids=torch.arange(12).view(1, 12)).logits.dtype == next(snapshot.parameters()).dtype
+
+
+def average_on_the_first_rank():
+    model = DistributedDataParallel(converted())
+    losia = conductor(model)
+    average = AveragedModel(model.module) if dist.get_rank() == 0 else None
+    for seed in range(3):
+        step(losia, seed)
+        if average is not None:
+            average.update_parameters(model.module)
+
+
+def test_a_running_mean_on_the_first_rank_alone_stops_all(ranks):
+    errors = ranks.errors(2, average_on_the_first_rank)
+    assert all(kind == "UnsupportedError" and "deep copy" in message for kind, message in errors)
 
 
 def test_a_copy_that_is_driven_by_itself_trains():

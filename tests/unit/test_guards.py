@@ -152,7 +152,7 @@ def test_a_step_that_is_not_finite_is_never_consolidated_or_saved(tmp_path):
     parts = {"model": model, "optimizer": optimizer, "losia": losia}
     save_checkpoint(tmp_path, **parts)
     losia._finite._device = torch.device("cuda")  # as on a GPU, where a step's flags are read one step later
-    losia._finite._agree = lambda step: (step, torch.ones(2, dtype=torch.int32), None)
+    losia._finite._agree = lambda step, copies_changed: (step, torch.tensor([1, 1, copies_changed]), None)
     signal(model(torch.randn(4, 8))).backward()
     optimizer.step()
     losia.step()

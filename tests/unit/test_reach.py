@@ -88,6 +88,26 @@ def test_all_linear_leaves_out_with_a_line_what_gets_no_gradient(kind, settings,
     assert re.search(rf"all-linear leaves out .*{left_out}.*no gradient would come: each .*{why}", caplog.text)
 
 
+class Asks(nn.Module):
+    """Looks at its layer's weight, as T5 does (isinstance), and calls the layer all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.wo = nn.Linear(16, 16)
+        self.wi = nn.Linear(16, 16)
+
+    def forward(self, x):
+        if isinstance(self.wo.weight, torch.Tensor) and torch.is_tensor(self.wi.weight):
+            x = x + torch.zeros_like(self.wi.weight).sum()
+        return self.wo(self.wi(x))
+
+
+def test_a_weight_that_is_only_looked_at_is_trained_with_fused_kernels_installed_too(monkeypatch):
+    monkeypatch.setattr("losia_dist.subnet.reach.importlib.util.find_spec", lambda name: object())
+    model = get_losia_model(nn.Sequential(Asks()), LoSiAConfig(rank_factor=0.25))
+    assert {layer.name for layer in subnet_layers(model)} == {"0.wo", "0.wi"}
+
+
 def test_a_layer_that_never_gets_a_gradient_is_refused_by_name_too():
     for kind, settings, name, why in [
         ("glm_moe_dsa", SMALL | SPARSE, "wq_b", "runs without gradients"),
