@@ -271,6 +271,7 @@ class LoSiA:
         self._note_changes()
         self.clock.restore(progress["clock"])
         self.rewarming.restore(dict(progress["applied"]))
+        self._finite.forget()
         self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
         for layer in self.layers:
             layer.gradient_witness = None
@@ -283,8 +284,10 @@ class LoSiA:
         """Refuse to save what a step by infinite gradients, or NaN, has left; called by all ranks. Waits for the device.
 
         Raises:
-            DivergenceError: the latest step was one. Same on every rank.
+            DivergenceError: the latest step was one, or one before it that was seen. Same on every rank.
         """
+        if self.rewarming.stepped:  # `step` has not been called since
+            self._finite.end_step(self.steps + 1)
         self._finite.settle()
 
     def consolidate(self) -> None:

@@ -34,6 +34,7 @@ class FiniteCheck:
         self._names = list(dict.fromkeys(group[GROUP_KEY] for group in optimizer.param_groups))
         self._norms: dict[str | None, Tensor] = {}  # of the step in progress, on this rank
         self._told: tuple[int, Tensor, Any] | None = None  # step, flags [groups] on their way to the host, when they are there
+        self._found: DivergenceError | None = None  # stays: whoever goes on after the error must not save what it left
         self._handle = optimizer.register_step_post_hook(self._look)
 
     def remove(self) -> None:
@@ -60,10 +61,16 @@ class FiniteCheck:
         """Read what the latest step told; called by all ranks, before anything is made of the values that it left.
 
         Raises:
-            DivergenceError: as `end_step`, of the latest step.
+            DivergenceError: as `end_step`, of the latest step; of any step before it, until `forget`.
         """
+        if self._found is not None:
+            raise self._found
         told, self._told = self._told, None
         self._read(told)
+
+    def forget(self) -> None:
+        """The values that the steps so far have left are gone: others were loaded."""
+        self._norms, self._told, self._found = {}, None, None
 
     @torch.no_grad()
     def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -72,7 +79,8 @@ class FiniteCheck:
             gradients = [gradient for gradient in gradients if gradient.numel()]
             if not gradients:
                 continue
-            norm = torch.stack(torch._foreach_norm(gradients)).max()  # one pass over memory; NaN is the largest of all
+            # One pass over memory. The largest entry: a sum of squares would overflow by finite gradients. NaN is above all.
+            norm = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
             known = self._norms.get(group[GROUP_KEY])
             self._norms[group[GROUP_KEY]] = norm if known is None else torch.maximum(known, norm)
 
@@ -100,9 +108,14 @@ class FiniteCheck:
         bad = [name or "what trains in full" for name, flag in zip(self._names, found, strict=True) if flag]
         if bad:
             named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more groups" if len(bad) > 5 else "")
+<<<<<<< ours
             raise _not_finite(f"the gradients of {named}", step)
         if copies_changed:
             raise changed_copy(f"seen after step {step}, of this rank or another")
+=======
+            self._found = _not_finite(f"the gradients of {named}", step)
+            raise self._found
+>>>>>>> theirs
 
 
 def refuse_skipped(step: int) -> None:

@@ -76,9 +76,10 @@ def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiA
     held = [p for group in optimizer.param_groups for p in group["params"]] + state.state_tensors()
     device = held[0].device
     try:
-        fresh, entries = _trial(optimizer, shape, device, steps_before=0)
+        fresh, entries = _trial(optimizer, shape, device)
         _check_entries(name, entries, shape, keeps_steps=not config.reset_bias_correction, is_cut=is_cut)
         cleared, _ = _trial(optimizer, shape, device, steps_before=3)
+        slower, _ = _trial(optimizer, shape, device, rate=_RATE / 8)
     except UnsupportedError:
         raise
     except Exception as error:  # whatever a foreign optimizer makes of it
@@ -86,6 +87,11 @@ def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiA
             f"{name} was tried on a tensor of no consequence, and did not begin anew once its state was taken away: "
             f"{type(error).__name__}: {error}. A subnet that moves needs that. {_FIX}"
         ) from error
+    if torch.equal(slower, fresh):
+        raise UnsupportedError(
+            f"{name} makes the same step whatever its groups' learning rate is (or none at all), so that rewarming would do "
+            f"nothing. Turn its own schedule off (Adafactor: relative_step=False). {_FIX}"
+        )
     if not torch.equal(cleared, fresh):
         raise UnsupportedError(
             f"{name} keeps something of a tensor outside its state: with that taken away, its next step is not a first step "
@@ -118,7 +124,7 @@ def _check_entries(name: str, state: dict[str, Any], shape: tuple[int, int], *, 
 
 
 def _trial(
-    optimizer: Optimizer, shape: tuple[int, int], device: torch.device, *, steps_before: int
+    optimizer: Optimizer, shape: tuple[int, int], device: torch.device, *, steps_before: int = 0, rate: float = _RATE
 ) -> tuple[Tensor, dict[str, Any]]:
     """Values and state of a tensor after one step of a copy of the optimizer; before it other steps, and a clearing."""
     trial: Any = object.__new__(type(optimizer))
@@ -128,7 +134,7 @@ def _trial(
     start = torch.linspace(-1, 1, shape[0] * shape[1], device=device).view(shape)
     tensor = torch.nn.Parameter(start.clone())
     group = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "param_names")}
-    group["lr"] = torch.full_like(group["lr"], _RATE) if isinstance(group["lr"], Tensor) else _RATE
+    group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
     trial.state, trial.param_groups = defaultdict(dict), [{**copy.deepcopy(group), "params": [tensor]}]
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):

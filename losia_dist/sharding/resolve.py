@@ -59,9 +59,10 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
         refuse_engine_settings(model, optimizer)
     if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
         state = _deepspeed_state(optimizer, kind)
-    elif isinstance(getattr(optimizer, "optimizer", None), Optimizer):  # Accelerate's wrapper
+    elif type(optimizer).__module__.startswith("accelerate.") and isinstance(optimizer.optimizer, Optimizer):
         return resolve_state(model, optimizer.optimizer)
     elif isinstance(optimizer, Optimizer):
+        _refuse_optimizer_inside(optimizer)
         if is_fully_sharded(model):
             from losia_dist.sharding.fully_shard import FullyShardState
 
@@ -95,6 +96,16 @@ def check_asked_sharding(model: nn.Module, world_size: int) -> None:
         raise UnsupportedError(
             f"FSDP was asked for (ACCELERATE_USE_FSDP is set), but {got}: Accelerate drops FSDP on a CPU without a word. "
             "Start on GPUs, shard with torch.distributed.fsdp.fully_shard yourself, or take FSDP out of the configuration."
+        )
+
+
+def _refuse_optimizer_inside(optimizer: Optimizer) -> None:
+    """Lookahead and its like keep copies of parameters, in which old values would come back into subnets that have moved."""
+    inner = next((entry for entry in vars(optimizer).values() if isinstance(entry, Optimizer)), None)
+    if inner is not None:
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} steps through another optimizer, {type(inner).__name__}, and what it keeps of a "
+            "parameter besides cannot be cleared when a subnet moves: pass that one alone, or LoSiAAdamW."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losia_dist.errors import UnsupportedError
 from losia_dist.fingerprint import loading_print
 from losia_dist.subnet.copied import check_copy, check_index, deep_copy, note_state
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
@@ -158,7 +159,13 @@ class SubnetLinear(nn.Linear):
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
-            input = input.to(torch.get_autocast_dtype(device))
+            dtype = torch.get_autocast_dtype(device)
+            if dtype == torch.float16 and torch.is_grad_enabled() and self.subnet.requires_grad:
+                raise UnsupportedError(
+                    "the model trains under autocast in fp16, whose gradient scale would enter the importance: use bf16 "
+                    "(torch.autocast(..., dtype=torch.bfloat16), mixed_precision: bf16), without a GradScaler."
+                )
+            input = input.to(dtype)
             with torch.autocast(device, enabled=False):
                 return self._compute(input)
         return self._compute(input)

@@ -117,6 +117,35 @@ def test_an_optimizer_that_cannot_be_cleared_is_refused_with_what_was_seen(optim
         begin(optimizer)
 
 
+class KeepsItsOwnRate(torch.optim.SGD):
+    """As Adafactor with relative_step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p -= 1e-3 * p.grad
+
+
+def test_a_rate_that_an_optimizer_does_not_follow_is_refused():
+    with pytest.raises(UnsupportedError, match="KeepsItsOwnRate makes the same step whatever .* rewarming would do nothing"):
+        begin(KeepsItsOwnRate)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Goes back half the way every few steps, to copies of its own: into a subnet that has moved they would bring old values."""
+
+    def __init__(self, groups):
+        self.optimizer = torch.optim.AdamW(groups)
+        super().__init__(self.optimizer.param_groups, {})
+
+
+def test_an_optimizer_around_another_is_refused():
+    with pytest.raises(UnsupportedError, match="Lookahead steps through another optimizer, AdamW, and what it keeps"):
+        begin(Lookahead)
+
+
 def test_what_the_configuration_keeps_must_be_known():
     with pytest.raises(UnsupportedError, match="moments='kept' needs to know Adam's moments, and torch.optim.nadam.NAdam"):
         begin(torch.optim.NAdam, moments="kept")

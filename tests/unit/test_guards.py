@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups, save_checkpoint
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, load_checkpoint, losia_parameter_groups, save_checkpoint
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
 from losia_dist.fingerprint import fingerprint
 
@@ -161,6 +161,33 @@ def test_a_step_that_is_not_finite_is_never_consolidated_or_saved(tmp_path):
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
+def test_what_such_a_step_left_is_not_saved_by_a_caller_who_goes_on_until_other_values_are_loaded(tmp_path):
+    losia = steps_of(TwoBranches(use_both=True), [signal])
+    parts = {"model": losia.model, "optimizer": losia.state.optimizer, "losia": losia}
+    save_checkpoint(tmp_path, **parts)
+    losia.model(torch.randn(4, 8)).sum().mul(float("nan")).backward()
+    losia.state.optimizer.step()
+    for told in (losia.consolidate, losia.step, losia.consolidate):  # before step(), and once the error was caught
+        with pytest.raises(DivergenceError, match="in step 2; nothing has been saved"):
+            told()
+    losia.state.optimizer.zero_grad()
+    losia.discard_step()
+    load_checkpoint(tmp_path, **parts)
+    go_on(losia, [signal])
+    losia.consolidate()
+    assert losia.steps == 2 and losia.layers[0].weight.isfinite().all()
+
+
+def test_gradients_whose_squares_overflow_are_finite():
+    def huge(y):
+        return y.sum() * 1e25
+
+    def sgd(groups, lr):
+        return torch.optim.SGD(groups)
+
+    assert steps_of(TwoBranches(use_both=True), [huge, huge], lr=1e-27, optimizer=sgd, selection="random").steps == 2
+
+
 def test_gradients_that_are_not_finite_outside_the_subnets_stop_the_run_where_subnets_would_be_chosen_from_them():
     model, config = TwoBranches(use_both=True), LoSiAConfig(rank_factor=0.5, period=2)
     get_losia_model(model, config)
@@ -193,6 +220,15 @@ def test_fp16_is_refused_with_the_fix():
     get_losia_model(model, config)
     with pytest.raises(UnsupportedError, match="used is in fp16.*bf16 or fp32"):
         LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-2)), config)
+
+
+def test_fp16_by_autocast_is_refused_where_it_trains():
+    model = get_losia_model(TwoBranches(use_both=True), LoSiAConfig(rank_factor=0.5))
+    with torch.autocast("cpu", torch.float16):
+        with torch.no_grad():
+            model(torch.randn(4, 8))
+        with pytest.raises(UnsupportedError, match="under autocast in fp16.*use bf16"):
+            model(torch.randn(4, 8))
 
 
 def test_an_optimizer_without_a_group_per_layer_is_refused_with_the_fix():
