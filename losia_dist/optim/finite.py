@@ -108,14 +108,10 @@ class FiniteCheck:
         bad = [name or "what trains in full" for name, flag in zip(self._names, found, strict=True) if flag]
         if bad:
             named = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more groups" if len(bad) > 5 else "")
-<<<<<<< ours
-            raise _not_finite(f"the gradients of {named}", step)
-        if copies_changed:
-            raise changed_copy(f"seen after step {step}, of this rank or another")
-=======
             self._found = _not_finite(f"the gradients of {named}", step)
             raise self._found
->>>>>>> theirs
+        if copies_changed:
+            raise changed_copy(f"seen after step {step}, of this rank or another")
 
 
 def refuse_skipped(step: int) -> None:

@@ -68,7 +68,7 @@ class CountsInItsGroup(torch.optim.SGD):
             group["steps"] = group.get("steps", 0) + 1
             for p in group["params"]:
                 if p.grad is not None:
-                    p -= 1e-3 / group["steps"] * p.grad
+                    p -= group["lr"] / group["steps"] * p.grad
 
 
 class MakesStateAtOnce(torch.optim.Optimizer):
@@ -134,7 +134,7 @@ def test_a_rate_that_an_optimizer_does_not_follow_is_refused():
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Goes back half the way every few steps, to copies of its own: into a subnet that has moved they would bring old values."""
+    """Goes back half the way every few steps, to copies of its own: in a subnet that has moved they are old values."""
 
     def __init__(self, groups):
         self.optimizer = torch.optim.AdamW(groups)
