@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -101,6 +102,15 @@ def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[st
         counts = [max(1, math.floor(whole * weight + 1e-9)) for weight in weights]
         picks = [sorted(random.Random(0).sample(pick, count)) for pick, count in zip(picks, counts, strict=True)]
     return Joined(read, picks, " ".join(str(source) for source in several))
+
+
+def place_of(source: str) -> Path:
+    """The file or directory that a source's records lie in, without part and weight; of a glob, what stands before it."""
+    path = Path(_parse(source).text)
+    if path.exists():
+        return path
+    plain = itertools.takewhile(lambda part: not _GLOB.search(part), path.parts)
+    return Path(*plain)
 
 
 def _parse(text: str) -> _Named:

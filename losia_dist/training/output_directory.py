@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from losia_dist.checkpoint import layout
+from losia_dist.data import place_of
 from losia_dist.errors import ConfigError
 from losia_dist.reporting.records import FACTS, METRICS, SUBNETS, SUMMARY
 
 MODEL, MODEL_FILES, _CURVES = layout.OF_MODEL, "model_files.json", "tensorboard"
 _EVENTS = ("events.out.tfevents.*",)
 _LOGS = (METRICS, SUBNETS, SUMMARY)
-_READ = ("model", "train_file", "eval_file")  # options that may name what is in here
+_SOURCES = ("train_file", "eval_file")  # options that, as --model, may name what is in here
 # COMPLETE first, so that a half-deleted one never counts.
 _OF_CHECKPOINTS = (layout.COMPLETE, layout.MANIFEST, "state-*.safetensors", "weights-*.safetensors", "step-*.safetensors")
 
@@ -106,10 +107,12 @@ class OutputDirectory:
                 f"--overwrite: whether {self.model} is this script's is not known: {MODEL_FILES} is not there. Move it "
                 "away, or delete it."
             )
-        read = {f"--{name} {value}": value for name in _READ if (value := getattr(self._options, name))}
+        read: dict[str, Path] = {f"--model {self._options.model}": Path(self._options.model)}
+        for name in _SOURCES:
+            read |= {f"--{name} {source}": place_of(source) for source in getattr(self._options, name) or ()}
         read |= {f"--resume {self._options.resume}": source} if source is not None else {}
         for named, path in read.items():
-            place = Path(path).resolve()
+            place = path.resolve()
             if {self.model.resolve(), self._checkpoints.resolve()} & {place, *place.parents}:
                 raise ConfigError(f"--overwrite would delete {named}: give another --output_dir.")
 
