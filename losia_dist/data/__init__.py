@@ -16,7 +16,7 @@ from losia_dist.data.dataset import Report, TokenizedDataset, build_dataset
 from losia_dist.data.loader import collator_for, count_targets, make_evaluation_loader, make_loader
 from losia_dist.data.packing import PackedDataset, prepare_for_packing
 from losia_dist.data.records import Records, load_records, train_validation_split
-from losia_dist.data.sources import place_of
+from losia_dist.data.sources import places_of
 from losia_dist.data.template import template_reads_date, training_template
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "load_records",
     "make_evaluation_loader",
     "make_loader",
-    "place_of",
+    "places_of",
     "prepare_for_packing",
     "template_reads_date",
     "train_validation_split",

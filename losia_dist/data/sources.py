@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -104,13 +103,10 @@ def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     return Joined(read, picks, " ".join(str(source) for source in several))
 
 
-def place_of(source: str) -> Path:
-    """The file or directory that a source's records lie in, without part and weight; of a glob, what stands before it."""
-    path = Path(_parse(source).text)
-    if path.exists():
-        return path
-    plain = itertools.takewhile(lambda part: not _GLOB.search(part), path.parts)
-    return Path(*plain)
+def places_of(source: str) -> list[Path]:
+    """Files and directories on the disk that a source is read from, without its part and weight; none of a hub name."""
+    text = _parse(source).text
+    return [Path(text)] if Path(text).exists() else [Path(name) for name in glob.glob(text, recursive=True)]
 
 
 def _parse(text: str) -> _Named:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from losia_dist.checkpoint import layout
-from losia_dist.data import place_of
+from losia_dist.data import places_of
 from losia_dist.errors import ConfigError
 from losia_dist.reporting.records import FACTS, METRICS, SUBNETS, SUMMARY
 
@@ -107,11 +107,13 @@ class OutputDirectory:
                 f"--overwrite: whether {self.model} is this script's is not known: {MODEL_FILES} is not there. Move it "
                 "away, or delete it."
             )
-        read: dict[str, Path] = {f"--model {self._options.model}": Path(self._options.model)}
+        read = [(f"--model {self._options.model}", Path(self._options.model))]
         for name in _SOURCES:
-            read |= {f"--{name} {source}": place_of(source) for source in getattr(self._options, name) or ()}
-        read |= {f"--resume {self._options.resume}": source} if source is not None else {}
-        for named, path in read.items():
+            given = getattr(self._options, name) or ()
+            read += [(f"--{name} {one}", path) for one in given for path in places_of(one)]
+        if source is not None:
+            read.append((f"--resume {self._options.resume}", source))
+        for named, path in read:
             place = path.resolve()
             if {self.model.resolve(), self._checkpoints.resolve()} & {place, *place.parents}:
                 raise ConfigError(f"--overwrite would delete {named}: give another --output_dir.")

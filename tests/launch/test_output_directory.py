@@ -90,10 +90,10 @@ def test_a_model_that_is_written_again_knows_its_files(material, tmp_path):
         ({"max_length": 512}, "is above the model's context"),
         ({"model": "{run}/model"}, "--overwrite would delete --model {run}/model: give another --output_dir"),
         ({"train_file": "{run}/model/notes.txt"}, "--overwrite would delete --train_file {run}/model/notes.txt"),
-        ({"train_file": "{run}/model/*.txt"}, "--overwrite would delete --train_file {run}/model/*.txt"),
+        ({"train_file": "{run}/m*/*.txt"}, "--overwrite would delete --train_file {run}/m*/*.txt"),
         (
-            {"train_file": "{run}/model/notes.txt[:5]:0.5"},
-            "--overwrite would delete --train_file {run}/model/notes.txt[:5]:0.5",
+            {"train_file": "{run}/model[:5]:0.5"},
+            "--overwrite would delete --train_file {run}/model[:5]:0.5",
         ),
         ({"resume": "{run}"}, "--overwrite would delete --resume {run}"),
     ],
