@@ -194,7 +194,7 @@ def build_dataset(
     settings = Settings(max_length, overlong, chat_template, template_date)
     check_context(max_length, context_length)
     dataset = tokenize(records, tokenizer, settings)
-    check_not_empty(dataset.report(), records, max_length)
+    check_not_empty(dataset.report(), records.name, max_length)
     return pack(dataset, tokenizer) if packing else dataset
 
 
@@ -226,11 +226,12 @@ def check_context(max_length: int, context_length: int | None) -> None:
         )
 
 
-def check_not_empty(report: Report, records: Records, max_length: int) -> None:
-    """Raises: DataError when no example is left."""
+def check_not_empty(report: Report, name: str, max_length: int) -> None:
+    """Raises: DataError when no example is left of the source of this name."""
     if report.examples == 0:
+        records = report.dropped_overlong + report.dropped_unanswered
         raise DataError(
-            f"{records.raw.name}: no example is left of {len(records)} records at max_length={max_length}: "
+            f"{name}: no example is left of {records} records at max_length={max_length}: "
             f"{report.dropped_overlong} were too long and dropped, {report.dropped_unanswered} had no answer token. "
             f"Raise max_length ({report.longest:,} would keep all whole), or shorten the prompts."
         )

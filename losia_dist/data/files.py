@@ -6,15 +6,13 @@ A `.jsonl` or `.txt` file stays on disk: kept is where its lines begin, and a re
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -193,20 +191,45 @@ def _read_json(path: Path, file: IO[bytes]) -> RawRecords:
 
 
 def _read_table(path: Path, reader: str, options: dict[str, Any]) -> RawRecords:
+    if path.suffix not in COMPRESSED:
+        return RawRecords(Table(_load(path, path, reader, options)), str(path))
+    with tempfile.TemporaryDirectory() as directory:
+        whole = Path(directory) / f"whole.{reader}"
+        with _opened(path) as packed, whole.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        table = _load(path, whole, reader, {**options, "cache_dir": directory, "keep_in_memory": True})
+    return RawRecords(Table(table), str(path))
+
+
+def stream_table(path: Path) -> Any:
+    """The rows of a table, read as they are asked for; None of a file that is no table, or a compressed one."""
+    kind = kind_of(path)
+    return None if kind not in _TABLES or path.suffix in COMPRESSED else _load(path, path, *_TABLES[kind], streaming=True)
+
+
+def _load(path: Path, whole: Path, reader: str, options: dict[str, Any], streaming: bool = False) -> Any:
+    """`whole`, which is `path` decompressed, as a data set of `datasets`."""
     import datasets  # imported late: it takes a second, and JSON files do not need it
 
     bar = datasets.utils.logging.is_progress_bar_enabled()
     datasets.utils.logging.disable_progress_bar()
     try:
-        if path.suffix in COMPRESSED:
-            with tempfile.TemporaryDirectory() as directory:
-                whole = Path(directory) / f"whole.{reader}"
-                with _opened(path) as packed, whole.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-                options = {**options, "cache_dir": directory, "keep_in_memory": True}
-                table = _load(reader, whole, options)
-        else:
-            table = _load(reader, path, options)
+        with naming_damage(path, reader):
+            if reader == "csv":
+                with whole.open(encoding="utf-8-sig", newline="") as file:
+                    names = next(csv.reader(file, delimiter=options["sep"]), [])
+                options = {**options, "features": datasets.Features({name: datasets.Value("string") for name in names})}
+            return datasets.load_dataset(reader, data_files=str(whole), split="train", streaming=streaming, **options)
+    finally:
+        if bar:
+            datasets.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def naming_damage(path: Any, reader: str) -> Iterator[None]:
+    """What reading `path` raises, as a DataError that names it."""
+    try:
+        yield
     except (DataError, PermissionError):
         raise
     except Exception as error:  # each reader has errors of its own
@@ -215,20 +238,6 @@ def _read_table(path: Path, reader: str, options: dict[str, Any]) -> RawRecords:
             f"{path}: cannot be read as {reader}: {'; '.join(sorted(reasons))}. Write the file anew: it is damaged, "
             "cut short, or something else than its name says."
         ) from error
-    finally:
-        if bar:
-            datasets.utils.logging.enable_progress_bar()
-    return RawRecords(Table(table), str(path))
-
-
-def _load(reader: str, path: Path, options: dict[str, Any]) -> Any:
-    import datasets
-
-    if reader == "csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, delimiter=options["sep"]), [])
-        options = {**options, "features": datasets.Features({name: datasets.Value("string") for name in names})}
-    return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
 
 
 @contextmanager
@@ -238,18 +247,14 @@ def _opened(path: Path) -> Any:
         with path.open("rb") as file:
             yield file
         return
+    import pyarrow
+
     with tempfile.TemporaryFile() as whole:
         try:
-            if path.suffix == ".gz":
-                with gzip.open(path) as packed:
-                    shutil.copyfileobj(packed, whole)
-            else:
-                import pyarrow
-
-                with pyarrow.input_stream(str(path), compression="zstd") as packed:
-                    shutil.copyfileobj(packed, whole)
-        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
+            with pyarrow.input_stream(str(path), compression="detect") as packed:
+                shutil.copyfileobj(packed, whole)
+        except OSError as error:
+            if error.errno is not None:
                 raise
             raise DataError(
                 f"{path}: cannot be unpacked: {error}. It is damaged or cut short: copy or write it anew."

@@ -65,6 +65,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="where tokenized data is kept, to be found again at the next start; off: in each rank's memory "
         "($LOSIA_DATA_CACHE, or ~/.cache/losia_dist/data)",
     )
+    model.add_argument(
+        "--data_workers", type=int, default=1, metavar="N", help="processes of each rank that tokenize (1: its own)"
+    )
+    model.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read --train_file from front to back and keep its tokens alone, for what is larger than the disk (off)",
+    )
     model.add_argument("--packing", action="store_true", help="fill rows of max_length with several records")
     model.add_argument("--attn_implementation", help="attention of Transformers, for example sdpa or flash_attention_2")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")
@@ -195,6 +203,16 @@ def _check_data(options: argparse.Namespace) -> None:
             date.fromisoformat(options.template_date)
         except ValueError:
             raise ConfigError(f"--template_date {options.template_date}: give a day as YYYY-MM-DD.") from None
+    _at_least(options, "data_workers", 1)
+    if options.data_workers > 1 and options.data_cache == "off":
+        raise ConfigError(f"--data_workers {options.data_workers} fill the data cache: leave out --data_cache off, or them.")
+    if options.streaming and options.data_cache == "off":
+        raise ConfigError("--streaming keeps the tokens in the data cache: leave out --data_cache off, or --streaming.")
+    if options.streaming and options.validation_size:
+        raise ConfigError(
+            f"--validation_size {options.validation_size} needs the number of records, which a stream does not know: "
+            "give held-out data by --eval_file, or leave out --streaming."
+        )
 
 
 def _check_reporting(options: argparse.Namespace) -> None:
