@@ -41,3 +41,25 @@ def with_kernels_on_the_second_rank():
 def test_a_variable_of_one_rank_stops_them_all(ranks):
     for kind, message in ranks.errors(2, with_kernels_on_the_second_rank):
         assert kind == "ConfigError" and "LOSIA_KERNELS is 'none' on rank 0 and 'write' on rank 1" in message
+
+
+REMOVED = {
+    "selection": ("alternating", "greedy", "0.8027 where 'greedy' ended at 0.8025.*docs/quality.md.*Set selection='greedy'"),
+}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_file_with_a_removed_value_says_why_and_what_to_set(tmp_path, name):
+    removed, kept, why = REMOVED[name]
+    file = tmp_path / "losia.yaml"
+    file.write_text(f"period: 7\n{name}: {removed}\n")
+    with pytest.raises(ConfigError, match=rf"losia.yaml: {name}='{removed}' was removed: .*{why}") as caught:
+        LoSiAConfig.from_file(file)
+    assert "\n" not in str(caught.value)
+    file.write_text(f"period: 7\n{name}: {kept}\n")
+    assert LoSiAConfig.from_file(file) == LoSiAConfig(period=7)
+
+
+def test_a_removed_value_in_a_program_is_refused_too():
+    with pytest.raises(ConfigError, match="selection='alternating' was removed"):
+        LoSiAConfig(selection="alternating")
