@@ -22,7 +22,6 @@ from losia_dist.guard import (
     refuse_unusable,
     subnet_prints,
 )
-from losia_dist.kernels.switch import VARIABLE, check_kernels, kernel_choice
 from losia_dist.liveness import join_watch
 from losia_dist.liveness import settings as liveness_settings
 from losia_dist.localization.accumulator import ImportanceAccumulator
@@ -36,6 +35,7 @@ from losia_dist.optim.finite import FiniteCheck
 from losia_dist.optim.rewarming import Rewarming
 from losia_dist.placement import Placement
 from losia_dist.probe import FirstMove, check_masters
+from losia_dist.removed import refuse_removed_variables, removed_variables
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
@@ -85,8 +85,8 @@ class LoSiA:
         groups = len(group_names(self.layers))
         self.config = config = settled(config, total_steps, groups, self.collectives.world_size)
         check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
-        check_kernels()
-        check_same_on_all_ranks("the environment", {**liveness_settings(), VARIABLE: kernel_choice()}, group)
+        check_same_on_all_ranks("the environment", {**liveness_settings(), **removed_variables()}, group)
+        refuse_removed_variables()
         self._watch = join_watch(group)
         self._watch_hook = None
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
@@ -204,8 +204,8 @@ class LoSiA:
 
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
         gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
-        one forward and backward of the batches, with the weights' gradients, for each query of the search: two for
-        selection="greedy", one where all rows or all columns are kept.
+        one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one
+        where all rows or all columns are kept.
 
         Args:
             batches: this rank's micro-batches, keyword arguments of the model on its device; equally many on every rank.

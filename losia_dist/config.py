@@ -10,13 +10,14 @@ from typing import Any
 
 from losia_dist.config_file import read_settings
 from losia_dist.errors import ConfigError
+from losia_dist.removed import refuse_removed_settings, without_kept
 
 CONFIG_NAME = "losia_config.json"
 IMPORTANCES = ("param_mix", "first_order", "second_order")
 
 # Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
 _AVAILABLE = {
-    "selection": ("greedy", "alternating", "random"),
+    "selection": ("greedy", "random"),
     "init": ("random", "importance"),
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
@@ -49,9 +50,8 @@ class LoSiAConfig:
         importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
             "first_order" |wg|, "second_order" (wg)^2.
         importance_betas: (b1, b2) of the averages of I and of its deviation, b1 in (0, 1), b2 in [0, 1). Paper: 0.85, 0.85.
-        selection: "greedy", the best of the paper's candidates (algorithm 1). "alternating": from there on, rows given the
-            columns and columns given the rows in turn, while the score inside the subnet grows. "random": drawn anew, by seed,
-            layer and step: no importance is collected, nothing is sent for it, and a slot costs no more than other steps.
+        selection: "greedy", the best of the paper's candidates (algorithm 1). "random": drawn anew, by seed, layer and step: no
+            importance is collected, nothing is sent for it, and a slot costs no more than other steps.
         outlier_limit: with selection="random": input neurons whose root mean square over calibration batches (`LoSiA.locate`,
             as for init="importance", by forward passes alone) is above this multiple of their layer's median are never
             drawn. Above 1. None: all may be drawn, and no batch is needed.
@@ -122,6 +122,7 @@ class LoSiAConfig:
                 "score would be 0: give one above 0, for example 0.85."
             )
         self.importance_betas = (float(betas[0]), float(betas[1]))
+        refuse_removed_settings({"selection": self.selection})
         for name, available in _AVAILABLE.items():
             value = getattr(self, name)
             if value not in available:
@@ -235,8 +236,12 @@ class LoSiAConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
-        """Build from plain values; an unknown name is an error that gives the nearest known ones."""
-        known = [field.name for field in fields(cls)]
+        """Build from plain values; an unknown name is an error that gives the nearest known ones.
+
+        Settings of an earlier version pass where they ask for what was kept.
+        """
+        refuse_removed_settings(values, source)
+        values, known = without_kept(values), [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
                 nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)

@@ -13,7 +13,6 @@ from losia_dist.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
-LOSSES = ("plain", "chunked", "liger")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -111,10 +110,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="global gradient norm to clip to; 0: off (1.0)")
     train.add_argument(
         "--loss",
-        choices=LOSSES,
+        type=_loss,
+        choices=("plain", "chunked"),
         default="plain",
-        help="plain: the model's own. For large vocabularies, without all logits at once: chunked (some tokens at a time, "
-        "computed again in backward), or liger (fused kernel, needs a GPU and liger-kernel) (plain)",
+        help="plain: the model's own; chunked, for large vocabularies: some tokens at a time, so that all logits never exist "
+        "at once, computed again in backward (plain)",
     )
     train.add_argument(
         "--loss_chunk", type=int, metavar="TOKENS", help="with --loss chunked: tokens at a time (as many as give 2**26 logits)"
@@ -149,6 +149,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     # The deepspeed launcher passes it; the environment has it too.
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
     return parser
+
+
+def _loss(name: str) -> str:
+    if name == "liger":
+        raise argparse.ArgumentTypeError(
+            "liger was removed, since no GPU ever measured a gain (CHANGELOG.md): use chunked, which keeps the logits small too"
+        )
+    return name
 
 
 def check(options: argparse.Namespace) -> LoSiAConfig | None:

@@ -71,6 +71,10 @@ DAMAGES = {
     "manifest foreign": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.pop("kind")), "is not a manifest of this"),
     "base of another run": (lambda d: files.write_text(d / "base/manifest.json", "{}"), "is damaged"),
     "newer format": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.update(format=99)), "format 99; this version"),
+    "a removed selection": (
+        lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(selection="alternating")),
+        r"saved with a setting that is gone: selection='alternating' was removed: .*0\.8027.* start a new run",
+    ),
     "never complete": (lambda d: [p.unlink() for p in d.glob("*/COMPLETE")], "no complete checkpoint in"),
     "empty": (lambda d: [files.remove(p) for p in d.iterdir()], "no complete checkpoint in"),
     "not there": (lambda d: files.remove(d), "the directory does not exist"),

@@ -15,7 +15,7 @@ PACKAGE = Path(losia_dist.__file__).parent
 
 # Lower layers never import upper ones.
 LAYERS = [
-    ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "kernels"],
+    ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "removed"],
     ["subnet"],
     ["localization", "optim", "sharding"],
     [

@@ -23,7 +23,7 @@ class DenseLoSiA:
         the learning rate.
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
-    selection: how a subnet is chosen from a score; "random": drawn by seed, layer and step.
+    selection: "greedy", by the score; "random": drawn by seed, layer and step.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
     moments: "cleared" at the end of a slot, or "kept" where a weight stays in its layer's subnet.
     importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
@@ -66,7 +66,6 @@ class DenseLoSiA:
         self.selection, self.seed = selection, seed
         self.outlier_limit = outlier_limit
         self.drawable = {name: torch.arange(self.parameters[name].shape[1]) for name in initial_subnets}
-        self.select = {"greedy": select, "alternating": select_alternating}.get(selection)
         self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
         self.importance_betas = importance_betas
@@ -175,7 +174,7 @@ class DenseLoSiA:
 
     def _select(self, name: str, score: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self.subnets[name]
-        return self.select(score, len(rows), len(columns)) if score.any() else (rows, columns)
+        return select(score, len(rows), len(columns)) if score.any() else (rows, columns)
 
     def _draw(self, name: str, row_count: int, column_count: int, steps: int) -> tuple[Tensor, Tensor]:
         key = f"{self.seed}/{name.removesuffix('.weight')}" + (f"/{steps}" if steps else "")
@@ -313,19 +312,3 @@ def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Te
         if objective > best_sum:
             best, best_sum = (rows, columns), objective
     return best
-
-
-def select_alternating(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:
-    """From the greedy's choice on: rows given columns, columns given rows, while the sum inside grows."""
-    s = score.double()
-
-    def top(values: Tensor, count: int) -> Tensor:
-        return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
-
-    rows, columns = select(score, row_count, column_count)
-    while True:
-        new_rows = top(s[:, columns].sum(1), row_count)
-        new_columns = top(s[new_rows].sum(0), column_count)
-        if not s[new_rows][:, new_columns].sum() > s[rows][:, columns].sum():
-            return rows, columns
-        rows, columns = new_rows, new_columns
