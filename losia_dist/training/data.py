@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoTokenizer
 from losia_dist import errors
 from losia_dist.agreement import Agreement
 from losia_dist.data import Records, cache, load_records, template_reads_date, train_validation_split, training_template
-from losia_dist.data.dataset import Settings, TokenizedDataset, check_context, check_not_empty, pack, tokenize
+from losia_dist.data.build import pack
+from losia_dist.data.dataset import Settings, TokenizedDataset, check_context, check_not_empty, tokenize
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.training.options import parse_columns
 
