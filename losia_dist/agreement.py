@@ -96,3 +96,11 @@ class Agreement:
     def _which(self, ranks: list[int]) -> str:
         names = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
         return f"rank{'s' if len(ranks) > 1 else ''} {names} of {self.world_size}"
+
+
+def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A process group of LoSiA's own over the given ranks, so that its transfers never wait in the engine's queue."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    return dist.new_group(ranks) if len(ranks) > 1 else None

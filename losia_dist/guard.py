@@ -18,7 +18,7 @@ from losia_dist.errors import ConfigError, DivergenceError, EngagementError, Uns
 from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice
-from losia_dist.sharding.interface import ParameterAccess, StateAccess
+from losia_dist.parts import RunParts
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def check_relocalized(layers: list[SubnetLinear], prints: Tensor, collectives: R
     check_agreement(layers, prints, parts, collectives)
 
 
-def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
+def check_same_subnets(parts: RunParts) -> None:
     """Compare all subnets over the ranks, places and present values: before the first step, and after a restart.
 
     Where each rank keeps a part of every weight there is one whole only, and ranks that loaded different weights have mixed
@@ -76,12 +76,13 @@ def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, 
     Raises:
         DivergenceError: as `check_relocalized`.
     """
+    layers, collectives = parts.layers, parts.collectives
     if collectives.world_size == 1:
         return
     prints: list[Tensor] = []
     rounded: list[Tensor] = []
     for layer in layers:
-        values = parameters.read_whole(layer.subnet)  # one layer's at a time
+        values = parts.parameters.read_whole(layer.subnet)  # one layer's at a time
         prints.append(subnet_prints(layer, values))
         rounded.append(loading_print(values).to(prints[0].device))
     check_agreement(layers, torch.stack(prints), ("places", "values"), collectives)
@@ -173,8 +174,9 @@ class EngagementCheck:
     of the subnets: a fingerprint of each master fragment before is compared with one after.
     """
 
-    def __init__(self, layers: list[SubnetLinear], state: StateAccess, collectives: RowCollectives) -> None:
-        self.layers, self.state, self.collectives = list(layers), state, collectives
+    def __init__(self, parts: RunParts) -> None:
+        self.layers, self.state, self.collectives = list(parts.layers), parts.state, parts.collectives
+        layers = self.layers
         device = layers[0].row_index.device
         self._steps, self._due = 0, 1  # steps seen with a learning rate above zero, and when to look next
         self._came = dict.fromkeys(layers, False)

@@ -13,7 +13,7 @@ from losia_dist.guard import any_rank
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import Wanted
 from losia_dist.optim.carried import carry_state
-from losia_dist.sharding.interface import ParameterAccess, StateAccess
+from losia_dist.parts import RunParts
 from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
 from losia_dist.subnet.linear import SubnetLinear
@@ -25,16 +25,13 @@ class Placement:
     Everything is called by all ranks, in the same order.
 
     Args:
-        layers: all layers with a subnet.
-        parameters: access to the model's parameters, of `resolve_parameters`.
-        state: access to the optimizer's state, of `resolve_state`.
+        parts: of the run.
         keep_moments: whether moments of weights that are in a layer's next subnet too stay.
     """
 
-    def __init__(
-        self, layers: list[SubnetLinear], parameters: ParameterAccess, state: StateAccess, *, keep_moments: bool
-    ) -> None:
-        self.layers, self.parameters, self.state, self.keep_moments = layers, parameters, state, keep_moments
+    def __init__(self, parts: RunParts, *, keep_moments: bool) -> None:
+        self.layers, self.parameters, self.state = parts.layers, parts.parameters, parts.state
+        self.keep_moments = keep_moments
 
     def shape(self, layer: SubnetLinear) -> tuple[int, int]:
         """(m, n) of the whole weight."""

@@ -29,6 +29,7 @@ LAYERS = [
         "placement",
         "probe",
         "conductor",
+        "parts",
         "warm_start",
         "allocation",
     ],
