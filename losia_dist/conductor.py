@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from losia_dist.agreement import own_group
+from losia_dist.agreement import Agreement, own_group
 from losia_dist.config import LoSiAConfig
 from losia_dist.drift import DriftCheck
 from losia_dist.errors import ConfigError
@@ -17,7 +17,6 @@ from losia_dist.guard import (
     EngagementCheck,
     check_choices,
     check_relocalized,
-    check_same_on_all_ranks,
     check_same_subnets,
     refuse_unlocated,
     refuse_unusable,
@@ -83,13 +82,14 @@ class LoSiA:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
         refuse_unusable(model, self.layers, config)
         group = own_group(process_group)
-        check_same_on_all_ranks("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps}, group)
+        agreement = Agreement(group, is_own=True)
+        agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps})
         self.collectives = RowCollectives(group)
         groups = len(group_names(self.layers))
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
-        check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
+        agreement.same("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers})
         check_kernels()
-        check_same_on_all_ranks("the environment", {**liveness_settings(), VARIABLE: kernel_choice()}, group)
+        agreement.same("the environment", {**liveness_settings(), VARIABLE: kernel_choice()})
         self._watch = join_watch(group)
         self._watch_hook = None
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
@@ -119,7 +119,7 @@ class LoSiA:
         self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.layers[0].row_index.device)
         self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
         self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
-        self.placement.cut_awaited(config.seed, group)
+        self.placement.cut_awaited(config.seed, agreement)
         check_same_subnets(self.parts)
         check_masters(self.parts)
         self._first_move = FirstMove(self.parts)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from losia_dist.agreement import Agreement
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
 from losia_dist.fingerprint import fingerprint, loading_print
@@ -22,30 +19,6 @@ from losia_dist.parts import RunParts
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
 logger = logging.getLogger(__name__)
-
-
-def check_same_on_all_ranks(what: str, values: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank, with the first differing entry and who has which value, unless all ranks pass the same.
-
-    `values` must be plain JSON values. Called by all ranks of the group, before any collective that depends on them.
-
-    Raises:
-        ConfigError: some rank has other values.
-    """
-    gathered = Agreement(group, is_own=True).gather(json.loads(json.dumps(values)))
-    for name in sorted(set().union(*gathered)):
-        by_rank = [entry.get(name) for entry in gathered]
-        odd = next((rank for rank, value in enumerate(by_rank) if value != by_rank[0]), None)
-        if odd is not None:
-            raise ConfigError(
-                f"ranks differ in {what}: {name} is {by_rank[0]!r} on rank 0 and {by_rank[odd]!r} on rank {odd}. "
-                "Start every rank with the same code, files and options."
-            )
-
-
-def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether the flag is set on some rank of the group; the same answer on all of them, who all call."""
-    return any(Agreement(group, is_own=True).gather(flag))
 
 
 def subnet_prints(layer: SubnetLinear, *values: Tensor) -> Tensor:

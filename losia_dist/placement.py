@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
-from losia_dist.guard import any_rank
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import Wanted
 from losia_dist.optim.carried import carry_state
@@ -70,7 +69,7 @@ class Placement:
         present = (layer.row_index, layer.col_index)
         return Wanted(layer.name, step, self.shape(layer), present, outliers.get(layer.name, ()))
 
-    def cut_awaited(self, seed: int, group: dist.ProcessGroup | None) -> None:
+    def cut_awaited(self, seed: int, agreement: Agreement) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
 
         Where one rank alone had the weights (the others receive them from it), all ranks cut again, to the same values.
@@ -78,9 +77,9 @@ class Placement:
         Raises:
             ConfigError: the model is still on the meta device. Same on every rank.
         """
-        if not any_rank(any(layer.awaits_weights for layer in self.layers), group):
+        if not agreement.any(any(layer.awaits_weights for layer in self.layers)):
             return
-        if any_rank(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index)), group):
+        if agreement.any(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index))):
             raise ConfigError(
                 "the model is still on the meta device: after get_losia_model (and fully_shard) call "
                 "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
