@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -83,16 +84,35 @@ class Agreement:
         return self.gather(result)[0]  # type: ignore[no-any-return]
 
     def same(self, what: str, value: Any) -> None:
-        """Raise on every rank unless all ranks pass equal values.
+        """Raise on every rank unless all ranks pass equal values, before any collective that depends on them.
+
+        value: plain values; of settings (a dictionary of JSON values) the first entry that differs is named.
 
         Raises:
-            ConfigError: who differs.
+            ConfigError: what differs, and who has which value.
         """
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise ConfigError(f"ranks differ in {what}: {values[0]!r} on rank 0 and {other!r} on rank {rank}.")
+        gathered = self.gather(json.loads(json.dumps(value)) if isinstance(value, dict) else {"": value})
+        for name in sorted(set().union(*gathered)):
+            by_rank = [theirs.get(name) for theirs in gathered]
+            odd = next((rank for rank, theirs in enumerate(by_rank) if theirs != by_rank[0]), None)
+            if odd is not None:
+                raise ConfigError(
+                    f"ranks differ in {what}: {name + ' is ' if name else ''}{by_rank[0]!r} on rank 0 and {by_rank[odd]!r} on "
+                    f"rank {odd}. Start every rank with the same code, files and options."
+                )
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank; the same answer on all of them."""
+        return any(self.gather(flag))
 
     def _which(self, ranks: list[int]) -> str:
         names = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
         return f"rank{'s' if len(ranks) > 1 else ''} {names} of {self.world_size}"
+
+
+def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A process group of LoSiA's own over the given ranks, so that its transfers never wait in the engine's queue."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+    return dist.new_group(ranks) if len(ranks) > 1 else None

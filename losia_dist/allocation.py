@@ -9,17 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
 from losia_dist.localization.search import Choice, Query, Sums, greedy, together
 from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.warm_start import Batches, Loss, run_searches
-
-if TYPE_CHECKING:
-    from losia_dist.conductor import LoSiA
 
 Factors = tuple[float, float]
 
@@ -70,7 +67,7 @@ def measure(
         shape = whole_shape(losia.parameters, layer)
         return together([greedy(shape, size) for _, size in sizes(shape)])
 
-    found, _ = run_searches(losia, search_of, batches, compute_loss)
+    found, _ = run_searches(losia.model, losia.parts, losia.config.importance, search_of, batches, compute_loss)
     measured: dict[str, list[Captured]] = {}
     for one in found:
         if one.layer.is_output:

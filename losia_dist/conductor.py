@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from losia_dist.agreement import Agreement, own_group
 from losia_dist.config import LoSiAConfig
 from losia_dist.drift import DriftCheck
 from losia_dist.errors import ConfigError
@@ -16,7 +17,6 @@ from losia_dist.guard import (
     EngagementCheck,
     check_choices,
     check_relocalized,
-    check_same_on_all_ranks,
     check_same_subnets,
     refuse_unlocated,
     refuse_unusable,
@@ -29,10 +29,12 @@ from losia_dist.localization.backward import Batch
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.modes import Localization, make_localization
 from losia_dist.localization.moves import SubnetMove
+from losia_dist.localization.schedule import layers_per_slot, resolve_layers_per_slot
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotClock, SlotGroup
 from losia_dist.optim.finite import FiniteCheck
 from losia_dist.optim.rewarming import Rewarming
+from losia_dist.parts import RunParts
 from losia_dist.placement import Placement
 from losia_dist.probe import FirstMove, check_masters
 from losia_dist.removed import refuse_removed_variables, removed_variables
@@ -43,7 +45,7 @@ from losia_dist.subnet.copied import copies_changed
 from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.subnet.operator import make_findable
-from losia_dist.warm_start import draw_all, layers_per_slot, locate_all, settled
+from losia_dist.warm_start import find_outliers, locate_all
 
 
 class LoSiA:
@@ -79,13 +81,14 @@ class LoSiA:
         if not self.layers:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
         refuse_unusable(model, self.layers, config)
-        group = _own_group(process_group)
-        check_same_on_all_ranks("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps}, group)
+        group = own_group(process_group)
+        agreement = Agreement(group, is_own=True)
+        agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps})
         self.collectives = RowCollectives(group)
         groups = len(group_names(self.layers))
-        self.config = config = settled(config, total_steps, groups, self.collectives.world_size)
-        check_same_on_all_ranks("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers}, group)
-        check_same_on_all_ranks("the environment", {**liveness_settings(), **removed_variables()}, group)
+        self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
+        agreement.same("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers})
+        agreement.same("the environment", {**liveness_settings(), **removed_variables()})
         refuse_removed_variables()
         self._watch = join_watch(group)
         self._watch_hook = None
@@ -95,7 +98,8 @@ class LoSiA:
         check_intact(model, self.layers, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
-        self.placement = Placement(self.layers, self.parameters, self.state, keep_moments=config.moments == "kept")
+        self.parts = RunParts(self.layers, self.parameters, self.state, self.collectives)
+        self.placement = Placement(self.parts, keep_moments=config.moments == "kept")
         is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
         check_clearing(self.state, self.layers, config, is_cut=is_cut)
         create_state = getattr(self.state.optimizer, "create_state", None)
@@ -115,12 +119,12 @@ class LoSiA:
         self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.layers[0].row_index.device)
         self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
         self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
-        self.placement.cut_awaited(config.seed, group)
-        check_same_subnets(self.layers, self.parameters, self.collectives)
-        check_masters(self.layers, self.parameters, self.state, self.collectives)
-        self._first_move = FirstMove(self.state, self.collectives)
-        self._engagement: EngagementCheck | None = EngagementCheck(self.layers, self.state, self.collectives)
-        self._drift: DriftCheck | None = DriftCheck(self.layers, self.parameters, self.collectives)
+        self.placement.cut_awaited(config.seed, agreement)
+        check_same_subnets(self.parts)
+        check_masters(self.parts)
+        self._first_move = FirstMove(self.parts)
+        self._engagement: EngagementCheck | None = EngagementCheck(self.parts)
+        self._drift: DriftCheck | None = DriftCheck(self.parts)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
         # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
         self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
@@ -230,17 +234,21 @@ class LoSiA:
         if self.steps or self.in_mid_step:
             raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
         if self.config.collects_importance:
-            choices, passes = locate_all(self, batches, compute_loss)
+            choices, passes = locate_all(self.model, self.parts, self.config, batches, compute_loss)
         else:
-            choices, passes = draw_all(self, batches, compute_loss)
+            assert self.config.outlier_limit is not None
+            self.outliers = find_outliers(self.model, self.parts, self.config.outlier_limit, batches, compute_loss)
+            everyone, passes = SlotGroup("", 0), 1  # all groups, at once
+            wanted = [self.placement.wanted(layer, 0, self.outliers) for layer in self.layers]
+            choices = [self.localization.choose(everyone, None, one) for one in wanted]
         check_choices(choices, self.layers, self.collectives)
         with torch.no_grad():
             for layer, choice in zip(self.layers, choices, strict=True):
                 self.placement.cut(layer, choice.rows, choice.columns)
         self._note_changes()
-        check_same_subnets(self.layers, self.parameters, self.collectives)
-        self._engagement = EngagementCheck(self.layers, self.state, self.collectives)
-        self._drift = DriftCheck(self.layers, self.parameters, self.collectives)
+        check_same_subnets(self.parts)
+        self._engagement = EngagementCheck(self.parts)
+        self._drift = DriftCheck(self.parts)
         self._open_slot()
         self.located = True
         self._tell("located", self.layers, choices)
@@ -275,9 +283,9 @@ class LoSiA:
         self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
         for layer in self.layers:
             layer.gradient_witness = None
-        self._first_move = FirstMove(self.state, self.collectives)
-        self._engagement = None if progress["engaged"] else EngagementCheck(self.layers, self.state, self.collectives)
-        check_same_subnets(self.layers, self.parameters, self.collectives)
+        self._first_move = FirstMove(self.parts)
+        self._engagement = None if progress["engaged"] else EngagementCheck(self.parts)
+        check_same_subnets(self.parts)
         self._open_slot()
 
     def check_latest_step(self) -> None:
@@ -388,11 +396,3 @@ class LoSiA:
     def _check_located(self) -> None:  # an optimizer step is about to be made
         if not self.located:
             refuse_unlocated(self.config)
-
-
-def _own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A process group of LoSiA's own over the given ranks, so that its transfers never wait in the engine's queue."""
-    if not dist.is_available() or not dist.is_initialized():
-        return None
-    ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-    return dist.new_group(ranks) if len(ranks) > 1 else None

@@ -8,9 +8,7 @@ from torch import Tensor
 from losia_dist.errors import DivergenceError
 from losia_dist.fingerprint import fingerprint
 from losia_dist.guard import check_agreement
-from losia_dist.localization.collectives import RowCollectives
-from losia_dist.sharding.interface import ParameterAccess
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.parts import RunParts
 
 
 class DriftCheck:
@@ -20,9 +18,9 @@ class DriftCheck:
     sharded ones exist once. Made and called by all ranks.
     """
 
-    def __init__(self, layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
-        self._layers, self._collectives = layers, collectives
-        self._needless = collectives.world_size == 1 or not parameters.weight_is_resident
+    def __init__(self, parts: RunParts) -> None:
+        self._layers, self._collectives = parts.layers, parts.collectives
+        self._needless = self._collectives.world_size == 1 or not parts.parameters.weight_is_resident
         self._before = torch.zeros(0) if self._needless else self._prints()
 
     def verify(self) -> bool:

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from losia_dist.agreement import Agreement
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
 from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice
-from losia_dist.sharding.interface import ParameterAccess, StateAccess
+from losia_dist.parts import RunParts
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
 logger = logging.getLogger(__name__)
-
-
-def check_same_on_all_ranks(what: str, values: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Raise on every rank, with the first differing entry and who has which value, unless all ranks pass the same.
-
-    `values` must be plain JSON values. Called by all ranks of the group, before any collective that depends on them.
-
-    Raises:
-        ConfigError: some rank has other values.
-    """
-    gathered = Agreement(group, is_own=True).gather(json.loads(json.dumps(values)))
-    for name in sorted(set().union(*gathered)):
-        by_rank = [entry.get(name) for entry in gathered]
-        odd = next((rank for rank, value in enumerate(by_rank) if value != by_rank[0]), None)
-        if odd is not None:
-            raise ConfigError(
-                f"ranks differ in {what}: {name} is {by_rank[0]!r} on rank 0 and {by_rank[odd]!r} on rank {odd}. "
-                "Start every rank with the same code, files and options."
-            )
-
-
-def any_rank(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether the flag is set on some rank of the group; the same answer on all of them, who all call."""
-    return any(Agreement(group, is_own=True).gather(flag))
 
 
 def subnet_prints(layer: SubnetLinear, *values: Tensor) -> Tensor:
@@ -66,7 +39,7 @@ def check_relocalized(layers: list[SubnetLinear], prints: Tensor, collectives: R
     check_agreement(layers, prints, parts, collectives)
 
 
-def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, collectives: RowCollectives) -> None:
+def check_same_subnets(parts: RunParts) -> None:
     """Compare all subnets over the ranks, places and present values: before the first step, and after a restart.
 
     Where each rank keeps a part of every weight there is one whole only, and ranks that loaded different weights have mixed
@@ -76,12 +49,13 @@ def check_same_subnets(layers: list[SubnetLinear], parameters: ParameterAccess, 
     Raises:
         DivergenceError: as `check_relocalized`.
     """
+    layers, collectives = parts.layers, parts.collectives
     if collectives.world_size == 1:
         return
     prints: list[Tensor] = []
     rounded: list[Tensor] = []
     for layer in layers:
-        values = parameters.read_whole(layer.subnet)  # one layer's at a time
+        values = parts.parameters.read_whole(layer.subnet)  # one layer's at a time
         prints.append(subnet_prints(layer, values))
         rounded.append(loading_print(values).to(prints[0].device))
     check_agreement(layers, torch.stack(prints), ("places", "values"), collectives)
@@ -173,8 +147,9 @@ class EngagementCheck:
     of the subnets: a fingerprint of each master fragment before is compared with one after.
     """
 
-    def __init__(self, layers: list[SubnetLinear], state: StateAccess, collectives: RowCollectives) -> None:
-        self.layers, self.state, self.collectives = list(layers), state, collectives
+    def __init__(self, parts: RunParts) -> None:
+        self.layers, self.state, self.collectives = list(parts.layers), parts.state, parts.collectives
+        layers = self.layers
         device = layers[0].row_index.device
         self._steps, self._due = 0, 1  # steps seen with a learning rate above zero, and when to look next
         self._came = dict.fromkeys(layers, False)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
-from losia_dist.guard import any_rank
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import Wanted
 from losia_dist.optim.carried import carry_state
-from losia_dist.sharding.interface import ParameterAccess, StateAccess
+from losia_dist.parts import RunParts
 from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
 from losia_dist.subnet.linear import SubnetLinear
@@ -25,16 +24,13 @@ class Placement:
     Everything is called by all ranks, in the same order.
 
     Args:
-        layers: all layers with a subnet.
-        parameters: access to the model's parameters, of `resolve_parameters`.
-        state: access to the optimizer's state, of `resolve_state`.
+        parts: of the run.
         keep_moments: whether moments of weights that are in a layer's next subnet too stay.
     """
 
-    def __init__(
-        self, layers: list[SubnetLinear], parameters: ParameterAccess, state: StateAccess, *, keep_moments: bool
-    ) -> None:
-        self.layers, self.parameters, self.state, self.keep_moments = layers, parameters, state, keep_moments
+    def __init__(self, parts: RunParts, *, keep_moments: bool) -> None:
+        self.layers, self.parameters, self.state = parts.layers, parts.parameters, parts.state
+        self.keep_moments = keep_moments
 
     def shape(self, layer: SubnetLinear) -> tuple[int, int]:
         """(m, n) of the whole weight."""
@@ -73,7 +69,7 @@ class Placement:
         present = (layer.row_index, layer.col_index)
         return Wanted(layer.name, step, self.shape(layer), present, outliers.get(layer.name, ()))
 
-    def cut_awaited(self, seed: int, group: dist.ProcessGroup | None) -> None:
+    def cut_awaited(self, seed: int, agreement: Agreement) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
 
         Where one rank alone had the weights (the others receive them from it), all ranks cut again, to the same values.
@@ -81,9 +77,9 @@ class Placement:
         Raises:
             ConfigError: the model is still on the meta device. Same on every rank.
         """
-        if not any_rank(any(layer.awaits_weights for layer in self.layers), group):
+        if not agreement.any(any(layer.awaits_weights for layer in self.layers)):
             return
-        if any_rank(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index)), group):
+        if agreement.any(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index))):
             raise ConfigError(
                 "the model is still on the meta device: after get_losia_model (and fully_shard) call "
                 "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.guard import _some
-from losia_dist.localization.collectives import RowCollectives
+from losia_dist.parts import RunParts
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.subnet.linear import SubnetLinear
 
@@ -19,9 +19,7 @@ _CODES = 127  # whole numbers up to here are exact in bf16 and fp16
 
 
 @torch.no_grad()
-def check_masters(
-    layers: list[SubnetLinear], parameters: ParameterAccess, state: StateAccess, collectives: RowCollectives
-) -> None:
+def check_masters(parts: RunParts) -> None:
     """Compare every subnet's master with the model, write other values through the access objects, find them again by the road
     of the engine's step (`StateAccess.stepped`), and put everything back. Called by all ranks, before the first step.
 
@@ -32,7 +30,8 @@ def check_masters(
         UnsupportedError: on every rank, with the layers: no optimizer steps them, what was written did not get where
             the step takes its values from, or the masters are not the model's values.
     """
-    found = torch.stack([_try(layer, place, parameters, state) for place, layer in enumerate(layers)])
+    layers, collectives = parts.layers, parts.collectives
+    found = torch.stack([_try(layer, place, parts.parameters, parts.state) for place, layer in enumerate(layers)])
     everyone = collectives.stack(found.reshape(-1)).view(collectives.world_size, len(layers), 3).sum(0).tolist()
     sizes = [layer.row_index.numel() * layer.col_index.numel() for layer in layers]
     kept, stale, missed = zip(*everyone, strict=True)
@@ -96,9 +95,9 @@ class FirstMove:
     Holds this rank's part of the moved subnets, old and new, for one step; `done` from then on.
     """
 
-    def __init__(self, state: StateAccess, collectives: RowCollectives) -> None:
+    def __init__(self, parts: RunParts) -> None:
         self.done = False
-        self._state, self._collectives = state, collectives
+        self._state, self._collectives = parts.state, parts.collectives
         self._old: dict[SubnetLinear, Tensor | None] = {}
         self._moved: dict[SubnetLinear, Tensor | None] = {}
 

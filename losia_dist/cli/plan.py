@@ -110,8 +110,8 @@ def _planned(workload: Workload, simulated: bool) -> Any:
 
 
 def _workload(options: argparse.Namespace) -> Workload:
+    from losia_dist.localization.schedule import resolve_layers_per_slot
     from losia_dist.planning.shapes import find_shape
-    from losia_dist.warm_start import settled
 
     shape = find_shape(options.model)
     cluster = Cluster(
@@ -128,7 +128,7 @@ def _workload(options: argparse.Namespace) -> Workload:
     config = _config(options)
     if config.layers_per_slot == "auto" and options.steps is not None:
         groups = shape.layers + (config.output_rank_factor is not None)
-        config = settled(config, options.steps, groups, cluster.gpus)
+        config = resolve_layers_per_slot(config, options.steps, groups, cluster.gpus)
     return Workload(
         shape,
         cluster,

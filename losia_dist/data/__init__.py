@@ -12,7 +12,8 @@ With `build_dataset(..., packing=True)` the model has to take part: `flatten = p
 `make_loader(..., flatten=flatten)`.
 """
 
-from losia_dist.data.dataset import Report, TokenizedDataset, build_dataset
+from losia_dist.data.build import build_dataset
+from losia_dist.data.dataset import Report, TokenizedDataset
 from losia_dist.data.loader import collator_for, count_targets, make_evaluation_loader, make_loader
 from losia_dist.data.packing import PackedDataset, prepare_for_packing
 from losia_dist.data.records import Records, load_records, train_validation_split

@@ -1,4 +1,4 @@
-"""`build_dataset`: records to a tokenized data set of bounded length, with a report of what was cut and dropped."""
+"""`TokenizedDataset`: records as token ids of bounded length, with a report of what was cut and dropped."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from array import array
 from dataclasses import dataclass, fields
 from datetime import date
 from itertools import pairwise
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from losia_dist.data.encoding import Encoded, encode
+from losia_dist.data.records import Records
 from losia_dist.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from losia_dist.data.packing import PackedDataset
-    from losia_dist.data.records import Records
 
 IGNORED = -100  # a label that carries no loss, as in torch.nn.CrossEntropyLoss and Transformers
 OVERLONG = ("truncate", "drop", "error")
@@ -65,7 +62,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Settings:
-    """How records become tokens; see `build_dataset`. Raises: ConfigError for a setting that cannot work."""
+    """How records become tokens; see `build.build_dataset`. Raises: ConfigError for a setting that cannot work."""
 
     max_length: int
     overlong: str = "truncate"
@@ -164,40 +161,6 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
         return self._ends[index], self._ends[index + 1]
 
 
-def build_dataset(
-    records: Records,
-    tokenizer: Any,
-    max_length: int,
-    *,
-    context_length: int | None = None,
-    overlong: str = "truncate",
-    packing: bool = False,
-    chat_template: str | None = None,
-    template_date: date | None = None,
-) -> TokenizedDataset | PackedDataset:
-    """Tokenize `records`. Every rank calls it; the result depends on nothing but the arguments.
-
-    Loss is on answers only (on all tokens of a text), the end of the turn or eos included; see `encoding`.
-
-    max_length: tokens per example, or per row when packed.
-    context_length: the model's longest sequence in tokens (`model.config.max_position_embeddings`), if it has one.
-    overlong: what to do with a longer record: "truncate" keeps the first `max_length` tokens (it then has no end of
-        turn to learn, and it is dropped if no answer is left), "drop" drops it, "error" raises.
-    packing: put several records into each row of exactly `max_length` tokens; see the module `packing`, also for what
-        the model needs.
-    chat_template: a Jinja template in place of the tokenizer's.
-    template_date: what a chat template that writes the date takes for today (None: today).
-
-    Raises: DataError when `max_length` is above `context_length`, the tokenizer cannot serve the records, a record is
-    too long and `overlong` is "error", or no example is left; ConfigError for a setting that cannot work.
-    """
-    settings = Settings(max_length, overlong, chat_template, template_date)
-    check_context(max_length, context_length)
-    dataset = tokenize(records, tokenizer, settings)
-    check_not_empty(dataset.report(), records.name, max_length)
-    return pack(dataset, tokenizer) if packing else dataset
-
-
 def tokenize(records: Records, tokenizer: Any, settings: Settings) -> TokenizedDataset:
     """Tokenize `records`, of which nothing may be left. Raises: DataError, naming the record."""
     dataset = TokenizedDataset(settings.max_length)
@@ -208,13 +171,6 @@ def tokenize(records: Records, tokenizer: Any, settings: Settings) -> TokenizedD
         except DataError as error:
             raise DataError(f"{records.place(index)}: {error}") from None
     return dataset
-
-
-def pack(dataset: TokenizedDataset, tokenizer: Any) -> PackedDataset:
-    """`dataset` in rows of its `max_length`."""
-    from losia_dist.data.packing import PackedDataset
-
-    return PackedDataset(dataset, dataset.max_length, _pad_id(tokenizer))
 
 
 def check_context(max_length: int, context_length: int | None) -> None:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from losia_dist.agreement import Agreement
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.integrations.deepspeed_checkpoint import attach_checkpoints
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
@@ -82,8 +82,9 @@ def initialize(
         )
     _check_values(settings)
     _init_distributed(kwargs)
-    check_same_on_all_ranks("the LoSiA configuration", losia_config.to_dict(), dist.group.WORLD)
-    check_same_on_all_ranks("the DeepSpeed configuration", settings, dist.group.WORLD)
+    agreement = Agreement(dist.group.WORLD, is_own=True)
+    agreement.same("the LoSiA configuration", losia_config.to_dict())
+    agreement.same("the DeepSpeed configuration", settings)
     if not subnet_layers(model):
         get_losia_model(model, losia_config)
     arguments: dict[str, Any] = dict(kwargs)

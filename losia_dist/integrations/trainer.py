@@ -13,11 +13,11 @@ from accelerate.utils import DummyOptim
 from torch.optim import Optimizer
 from transformers import Trainer
 
+from losia_dist.agreement import Agreement
 from losia_dist.checkpoint.export import save_whole_model
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.integrations.best_model import check_restorable, load_plain_weights
 from losia_dist.integrations.callback import LoSiACallback
 from losia_dist.integrations.deepspeed_checkpoint import EngineCounters
@@ -90,7 +90,7 @@ class LoSiATrainerMixin:
         super().__init__(*args, **kwargs)
         refuse_engine(self)
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        check_same_on_all_ranks("the LoSiA configuration", losia_config.to_dict(), group)
+        Agreement(group, is_own=True).same("the LoSiA configuration", losia_config.to_dict())
         self.losia_config = losia_config
         self._engine_settings = engine_settings(self)
         self.losia_callback = LoSiACallback(losia_config)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from losia_dist.loss.logits import LogitsRule
-from losia_dist.subnet.linear import GradientSink, SubnetLinear
+from losia_dist.subnet.layer import GradientSink
+from losia_dist.subnet.linear import SubnetLinear
 
 # Logits of one chunk, if the number of tokens is left open: 256 MB in fp32, and a matmul large enough for any device.
 CHUNK_LOGITS = 2**26

@@ -1,14 +1,14 @@
-"""A subnet that moves begins without moments: what that means for an optimizer's state, and whether it is known to work.
+"""A subnet that moves begins without moments: whether that is known to work with an optimizer.
 
-Adam's moments are zeroed in place. What any other optimizer keeps is taken away, so that it begins anew as with a new
-parameter; that this is so is tried at the start, on tensors of no consequence.
+Adam's moments are zeroed in place (`entries.clear_state`). What any other optimizer keeps is taken away, so that it begins
+anew as with a new parameter; that this is so is tried here at the start, on tensors of no consequence.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,40 +16,13 @@ from torch.optim import Optimizer
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import UnsupportedError
+from losia_dist.sharding.entries import clear_state, keeps_adam_state
+from losia_dist.sharding.interface import StateAccess
 from losia_dist.subnet.linear import SubnetLinear
 
-if TYPE_CHECKING:
-    from losia_dist.sharding.interface import StateAccess
-
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _FIX = "Use LoSiAAdamW: a subnet's state is 1/64 of full fine-tuning's as it is."
 _RATE = 1e-3  # of the trial: schedules may begin at 0
 _MOST = 1 << 24  # elements in the trial
-
-
-def keeps_adam_state(optimizer: Optimizer) -> bool:
-    """Whether all that the optimizer keeps for a tensor is Adam's: moments of its shape, a step count, a master copy.
-
-    By class, not by names of entries: others keep quantized moments or products under the same names.
-    """
-    kind = type(optimizer)
-    known = kind in (torch.optim.Adam, torch.optim.AdamW) or vars(kind).get("keeps_adam_state", False)
-    return known or kind.__module__.startswith("deepspeed.ops.adam")
-
-
-def clear_state(optimizer: Optimizer, holders: list[Any], restart_bias_correction: bool) -> None:
-    """Begin anew for these tensors; Adam's master values stay, and its step counts unless they are to restart."""
-    if not keeps_adam_state(optimizer):
-        for holder in holders:
-            optimizer.state.pop(holder, None)
-        return
-    for holder in holders:
-        state = optimizer.state.get(holder, {})
-        for key in _MOMENTS:
-            if key in state:
-                state[key].zero_()
-        if restart_bias_correction and "step" in state:
-            state["step"] = state["step"].zero_() if isinstance(state["step"], Tensor) else 0
 
 
 def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiAConfig, *, is_cut: bool) -> None:

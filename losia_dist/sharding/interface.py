@@ -5,14 +5,10 @@ Every method is called on all ranks, with the same arguments, in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-from losia_dist.sharding.clearing import keeps_adam_state
 
 
 class ParameterAccess(Protocol):
@@ -86,44 +82,3 @@ class StateAccess(Protocol):
     def state_tensors(self) -> list[Tensor]:
         """Every floating-point tensor of optimizer state, and every master copy, that this rank holds."""
         ...
-
-
-def as_tensor(value: Any) -> Tensor | None:
-    """An entry of optimizer state as a tensor; None for what is neither a tensor nor a number."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.tensor(value) if isinstance(value, int | float) else None
-
-
-def store_state(
-    kept: dict[str, Any], state: dict[str, Tensor], like: Tensor, store: Callable[[Tensor, Tensor], None], optimizer: Optimizer
-) -> None:
-    """Put whole tensors into an optimizer's state for one holder, in place wherever something is there already.
-
-    Args:
-        kept: the optimizer's entries for the holder; its "master" is left alone.
-        state: as `StateAccess.read_state` gives it; "value" is left to the caller.
-        like: the holder; entries that the optimizer has not made yet are made in its form.
-        store: (entry, whole values): writes the part of the values that the entry stands for.
-        optimizer: whose state it is.
-    """
-    if not keeps_adam_state(optimizer):
-        kept.clear()  # what the state does not name is made anew
-    # torch's optimizers keep step counts on the host, unless a fused or captured step reads them on the device.
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    scalars = like.device if on_device else torch.device("cpu")
-    for key in kept.keys() - state.keys() - {"master"}:
-        kept[key] = kept[key].zero_() if isinstance(kept[key], Tensor) else 0
-    for key, values in state.items():
-        if key == "value":
-            continue
-        if values.dim() == 0 and not isinstance(kept.get(key), Tensor):
-            kept[key] = values.to(scalars, copy=True) if values.is_floating_point() else int(values)
-        elif values.dim() == 0:
-            kept[key].copy_(values)
-        else:
-            if key not in kept and values.shape == state["value"].shape:
-                kept[key] = torch.zeros_like(like, dtype=values.dtype)
-            elif key not in kept:  # an optimizer that keeps less than one number per weight; refused where state is cut
-                kept[key] = values.new_zeros(values.shape, device=like.device)
-            store(kept[key], values)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from losia_dist.sharding.clearing import clear_state
-from losia_dist.sharding.interface import as_tensor, store_state
+from losia_dist.sharding.entries import as_tensor, clear_state, store_state
 from losia_dist.subnet.groups import GROUP_KEY
 
 

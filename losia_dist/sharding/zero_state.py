@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 
 from losia_dist import compat
 from losia_dist.errors import UnsupportedError
-from losia_dist.sharding.clearing import clear_state
-from losia_dist.sharding.interface import as_tensor, store_state
+from losia_dist.sharding.entries import as_tensor, clear_state, store_state
 from losia_dist.subnet.groups import GROUP_KEY
 
 

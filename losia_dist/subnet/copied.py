@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.fingerprint import loading_print
+from losia_dist.subnet.layer import SubnetLayer
 
-if TYPE_CHECKING:
-    from losia_dist.subnet.linear import SubnetLinear
+Layer = TypeVar("Layer", bound=SubnetLayer)
 
 HOW = (
     "Subnets move, so that means of their parameters (AveragedModel, EMA, SWA, means of state dicts) are means of values from "
@@ -26,10 +26,10 @@ HOW = (
     "docs/averaging.md shows."
 )
 _OF_THE_RUN = ("gradient_sink", "gradient_witness", "kept_inputs")  # what collects for the run that is copied from
-_copies: weakref.WeakKeyDictionary[SubnetLinear, weakref.WeakSet[SubnetLinear]] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[SubnetLayer, weakref.WeakSet[SubnetLayer]] = weakref.WeakKeyDictionary()
 
 
-def deep_copy(layer: SubnetLinear, memo: dict[int, Any]) -> SubnetLinear:
+def deep_copy(layer: Layer, memo: dict[int, Any]) -> Layer:
     """A copy that no conductor drives, and that collects nothing."""
     made = layer.__class__.__new__(layer.__class__)
     memo[id(layer)] = made
@@ -43,12 +43,12 @@ def deep_copy(layer: SubnetLinear, memo: dict[int, Any]) -> SubnetLinear:
     return made
 
 
-def note_state(layer: SubnetLinear) -> None:
+def note_state(layer: SubnetLayer) -> None:
     """What a copy holds now is of one moment: subnet, place and weight."""
     layer.copied = None if layer.subnet.is_meta else (layer.subnet._version, int(loading_print(_local(layer.subnet))))
 
 
-def check_copy(layer: SubnetLinear) -> None:
+def check_copy(layer: SubnetLayer) -> None:
     """A copy's subnet must be what was copied.
 
     Raises:
@@ -58,7 +58,7 @@ def check_copy(layer: SubnetLinear) -> None:
         raise changed_copy(layer.name)
 
 
-def copies_changed(layers: Iterable[SubnetLinear], thoroughly: bool) -> bool:
+def copies_changed(layers: Iterable[SubnetLayer], thoroughly: bool) -> bool:
     """Whether anything was written into copies that this rank has of a run's layers; costs next to nothing where there is none.
 
     thoroughly: also what was written past the version counter (`.data`); waits for the device.
@@ -76,7 +76,7 @@ def changed_copy(where: str) -> UnsupportedError:
     )
 
 
-def _was_changed(layer: SubnetLinear, thoroughly: bool) -> bool:
+def _was_changed(layer: SubnetLayer, thoroughly: bool) -> bool:
     if layer.copied is None:
         return False
     version, known = layer.copied
@@ -88,7 +88,7 @@ def _was_changed(layer: SubnetLinear, thoroughly: bool) -> bool:
     return False
 
 
-def check_index(layer: SubnetLinear, name: str, index: Tensor, size: int) -> None:
+def check_index(layer: SubnetLayer, name: str, index: Tensor, size: int) -> None:
     """A place that a state dict brings: whole numbers, ascending, inside the weight.
 
     Raises:

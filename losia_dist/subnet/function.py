@@ -11,19 +11,17 @@ run as one dense matmul each, so the step sits at the FLOP floor. Only x[..., C]
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from losia_dist.subnet.blocks import subnet_gradient, take_last, take_subnet, write_subnet
-
-if TYPE_CHECKING:
-    from losia_dist.subnet.linear import GradientSink, SubnetLinear
+from losia_dist.subnet.layer import GradientSink, SubnetLayer
 
 
-def subnet_forward(layer: SubnetLinear, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
+def subnet_forward(layer: SubnetLayer, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
     """y = x W^T + b with the subnet's present values in W; x [..., n] -> [..., m], in the dtype of x."""
     matrix = layer.as_rows(weight)
     if layer.must_write(weight, subnet):
@@ -32,7 +30,7 @@ def subnet_forward(layer: SubnetLinear, x: Tensor, weight: Tensor, bias: Tensor 
 
 
 def subnet_backward(
-    layer: SubnetLinear,
+    layer: SubnetLayer,
     grad_y: Tensor,
     kept: Tensor,
     weight: Tensor,
@@ -66,7 +64,7 @@ def subnet_backward(
     return grad_x, grad_subnet
 
 
-def _give_up(full: Tensor, layer: SubnetLinear, matrix: Tensor, sink: GradientSink) -> Tensor:
+def _give_up(full: Tensor, layer: SubnetLayer, matrix: Tensor, sink: GradientSink) -> Tensor:
     """The subnet's part of a full gradient [m, n], which the sink then keeps and uses up."""
     grad_subnet = take_subnet(full, layer.rows, layer.columns)
     sink(full.clone() if grad_subnet is full else full, matrix)
@@ -77,7 +75,7 @@ class SubnetLinearFunction(torch.autograd.Function):
     """y = x W^T + b with gradients for x, the subnet and (if it trains) the bias; none for W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLayer) -> Tensor:
         ctx.sink = layer.gradient_sink
         # Localizing needs the full gradient, hence all of x; everyone else keeps the subnet's columns alone.
         ctx.save_for_backward(x if ctx.sink is not None else take_last(x, layer.columns))
@@ -100,7 +98,7 @@ class SubnetLinearFunction(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_subnet, None
 
 
-def embedding_forward(head: SubnetLinear, tokens: Tensor, weight: Tensor, subnet: Tensor) -> Tensor:
+def embedding_forward(head: SubnetLayer, tokens: Tensor, weight: Tensor, subnet: Tensor) -> Tensor:
     """Rows of a weight that the output layer shares, with its subnet's present values: int64 [...] -> [..., n]."""
     if head.must_write(weight, subnet):
         write_subnet(weight, subnet, head.rows, head.columns)
@@ -108,7 +106,7 @@ def embedding_forward(head: SubnetLinear, tokens: Tensor, weight: Tensor, subnet
 
 
 def embedding_backward(
-    head: SubnetLinear,
+    head: SubnetLayer,
     grad_y: Tensor,
     tokens: Tensor,
     weight: Tensor,
@@ -141,7 +139,7 @@ class TiedEmbeddingFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, subnet: Tensor, head: SubnetLinear, padding_index: int | None
+        ctx: Any, tokens: Tensor, weight: Tensor, subnet: Tensor, head: SubnetLayer, padding_index: int | None
     ) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.weight, ctx.subnet, ctx.head, ctx.padding_index, ctx.sink = weight, subnet, head, padding_index, head.gradient_sink

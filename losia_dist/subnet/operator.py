@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +20,19 @@ from torch import Tensor
 from losia_dist.errors import UnsupportedError
 from losia_dist.subnet.blocks import take_last
 from losia_dist.subnet.function import embedding_backward, embedding_forward, subnet_backward, subnet_forward
+from losia_dist.subnet.layer import SubnetLayer
 
-if TYPE_CHECKING:
-    from losia_dist.subnet.linear import SubnetLinear
-
-_layers: weakref.WeakValueDictionary[int, SubnetLinear] = weakref.WeakValueDictionary()  # by the address of row_index
+_layers: weakref.WeakValueDictionary[int, SubnetLayer] = weakref.WeakValueDictionary()  # by the address of row_index
 _tickets = itertools.count(1)
 
 
-def make_findable(layers: Iterable[SubnetLinear]) -> None:
+def make_findable(layers: Iterable[SubnetLayer]) -> None:
     """Let compiled code find these layers; called once they are on their devices."""
     for layer in layers:
         _layers[layer.row_index.data_ptr()] = layer
 
 
-def _find(row_index: Tensor) -> SubnetLinear:
+def _find(row_index: Tensor) -> SubnetLayer:
     layer = _layers.get(row_index.data_ptr())
     if layer is None or layer.row_index.data_ptr() != row_index.data_ptr():
         raise UnsupportedError(
@@ -118,7 +116,7 @@ def _linear_gradients(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None,
 _linear.register_autograd(_linear_gradients, setup_context=_linear_setup)
 
 
-def compiled_linear(layer: SubnetLinear, x: Tensor) -> Tensor:
+def compiled_linear(layer: SubnetLayer, x: Tensor) -> Tensor:
     """`SubnetLinearFunction` for a graph: x [..., n] -> [..., m]."""
     y, _, _ = _linear(x, layer.weight, layer.bias, layer.subnet, layer.row_index, layer.col_index)
     return y
@@ -162,6 +160,6 @@ def _embedding_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 _embedding.register_autograd(_embedding_gradients, setup_context=_embedding_setup)
 
 
-def compiled_embedding(head: SubnetLinear, tokens: Tensor, weight: Tensor, subnet: Tensor, padding_index: int | None) -> Tensor:
+def compiled_embedding(head: SubnetLayer, tokens: Tensor, weight: Tensor, subnet: Tensor, padding_index: int | None) -> Tensor:
     """`TiedEmbeddingFunction` for a graph: int64 [...] -> [..., n]."""
     return _embedding(tokens, weight, subnet, head.row_index, -1 if padding_index is None else padding_index)

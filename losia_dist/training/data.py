@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from losia_dist.agreement import Agreement
 from losia_dist.data import Records, cache, load_records, template_reads_date, train_validation_split, training_template
-from losia_dist.data.dataset import Settings, check_context, pack
+from losia_dist.data.build import pack
+from losia_dist.data.dataset import Settings, check_context
 from losia_dist.data.streaming import Stream
 from losia_dist.errors import ConfigError
 from losia_dist.training.options import parse_columns

@@ -23,7 +23,6 @@ from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
 from losia_dist.errors import ConfigError, LoSiAError
-from losia_dist.guard import check_same_on_all_ranks
 from losia_dist.interruption import Interrupted
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
@@ -64,9 +63,9 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
 
     agreement = Agreement(words, is_own=True)
     config, choice = agreement.attempt(None, prepare)
-    check_same_on_all_ranks("the options", _comparable(options), words)
-    check_same_on_all_ranks("the LoSiA configuration", config.to_dict() if config else {}, words)
-    check_same_on_all_ranks("the engine's settings", asdict(choice), words)
+    agreement.same("the options", _comparable(options))
+    agreement.same("the LoSiA configuration", config.to_dict() if config else {})
+    agreement.same("the engine's settings", asdict(choice))
     output = OutputDirectory(options)
     checkpoints = Checkpoints(options, output, agreement)
     checkpoints.choose()
@@ -75,9 +74,9 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     agreement.on_first(None, lambda: check_writable(Path(options.output_dir)))
     data = load_data(options, agreement, day)
     inputs = agreement.attempt(None, lambda: load(options, config, choice, place, data))
-    check_same_on_all_ranks("the data", inputs.fingerprint(), words)
+    agreement.same("the data", inputs.fingerprint())
     prints = agreement.attempt(None, inputs.weights_fingerprint)
-    check_same_on_all_ranks("the model's files", prints, words)
+    agreement.same("the model's files", prints)
 
     where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)

@@ -14,8 +14,8 @@ from losia_dist import LoSiAConfig, initialize
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.formulas import cycle_steps
 from losia_dist.integrations.accelerate import LaunchSettings, read_launch_settings
+from losia_dist.localization.schedule import resolve_layers_per_slot
 from losia_dist.training.fsdp import Sharding
-from losia_dist.warm_start import settled
 from tests.support.models import tiny_llama
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,7 +40,7 @@ def test_recipes_by_size_keep_what_their_comments_promise(name, layers, steps):
     config = LoSiAConfig.from_file(CONFIGS / "losia" / f"{name}.yaml")
     text = (CONFIGS / "losia" / f"{name}.yaml").read_text().replace("\n# ", " ")
     assert (config.init, config.layers_per_slot, config.cycles) == ("importance", "auto", 1)
-    chosen = settled(config, steps, layers, 8).layers_per_slot
+    chosen = resolve_layers_per_slot(config, steps, layers, 8).layers_per_slot
     slots = (steps - 1) // config.period
     assert f"{steps:,} steps give {slots} slots before the last: {chosen} of {layers} layers a slot" in text
     assert cycle_steps(layers, config.period, chosen) < steps

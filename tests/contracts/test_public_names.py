@@ -30,6 +30,7 @@ LAYERS = [
         "placement",
         "probe",
         "conductor",
+        "parts",
         "warm_start",
         "allocation",
     ],

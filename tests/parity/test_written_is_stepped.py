@@ -1,6 +1,7 @@
 """What the library writes is what the engine steps: proved at the start on every engine, and once after the first move."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def tried_on(name: str, dtype: str):
         before = [t.clone() for t in losia.state.state_tensors()] + [
             losia.parameters.read_whole(layer.subnet) for layer in losia.layers
         ]
-        probe.check_masters(losia.layers, losia.parameters, losia.state, losia.collectives)
+        probe.check_masters(losia.parts)
         after = losia.state.state_tensors() + [losia.parameters.read_whole(layer.subnet) for layer in losia.layers]
         seen["kept"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         seen["reached"] = [0 if found is None else found[0].numel() for found in map(losia.state.stepped, subnets(losia))]
@@ -146,7 +147,7 @@ def test_a_subnet_that_no_optimizer_steps_is_an_error():
     copies = {subnet: subnet.detach().clone() for subnet in subnets(losia)}  # which its optimizer does not hold
     state = TorchState(losia.state.optimizer, masters=copies)
     with pytest.raises(UnsupportedError, match="no optimizer steps model.layers.0.self_attn.q_proj"):
-        probe.check_masters(losia.layers, losia.parameters, state, losia.collectives)
+        probe.check_masters(replace(losia.parts, state=state))
 
 
 def handed_over(extra: dict):

@@ -10,7 +10,8 @@ import pytest
 
 from losia_dist.cli.main import main
 from losia_dist.data import Records, build_dataset, cache, load_records
-from losia_dist.data.dataset import Settings, pack
+from losia_dist.data.build import pack
+from losia_dist.data.dataset import Settings
 from losia_dist.errors import DataError
 from tests.unit.data.test_data_encoding import CHAT, CHATML, make_tokenizer
 
