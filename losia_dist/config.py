@@ -22,7 +22,6 @@ _AVAILABLE = {
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
     "importance_accumulation": ("step", "micro_batch"),
-    "moments": ("cleared", "kept"),
 }
 
 
@@ -62,10 +61,8 @@ class LoSiAConfig:
             `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
         calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
-        moments: of Adam, when a layer's subnet moves: "cleared" (the paper's), or "kept": those of weights that are in the
-            next subnet too stay, those of new weights are begun from their row's and column's, and the step count goes on.
-        reset_bias_correction: where moments are cleared, restart Adam's bias correction with them (correct, default); False
-            keeps the old step count, as the authors' code does.
+        reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
+            False keeps the old step count, as the authors' code does.
         localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
             "rank_parallel": each rank localizes other groups (`layers_per_slot` of them) from its own batches, with no
             gradient communicated: N ranks re-localize N times as many groups per slot at the same cost per rank.
@@ -93,7 +90,6 @@ class LoSiAConfig:
     init: str = "random"
     calibration_batches: int = 8
     rewarm_steps: int | None = None
-    moments: str = "cleared"
     reset_bias_correction: bool = True
     localization: str = "reduced"
     importance_accumulation: str = "step"

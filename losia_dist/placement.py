@@ -1,4 +1,4 @@
-"""`Placement`: where the subnets stand. Indices, values, master values and moments change here, together."""
+"""`Placement`: where the subnets stand. Indices, values and master values change here, together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from losia_dist.errors import ConfigError
 from losia_dist.guard import any_rank
-from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import Wanted
-from losia_dist.optim.carried import carry_state
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
@@ -28,13 +26,10 @@ class Placement:
         layers: all layers with a subnet.
         parameters: access to the model's parameters, of `resolve_parameters`.
         state: access to the optimizer's state, of `resolve_state`.
-        keep_moments: whether moments of weights that are in a layer's next subnet too stay.
     """
 
-    def __init__(
-        self, layers: list[SubnetLinear], parameters: ParameterAccess, state: StateAccess, *, keep_moments: bool
-    ) -> None:
-        self.layers, self.parameters, self.state, self.keep_moments = layers, parameters, state, keep_moments
+    def __init__(self, layers: list[SubnetLinear], parameters: ParameterAccess, state: StateAccess) -> None:
+        self.layers, self.parameters, self.state = layers, parameters, state
 
     def shape(self, layer: SubnetLinear) -> tuple[int, int]:
         """(m, n) of the whole weight."""
@@ -49,15 +44,6 @@ class Placement:
         self.parameters.write_whole(layer.subnet, values)
         self.state.write_master(layer.subnet, values.to(torch.float32))
         return values
-
-    def move(self, layer: SubnetLinear, choice: Choice) -> Tensor:
-        """Cut another subnet, [r, c], with its moments if those of weights that stay are kept."""
-        if not self.keep_moments:
-            return self.cut(layer, choice.rows, choice.columns)
-        state, old = self.state.read_state(layer.subnet), (layer.row_index.clone(), layer.col_index.clone())
-        taken = self.cut(layer, choice.rows, choice.columns)
-        self.state.write_state(layer.subnet, carry_state(state, old, (choice.rows, choice.columns), taken))
-        return taken
 
     def write_back(self, layer: SubnetLinear) -> Tensor:
         """Make every shard of the weight hold the subnet's present values; returns them, [r, c]."""

@@ -75,6 +75,10 @@ DAMAGES = {
         lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(selection="alternating")),
         r"saved with a setting that is gone: selection='alternating' was removed: .*0\.8027.* start a new run",
     ),
+    "removed moments": (
+        lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(moments="kept")),
+        r"saved with a setting that is gone: moments='kept' was removed",
+    ),
     "never complete": (lambda d: [p.unlink() for p in d.glob("*/COMPLETE")], "no complete checkpoint in"),
     "empty": (lambda d: [files.remove(p) for p in d.iterdir()], "no complete checkpoint in"),
     "not there": (lambda d: files.remove(d), "the directory does not exist"),

@@ -75,7 +75,6 @@ VARIANTS = {
     "tied Llama, embedding trained": (lambda: tiny_llama(tie_word_embeddings=True), {"train_embeddings": True}),
     "two layers a slot, per micro-batch": (tiny_llama, {"layers_per_slot": 2, "importance_accumulation": "micro_batch"}),
     "all rows": (tiny_llama, {"rank_factor": (1.0, 0.25)}),
-    "moments of weights that stay are kept": (tiny_llama, {"moments": "kept"}),
 }
 
 

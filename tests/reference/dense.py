@@ -25,7 +25,6 @@ class DenseLoSiA:
         N equal parts of the data (modulo N); None: every group from all data.
     selection: "greedy", by the score; "random": drawn by seed, layer and step.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
-    moments: "cleared" at the end of a slot, or "kept" where a weight stays in its layer's subnet.
     importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
 
@@ -53,7 +52,6 @@ class DenseLoSiA:
         seed: int = 0,
         outlier_limit: float | None = None,
         full_lr_scale: float = 1.0,
-        moments: str = "cleared",
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -72,7 +70,6 @@ class DenseLoSiA:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.rewarm_steps = period if rewarm_steps is None else rewarm_steps
         self.reset_bias_correction = reset_bias_correction
-        self.moments = moments
         self.max_grad_norm = max_grad_norm
         self.trainable_names = list(trainable_names)
         self.full_lr_scale = full_lr_scale
@@ -158,9 +155,6 @@ class DenseLoSiA:
                     else:
                         chosen[name] = self._select(name, self.I_mean[name] * self.I_deviation[name])
                     self.subnets[name] = chosen[name]
-                    if self.moments == "kept":
-                        self._move_moments(name, (rows, columns), chosen[name])
-                        continue
                     count = self.adam[name]["step"]
                     self.adam[name] = self._fresh_moments((len(rows), len(columns)))
                     if not self.reset_bias_correction:
@@ -248,17 +242,6 @@ class DenseLoSiA:
 
     def _fresh_moments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         return {"step": 0, "m": torch.zeros(shape), "v": torch.zeros(shape)}
-
-    def _move_moments(self, name: str, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
-        """Through matrices of the weight's size, in which every weight has moments: its own, or a beginning."""
-        state, (rows, columns) = self.adam[name], old
-        m = torch.zeros_like(self.parameters[name])
-        average = state["v"].mean()
-        of_rows, of_columns = (torch.full((size,), average.item()) for size in m.shape)
-        of_rows[rows], of_columns[columns] = state["v"].mean(dim=1), state["v"].mean(dim=0)
-        v = torch.outer(of_rows, of_columns) / average
-        m[rows[:, None], columns[None, :]], v[rows[:, None], columns[None, :]] = state["m"], state["v"]
-        state["m"], state["v"] = m[new[0]][:, new[1]], v[new[0]][:, new[1]]
 
     def _adamw(self, name: str, value: Tensor, g: Tensor, lr: float) -> Tensor:
         state = self.adam[name]

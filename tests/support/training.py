@@ -135,7 +135,6 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         lr_schedule=lambda step: rate_at(step, run.steps),
         rewarm_steps=config.rewarm_steps,
         reset_bias_correction=config.reset_bias_correction,
-        moments=config.moments,
         max_grad_norm=run.max_grad_norm or None,
         trainable_names=trained,
         localization_ranks=ranks if config.localization == "rank_parallel" else None,
