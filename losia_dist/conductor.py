@@ -80,7 +80,7 @@ class LoSiA:
         self.layers = subnet_layers(model)
         if not self.layers:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
-        refuse_unusable(model, self.layers, config)
+        refuse_unusable(self.layers)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps})
@@ -99,7 +99,7 @@ class LoSiA:
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
         self.parts = RunParts(self.layers, self.parameters, self.state, self.collectives)
-        self.placement = Placement(self.parts, keep_moments=config.moments == "kept")
+        self.placement = Placement(self.parts)
         is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
         check_clearing(self.state, self.layers, config, is_cut=is_cut)
         create_state = getattr(self.state.optimizer, "create_state", None)
@@ -363,10 +363,9 @@ class LoSiA:
             left = self.placement.write_back(layer)
             for told in self.on_retire:
                 told(layer, left)
-            prints.append(subnet_prints(layer, left, self.placement.move(layer, choice)))
+            prints.append(subnet_prints(layer, left, self.placement.cut(layer, choice.rows, choice.columns)))
         check_relocalized(layers, torch.stack(prints), self.collectives)
-        if not self.placement.keep_moments:
-            self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+        self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
         if self._engagement is not None:
             self._engagement.moved(layers)
         self._first_move.after(layers)

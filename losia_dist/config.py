@@ -21,8 +21,6 @@ _AVAILABLE = {
     "init": ("random", "importance"),
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
-    "importance_accumulation": ("step", "micro_batch"),
-    "moments": ("cleared", "kept"),
 }
 
 
@@ -62,16 +60,11 @@ class LoSiAConfig:
             `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
         calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
-        moments: of Adam, when a layer's subnet moves: "cleared" (the paper's), or "kept": those of weights that are in the
-            next subnet too stay, those of new weights are begun from their row's and column's, and the step count goes on.
-        reset_bias_correction: where moments are cleared, restart Adam's bias correction with them (correct, default); False
-            keeps the old step count, as the authors' code does.
+        reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
+            False keeps the old step count, as the authors' code does.
         localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
             "rank_parallel": each rank localizes other groups (`layers_per_slot` of them) from its own batches, with no
             gradient communicated: N ranks re-localize N times as many groups per slot at the same cost per rank.
-        importance_accumulation: "step": importance comes from the gradient summed over an optimizer step's micro-batches
-            (exact). "micro_batch": from each micro-batch's part of that sum as it comes, so that no sum is kept (a third
-            less memory while localizing); the averages then move once a micro-batch.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
@@ -93,10 +86,8 @@ class LoSiAConfig:
     init: str = "random"
     calibration_batches: int = 8
     rewarm_steps: int | None = None
-    moments: str = "cleared"
     reset_bias_correction: bool = True
     localization: str = "reduced"
-    importance_accumulation: str = "step"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -169,7 +160,7 @@ class LoSiAConfig:
     def _refuse_importance(self) -> None:
         """Nothing collects importance: what would ask for it, or change it, must be as it is by default."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("init", "localization", "importance", "importance_betas", "importance_accumulation"):
+        for name in ("init", "localization", "importance", "importance_betas"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no meaning with selection='random', which draws subnets and collects "

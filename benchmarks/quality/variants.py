@@ -31,7 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one layer a slot": {"layers_per_slot": 1},
     "outliers too": {"outlier_limit": None},
     "rewarmed, two steps": {"rewarm_steps": 2},
-    "moments kept": {"moments": "kept"},
     "bias correction restarted": {"reset_bias_correction": True},
     "bias correction restarted, rewarmed": {"reset_bias_correction": True, "rewarm_steps": 2},
     "flat noise 0.05": {"noise": 0.05},
