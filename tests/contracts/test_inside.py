@@ -29,7 +29,8 @@ def _examples() -> list[Example]:
     found = []
     for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
         title = section.partition("\n")[0]
-        patches, lines = (re.findall(rf"^```{kind}\n(.*?)^```", section, re.DOTALL | re.MULTILINE) for kind in ("diff", "python"))
+        blocks = (re.findall(rf"^```{kind}\n(.*?)^```", section, re.DOTALL | re.MULTILINE) for kind in ("diff", "python"))
+        patches, lines = blocks
         assert len(patches) == len(lines) == 1, f"{title!r} needs one diff and one python block"
         found.append(Example(title, patches[0], lines[0]))
     return found
