@@ -217,6 +217,6 @@ def test_long_runs_take_the_published_preset(material):
         arguments(material, "unused", losia_config=None, learning_rate=None)
     )
     config, said = choose_preset(options, 600)
-    assert config == LoSiAConfig() and "preset 'published', as 800 steps are not less than 600" in said
+    assert config == LoSiAConfig() and "preset 'published', as 600 steps are not less than 600" in said
     assert choose_preset(options, 599)[0] == LoSiAConfig.preset("short") and choose_preset(options, 2)[0].layers_per_slot == 1
     assert learning_rate_for(options, config) == (5e-5, "") and learning_rate_for(options, None) == (5e-5, "")
