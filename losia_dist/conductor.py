@@ -78,7 +78,7 @@ class LoSiA:
         self.layers = subnet_layers(model)
         if not self.layers:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
-        refuse_unusable(model, self.layers, config)
+        refuse_unusable(self.layers)
         group = _own_group(process_group)
         check_same_on_all_ranks("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps}, group)
         self.collectives = RowCollectives(group)

@@ -21,7 +21,6 @@ _AVAILABLE = {
     "init": ("random", "importance"),
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
-    "importance_accumulation": ("step", "micro_batch"),
 }
 
 
@@ -66,9 +65,6 @@ class LoSiAConfig:
         localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
             "rank_parallel": each rank localizes other groups (`layers_per_slot` of them) from its own batches, with no
             gradient communicated: N ranks re-localize N times as many groups per slot at the same cost per rank.
-        importance_accumulation: "step": importance comes from the gradient summed over an optimizer step's micro-batches
-            (exact). "micro_batch": from each micro-batch's part of that sum as it comes, so that no sum is kept (a third
-            less memory while localizing); the averages then move once a micro-batch.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
@@ -92,7 +88,6 @@ class LoSiAConfig:
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
     localization: str = "reduced"
-    importance_accumulation: str = "step"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -165,7 +160,7 @@ class LoSiAConfig:
     def _refuse_importance(self) -> None:
         """Nothing collects importance: what would ask for it, or change it, must be as it is by default."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("init", "localization", "importance", "importance_betas", "importance_accumulation"):
+        for name in ("init", "localization", "importance", "importance_betas"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no meaning with selection='random', which draws subnets and collects "

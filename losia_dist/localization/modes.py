@@ -100,6 +100,5 @@ def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weigh
         collectives,
         importance=config.importance,
         betas=config.importance_betas,
-        per_micro_batch=config.importance_accumulation == "micro_batch",
         weight_is_resident=weight_is_resident,
     )

@@ -158,7 +158,6 @@ def test_another_seed_is_refused_on_resume(tmp_path):
         ("localization", "rank_parallel"),
         ("importance", "first_order"),
         ("importance_betas", (0.5, 0.85)),
-        ("importance_accumulation", "micro_batch"),
     ],
 )
 def test_what_asks_for_importance_is_refused(option, value):

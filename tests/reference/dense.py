@@ -25,7 +25,6 @@ class DenseLoSiA:
         N equal parts of the data (modulo N); None: every group from all data.
     selection: "greedy", by the score; "random": drawn by seed, layer and step.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
-    importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class DenseLoSiA:
         max_grad_norm: float | None = None,
         trainable_names: list[str] | tuple[str, ...] = (),
         localization_ranks: int | None = None,
-        importance_per_micro_batch: bool = False,
         selection: str = "greedy",
         seed: int = 0,
         outlier_limit: float | None = None,
@@ -60,7 +58,6 @@ class DenseLoSiA:
         self.period = period
         self.lr_schedule = lr_schedule
         self.localization_ranks = localization_ranks
-        self.importance_per_micro_batch = importance_per_micro_batch
         self.selection, self.seed = selection, seed
         self.outlier_limit = outlier_limit
         self.drawable = {name: torch.arange(self.parameters[name].shape[1]) for name in initial_subnets}
@@ -121,8 +118,7 @@ class DenseLoSiA:
                 if t % T == 0:
                     self.I_mean[name] = torch.zeros_like(gradient[name])
                     self.I_deviation[name] = torch.zeros_like(gradient[name])
-                for g in seen[place % len(seen)]:
-                    self._average_importance(name, g[name])
+                self._average_importance(name, seen[place % len(seen)][name])
 
         # Gradients that train, clipped by their global norm.
         trained = {name: gradient[name][rows][:, columns] for name, (rows, columns) in self.subnets.items()}
@@ -196,16 +192,11 @@ class DenseLoSiA:
             if len(self.subnets[name][1]) < len(size):
                 self.drawable[name] = torch.tensor([j for j, r in enumerate(size.tolist()) if r <= self.outlier_limit * middle])
 
-    def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
-        """For each rank that localizes by itself (one, if they do it together): the gradients it takes importance from."""
+    def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """For each rank that localizes by itself (one, if they do it together): the gradient it takes importance from."""
         N = self.localization_ranks or 1
         parts = [[{key: value.chunk(N)[i] for key, value in batch.items()} for batch in micro_batches] for i in range(N)]
-        if not self.importance_per_micro_batch:
-            return [[self._mean_loss_and_gradient(part)[1]] for part in parts]
-        share = 1 / len(micro_batches)
-        return [
-            [{n: share * g for n, g in self._mean_loss_and_gradient([batch])[1].items()} for batch in part] for part in parts
-        ]
+        return [self._mean_loss_and_gradient(part)[1] for part in parts]
 
     def _average_importance(self, name: str, g: Tensor) -> None:
         if not g.any():

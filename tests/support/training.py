@@ -138,7 +138,6 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         max_grad_norm=run.max_grad_norm or None,
         trainable_names=trained,
         localization_ranks=ranks if config.localization == "rank_parallel" else None,
-        importance_per_micro_batch=config.importance_accumulation == "micro_batch",
         selection=config.selection,
         seed=config.seed,
         outlier_limit=config.outlier_limit,

@@ -212,14 +212,11 @@ def test_no_more_than_one_chunk_of_logits_exists_forward_and_backward():
     assert seen.elements == 5000 * 36  # a view of the weight; 80 tokens of logits would be 400,000, eight are 40,000
 
 
-@pytest.mark.parametrize("accumulation", ["step", "micro_batch"])
-def test_the_output_layer_sees_one_gradient_a_micro_batch(accumulation):
+def test_the_output_layer_sees_one_gradient_a_micro_batch():
     """Chunks do not count as micro-batches: the importance, and so the chosen subnet, is the unchunked run's."""
     runs = []
     for model in pair():
-        config = LoSiAConfig(
-            rank_factor=0.25, output_rank_factor=0.25, period=2, layers_per_slot=4, importance_accumulation=accumulation
-        )
+        config = LoSiAConfig(rank_factor=0.25, output_rank_factor=0.25, period=2, layers_per_slot=4)
         optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
         losia = LoSiA(model, optimizer, config)
         calls = []
