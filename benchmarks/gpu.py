@@ -17,12 +17,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.common import header, table
-from losia_dist.kernels.switch import VARIABLE
 
 ROOT = Path(__file__).parent.parent
 _LEAST = 10.0  # seconds below which no further task is begun
@@ -36,7 +35,6 @@ class Task:
     seconds: float
     command: list[str]
     needs: tuple[str, ...] = ()  # packages without which it is left out, by name
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def tasks(rehearse: bool) -> list[Task]:
@@ -51,15 +49,6 @@ def tasks(rehearse: bool) -> list[Task]:
         Task("1b-2048", 60, [*train, *base]),
         Task("8b-2048", 75, [*train, "8b", "--length", "2048"]),
         Task("8b-4096-checkpointed", 75, [*train, "8b", "--length", "4096", "--checkpointing"]),
-        *[
-            Task(
-                f"1b-2048-kernels-{kernels}",
-                30,
-                [*train, *base, "--methods", "losia", "localizing"],
-                environment={VARIABLE: "auto" if rehearse else kernels},  # by name they are an error without a GPU
-            )
-            for kernels in ("none", "write", "gradient", "write,gradient")
-        ],
         Task(
             "1b-2048-compiled",
             75,
@@ -123,7 +112,7 @@ def run(task: Task, seconds: float) -> Iterator[dict[str, Any]]:
         process = subprocess.Popen(
             [sys.executable, *task.command],
             cwd=ROOT,
-            env={**os.environ, **task.environment, "BENCHMARK_SECONDS": str(seconds)},
+            env={**os.environ, "BENCHMARK_SECONDS": str(seconds)},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -25,7 +25,6 @@ from benchmarks.methods import Method, NotInstalledError, floor
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, Shape
 from benchmarks.step_time import METHODS
 from benchmarks.timing import Timing, interleave, median_interval, timed
-from losia_dist.kernels.switch import kernel_choice
 
 SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B}
 DEFAULT = ("losia", "localizing", "lora64", "full")
@@ -98,7 +97,7 @@ class _Floor:
             timing.seconds = [timed(method.step, self.tokens)[0] for _ in range(self.rounds)]
             timing.ratios = [seconds / base for seconds in timing.seconds]
         ratio, interval = statistics.median(timing.ratios), list(median_interval(timing.ratios))
-        found = {"method": method.name, "ratio": ratio, "interval": interval, "peak": peak, "kernels": kernel_choice()}
+        found = {"method": method.name, "ratio": ratio, "interval": interval, "peak": peak}
         return {**found, **self._speed(timing.seconds)}
 
     def _made(self, method: Method) -> Method:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from losia_dist._version import __version__
+from losia_dist.checkpoint.delta import apply_delta, save_delta
 from losia_dist.checkpoint.export import export_model
 from losia_dist.checkpoint.load import load_checkpoint
 from losia_dist.checkpoint.save import save_checkpoint
+from losia_dist.checkpoint.session import wait_for_saving
 from losia_dist.cli.arguments import add_config_arguments
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
+from losia_dist.errors import LoSiAError
 from losia_dist.integrations.build_locks import guard_builds
-from losia_dist.model import get_losia_model
+from losia_dist.integrations.deepspeed import initialize
+from losia_dist.model import get_losia_model, print_trainable_parameters
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.subnet.groups import losia_parameter_groups
 
@@ -21,36 +26,43 @@ __all__ = [
     "LoSiAAdamW",
     "LoSiACallback",
     "LoSiAConfig",
+    "LoSiAError",
     "LoSiATrainer",
     "LoSiATrainerMixin",
     "__version__",
     "add_config_arguments",
+    "apply_delta",
+    "carry_state",
     "export_model",
     "get_losia_model",
     "initialize",
     "load_checkpoint",
     "losia_parameter_groups",
+    "print_trainable_parameters",
     "save_checkpoint",
+    "save_delta",
+    "use_chunked_loss",
+    "wait_for_saving",
 ]
+
+# Imported when they are asked for: they import Transformers, and all but the last Accelerate, which is optional.
+_WHEN_ASKED_FOR = {
+    "LoSiACallback": "losia_dist.integrations.callback",
+    "LoSiATrainer": "losia_dist.integrations.trainer",
+    "LoSiATrainerMixin": "losia_dist.integrations.trainer",
+    "carry_state": "losia_dist.integrations.accelerate_state",
+    "use_chunked_loss": "losia_dist.loss.model",
+}
 
 guard_builds()  # here, as DeepSpeed, Accelerate or TrainingArguments may build before anything of this package is called
 
 
-def initialize(**arguments: Any) -> tuple[Any, Any, Any, Any]:
-    """deepspeed.initialize for a LoSiA model: see `losia_dist.integrations.deepspeed.initialize`."""
-    from losia_dist.integrations.deepspeed import initialize as start_engine  # DeepSpeed is an optional dependency
-
-    return start_engine(**arguments)
-
-
 def __getattr__(name: str) -> Any:
-    """Names that need Transformers' Trainer and Accelerate, imported when they are asked for."""
-    if name == "LoSiACallback":
-        from losia_dist.integrations.callback import LoSiACallback
-
-        return LoSiACallback
-    if name in ("LoSiATrainer", "LoSiATrainerMixin"):
-        from losia_dist.integrations import trainer
-
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_WHEN_ASKED_FOR[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "accelerate":
+            raise
+        raise ImportError(f"losia_dist.{name} needs Accelerate: pip install 'losia_dist[trainer]'.", name=name) from error

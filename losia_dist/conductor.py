@@ -22,7 +22,6 @@ from losia_dist.guard import (
     refuse_unusable,
     subnet_prints,
 )
-from losia_dist.kernels.switch import VARIABLE, check_kernels, kernel_choice
 from losia_dist.liveness import join_watch
 from losia_dist.liveness import settings as liveness_settings
 from losia_dist.localization.accumulator import ImportanceAccumulator
@@ -38,6 +37,7 @@ from losia_dist.optim.rewarming import Rewarming
 from losia_dist.parts import RunParts
 from losia_dist.placement import Placement
 from losia_dist.probe import FirstMove, check_masters
+from losia_dist.removed import refuse_removed_variables, removed_variables
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
@@ -80,7 +80,7 @@ class LoSiA:
         self.layers = subnet_layers(model)
         if not self.layers:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
-        refuse_unusable(model, self.layers, config)
+        refuse_unusable(self.layers)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps})
@@ -88,8 +88,8 @@ class LoSiA:
         groups = len(group_names(self.layers))
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
         agreement.same("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers})
-        check_kernels()
-        agreement.same("the environment", {**liveness_settings(), VARIABLE: kernel_choice()})
+        agreement.same("the environment", {**liveness_settings(), **removed_variables()})
+        refuse_removed_variables()
         self._watch = join_watch(group)
         self._watch_hook = None
         if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
@@ -99,7 +99,7 @@ class LoSiA:
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
         self.parts = RunParts(self.layers, self.parameters, self.state, self.collectives)
-        self.placement = Placement(self.parts, keep_moments=config.moments == "kept")
+        self.placement = Placement(self.parts)
         is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
         check_clearing(self.state, self.layers, config, is_cut=is_cut)
         create_state = getattr(self.state.optimizer, "create_state", None)
@@ -208,8 +208,8 @@ class LoSiA:
 
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
         gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
-        one forward and backward of the batches, with the weights' gradients, for each query of the search: two for
-        selection="greedy", one where all rows or all columns are kept.
+        one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one
+        where all rows or all columns are kept.
 
         Args:
             batches: this rank's micro-batches, keyword arguments of the model on its device; equally many on every rank.
@@ -363,10 +363,9 @@ class LoSiA:
             left = self.placement.write_back(layer)
             for listener in self.on_retire:
                 listener(layer, left)
-            prints.append(subnet_prints(layer, left, self.placement.move(layer, choice)))
+            prints.append(subnet_prints(layer, left, self.placement.cut(layer, choice.rows, choice.columns)))
         check_relocalized(layers, torch.stack(prints), self.collectives)
-        if not self.placement.keep_moments:
-            self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+        self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
         if self._engagement is not None:
             self._engagement.moved(layers)
         self._first_move.after(layers)

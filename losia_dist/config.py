@@ -10,18 +10,17 @@ from typing import Any
 
 from losia_dist.config_file import read_settings
 from losia_dist.errors import ConfigError
+from losia_dist.removed import refuse_removed_settings, without_kept
 
 CONFIG_NAME = "losia_config.json"
 IMPORTANCES = ("param_mix", "first_order", "second_order")
 
 # Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
 _AVAILABLE = {
-    "selection": ("greedy", "alternating", "random"),
+    "selection": ("greedy", "random"),
     "init": ("random", "importance"),
     "localization": ("reduced", "rank_parallel"),
     "importance": IMPORTANCES,
-    "importance_accumulation": ("step", "micro_batch"),
-    "moments": ("cleared", "kept"),
 }
 
 
@@ -49,9 +48,8 @@ class LoSiAConfig:
         importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
             "first_order" |wg|, "second_order" (wg)^2.
         importance_betas: (b1, b2) of the averages of I and of its deviation, b1 in (0, 1), b2 in [0, 1). Paper: 0.85, 0.85.
-        selection: "greedy", the best of the paper's candidates (algorithm 1). "alternating": from there on, rows given the
-            columns and columns given the rows in turn, while the score inside the subnet grows. "random": drawn anew, by seed,
-            layer and step: no importance is collected, nothing is sent for it, and a slot costs no more than other steps.
+        selection: "greedy", the best of the paper's candidates (algorithm 1). "random": drawn anew, by seed, layer and step: no
+            importance is collected, nothing is sent for it, and a slot costs no more than other steps.
         outlier_limit: with selection="random": input neurons whose root mean square over calibration batches (`LoSiA.locate`,
             as for init="importance", by forward passes alone) is above this multiple of their layer's median are never
             drawn. Above 1. None: all may be drawn, and no batch is needed.
@@ -62,16 +60,11 @@ class LoSiAConfig:
             `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
         calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
-        moments: of Adam, when a layer's subnet moves: "cleared" (the paper's), or "kept": those of weights that are in the
-            next subnet too stay, those of new weights are begun from their row's and column's, and the step count goes on.
-        reset_bias_correction: where moments are cleared, restart Adam's bias correction with them (correct, default); False
-            keeps the old step count, as the authors' code does.
+        reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
+            False keeps the old step count, as the authors' code does.
         localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
             "rank_parallel": each rank localizes other groups (`layers_per_slot` of them) from its own batches, with no
             gradient communicated: N ranks re-localize N times as many groups per slot at the same cost per rank.
-        importance_accumulation: "step": importance comes from the gradient summed over an optimizer step's micro-batches
-            (exact). "micro_batch": from each micro-batch's part of that sum as it comes, so that no sum is kept (a third
-            less memory while localizing); the averages then move once a micro-batch.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
@@ -93,10 +86,8 @@ class LoSiAConfig:
     init: str = "random"
     calibration_batches: int = 8
     rewarm_steps: int | None = None
-    moments: str = "cleared"
     reset_bias_correction: bool = True
     localization: str = "reduced"
-    importance_accumulation: str = "step"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +113,7 @@ class LoSiAConfig:
                 "score would be 0: give one above 0, for example 0.85."
             )
         self.importance_betas = (float(betas[0]), float(betas[1]))
+        refuse_removed_settings({"selection": self.selection})
         for name, available in _AVAILABLE.items():
             value = getattr(self, name)
             if value not in available:
@@ -168,7 +160,7 @@ class LoSiAConfig:
     def _refuse_importance(self) -> None:
         """Nothing collects importance: what would ask for it, or change it, must be as it is by default."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("init", "localization", "importance", "importance_betas", "importance_accumulation"):
+        for name in ("init", "localization", "importance", "importance_betas"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} has no meaning with selection='random', which draws subnets and collects "
@@ -235,8 +227,12 @@ class LoSiAConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
-        """Build from plain values; an unknown name is an error that gives the nearest known ones."""
-        known = [field.name for field in fields(cls)]
+        """Build from plain values; an unknown name is an error that gives the nearest known ones.
+
+        Settings of an earlier version pass where they ask for what was kept.
+        """
+        refuse_removed_settings(values, source)
+        values, known = without_kept(values), [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
                 nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
@@ -16,7 +16,7 @@ from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice
 from losia_dist.parts import RunParts
-from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
+from losia_dist.subnet.linear import SubnetLinear
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,11 @@ def check_same_subnets(parts: RunParts) -> None:
             )
 
 
-def refuse_unusable(model: nn.Module, layers: list[SubnetLinear], config: LoSiAConfig) -> None:
+def refuse_unusable(layers: list[SubnetLinear]) -> None:
     """What a converted model may not be when training begins; each rank by itself.
 
     Raises:
         UnsupportedError: fp16; subnets that an engine cast to another dtype than they were asked for.
-        ConfigError: importance by micro-batch of a layer whose gradient comes in two parts.
     """
     for layer in layers:
         if torch.float16 in (layer.subnet.dtype, layer.weight.dtype):
@@ -90,12 +89,6 @@ def refuse_unusable(model: nn.Module, layers: list[SubnetLinear], config: LoSiAC
                 f"{layer.subnet.dtype}: model.to(...) or the engine cast it. Cast the model before get_losia_model; with "
                 "DeepSpeed leave subnet_dtype out (it keeps fp32 master values itself)."
             )
-    tied = any(isinstance(module, TiedSubnetEmbedding) for module in model.modules())
-    if tied and config.importance_accumulation == "micro_batch":
-        raise ConfigError(
-            "importance_accumulation='micro_batch' does not work with an output layer that shares the embedding's weight: "
-            "its gradient comes in two parts that must be added first. Use importance_accumulation='step'."
-        )
 
 
 def refuse_unlocated(config: LoSiAConfig) -> None:

@@ -53,6 +53,22 @@ def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype
     return model
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many values train, of how many the plain model has, as PEFT's method of this name does.
+
+    Counts whole parameters under ZeRO-3 and FSDP2 too. Call it on one rank or on all; nothing is communicated.
+    """
+    subnets = {id(layer.subnet) for layer in subnet_layers(model)}
+    parameters = list(model.parameters())
+    trainable = sum(_count(parameter) for parameter in parameters if parameter.requires_grad)
+    every = sum(_count(parameter) for parameter in parameters if id(parameter) not in subnets)
+    print(f"trainable params: {trainable:,} || all params: {every:,} || trainable%: {100 * trainable / every:.4f}")
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
     """In the place of `save_pretrained` of one model; a function of the module, so that the model can be copied."""
     raise UnsupportedError(

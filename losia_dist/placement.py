@@ -1,4 +1,4 @@
-"""`Placement`: where the subnets stand. Indices, values, master values and moments change here, together."""
+"""`Placement`: where the subnets stand. Indices, values and master values change here, together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from torch import Tensor
 
 from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
-from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import Wanted
-from losia_dist.optim.carried import carry_state
 from losia_dist.parts import RunParts
 from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
@@ -25,12 +23,10 @@ class Placement:
 
     Args:
         parts: of the run.
-        keep_moments: whether moments of weights that are in a layer's next subnet too stay.
     """
 
-    def __init__(self, parts: RunParts, *, keep_moments: bool) -> None:
+    def __init__(self, parts: RunParts) -> None:
         self.layers, self.parameters, self.state = parts.layers, parts.parameters, parts.state
-        self.keep_moments = keep_moments
 
     def shape(self, layer: SubnetLinear) -> tuple[int, int]:
         """(m, n) of the whole weight."""
@@ -45,15 +41,6 @@ class Placement:
         self.parameters.write_whole(layer.subnet, values)
         self.state.write_master(layer.subnet, values.to(torch.float32))
         return values
-
-    def move(self, layer: SubnetLinear, choice: Choice) -> Tensor:
-        """Cut another subnet, [r, c], with its moments if those of weights that stay are kept."""
-        if not self.keep_moments:
-            return self.cut(layer, choice.rows, choice.columns)
-        state, old = self.state.read_state(layer.subnet), (layer.row_index.clone(), layer.col_index.clone())
-        taken = self.cut(layer, choice.rows, choice.columns)
-        self.state.write_state(layer.subnet, carry_state(state, old, (choice.rows, choice.columns), taken))
-        return taken
 
     def write_back(self, layer: SubnetLinear) -> Tensor:
         """Make every shard of the weight hold the subnet's present values; returns them, [r, c]."""

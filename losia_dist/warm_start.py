@@ -15,7 +15,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
 from losia_dist.localization.calibration import Located, locate
 from losia_dist.localization.inputs import input_sizes, outliers_of
-from losia_dist.localization.search import SEARCHES, Choice, Query, Search, Sums, keep_without_signal
+from losia_dist.localization.search import Choice, Query, Search, Sums, greedy, keep_without_signal
 from losia_dist.parts import RunParts
 from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
@@ -27,14 +27,14 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 def locate_all(
     model: nn.Module, parts: RunParts, config: LoSiAConfig, batches: Batches, compute_loss: Loss | None = None
 ) -> tuple[list[Choice], int]:
-    """Choices for all layers by the configuration's search, and the passes that they took. Nothing is moved.
+    """Choices for all layers by the greedy search, and the passes that they took. Nothing is moved.
 
     Called by all ranks, with equally many micro-batches on each.
     """
 
     def search_of(layer: SubnetLinear) -> Search:
         kept = (layer.row_index.numel(), layer.col_index.numel())
-        return SEARCHES[config.selection](whole_shape(parts.parameters, layer), kept)
+        return greedy(whole_shape(parts.parameters, layer), kept)
 
     found, passes = run_searches(model, parts, config.importance, search_of, batches, compute_loss)
     return [keep_without_signal(one.result, (one.layer.row_index, one.layer.col_index)) for one in found], passes

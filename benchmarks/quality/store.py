@@ -10,14 +10,15 @@ from typing import Any
 
 from benchmarks.quality.setting import Setting
 from losia_dist.config import LoSiAConfig
+from losia_dist.removed import without_kept
 
 
 def _setting(record: dict[str, Any]) -> Setting:
-    """Of a stored run. An option of LoSiA that came later had its default then, which changes nothing."""
+    """Of a stored run. An option of LoSiA that came later, or went since, had its default then, which changes nothing."""
     setting = Setting(**record["setting"])
     if "rank_factor" not in setting.resolved:
         return setting  # another method's
-    return replace(setting, resolved={**LoSiAConfig().to_dict(), **setting.resolved})
+    return replace(setting, resolved={**LoSiAConfig().to_dict(), **without_kept(setting.resolved)})
 
 
 class Store:

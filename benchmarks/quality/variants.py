@@ -31,7 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one layer a slot": {"layers_per_slot": 1},
     "outliers too": {"outlier_limit": None},
     "rewarmed, two steps": {"rewarm_steps": 2},
-    "moments kept": {"moments": "kept"},
     "bias correction restarted": {"reset_bias_correction": True},
     "bias correction restarted, rewarmed": {"reset_bias_correction": True, "rewarm_steps": 2},
     "flat noise 0.05": {"noise": 0.05},
@@ -45,7 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shape 1/2 x 1/8": {"rank_factor": [1 / 2, 1 / 8]},
     "shape 1/16 x 1": {"rank_factor": [1 / 16, 1.0], "outlier_limit": None},
     "located, 1/64": _LOCATED_64,
-    "located, 1/64, alternating": {**_LOCATED_64, "selection": "alternating"},
     "located, 1/64, norms frozen": {**_LOCATED_64, "train_norms": False},
     "located, 1/64, steps over input size": {**_LOCATED_64, "column_exponent": 1.0},
     # What `losia-dist allocate` says of SmolLM2-135M; all other modules 1/2 x 1/32.

@@ -14,6 +14,7 @@ from losia_dist.checkpoint.reader import Reader
 from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import CheckpointError
+from losia_dist.removed import removed_setting
 from losia_dist.subnet.kinds import stores_transposed, whole_shape
 
 _FREE_TO_DIFFER = ("seed", "init")  # they decide about a run's first subnets only; where all are drawn, the seed about all
@@ -97,6 +98,12 @@ def check_scheduler(scheduler: Any, reader: Reader) -> None:
 
 
 def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None:
+    removed = removed_setting(saved)
+    if removed:
+        raise CheckpointError(
+            f"{path} was saved with a setting that is gone: {removed[0]} Resume with the version that saved it, or start a new "
+            "run from an exported model."
+        )
     defaults = LoSiAConfig().to_dict()
     free = _FREE_TO_DIFFER if config.collects_importance else ("init",)
     for field in fields(LoSiAConfig):

@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
     commands = parser.add_subparsers(dest="command", required=True)
     from losia_dist.cli.allocate import add_allocate_arguments, run_allocate
+    from losia_dist.cli.cache import add_cache_arguments, run_cache
     from losia_dist.cli.data import add_data_arguments, run_data
     from losia_dist.cli.doctor import add_doctor_arguments, run_doctor
     from losia_dist.cli.export import add_apply_arguments, add_export_arguments, run_apply, run_export
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan_arguments(commands.add_parser("plan", help="memory, traffic and time of a run on a cluster, before it is rented"))
     add_allocate_arguments(commands.add_parser("allocate", help="what subnets of each shape capture, and a configuration"))
     add_data_arguments(commands.add_parser("data", help="what will be learned of a source: records, lengths, what is dropped"))
+    add_cache_arguments(commands.add_parser("cache", help="tokenized data that is kept on this machine; delete what is unused"))
     add_report_arguments(commands.add_parser("report", help="a page about a run, from the logs in its directory"))
     options = parser.parse_args(arguments)
     if options.command == "train":
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_plan(options)
         if options.command == "data":
             return run_data(options)
+        if options.command == "cache":
+            return run_cache(options)
         if options.command == "allocate":
             written = run_allocate(options)
         elif options.command == "report":

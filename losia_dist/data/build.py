@@ -40,7 +40,7 @@ def build_dataset(
     settings = Settings(max_length, overlong, chat_template, template_date)
     check_context(max_length, context_length)
     dataset = tokenize(records, tokenizer, settings)
-    check_not_empty(dataset.report(), records, max_length)
+    check_not_empty(dataset.report(), records.name, max_length)
     return pack(dataset, tokenizer) if packing else dataset
 
 

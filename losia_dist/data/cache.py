@@ -19,11 +19,11 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,6 +36,17 @@ _FILES = ("ids.bin", "learned.bin", "ends.bin")
 _MANIFEST = "manifest.json"
 _BLOCK = 2_000  # records held in memory before they are written
 _ABANDONED = 24 * 3600  # seconds after which a half-made data set is no longer being made
+
+
+class Source(Protocol):
+    """What is tokenized: `Records`, or a `Stream`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def identity(self) -> str | None: ...
+
+    def blocks(self, part: int, parts: int, size: int) -> Iterator[Records]: ...
 
 
 class MappedDataset(TokenizedDataset):
@@ -65,7 +76,7 @@ def default_directory() -> Path:
     return Path(given if given else Path(base) / "losia_dist" / "data").expanduser()
 
 
-def key_of(records: Records, tokenizer: Any, settings: Settings) -> str | None:
+def key_of(records: Source, tokenizer: Any, settings: Settings) -> str | None:
     """The name of the data set that these give; None where they cannot be told by their content."""
     identity = records.identity()
     if identity is None or not getattr(tokenizer, "is_fast", False):
@@ -84,11 +95,45 @@ def key_of(records: Records, tokenizer: Any, settings: Settings) -> str | None:
 
 
 def find(directory: Path, key: str, max_length: int) -> MappedDataset | None:
-    """The data set of this name, if it is there and whole."""
+    """The data set of this key, if it is there and whole; it has then been used today."""
     try:
-        return MappedDataset(directory / key, max_length)
+        found = MappedDataset(directory / key, max_length)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(directory / key / _MANIFEST)
+    return found
+
+
+class Kept(NamedTuple):
+    """A data set in the cache. source: as it was named when it was made. size: bytes. used: seconds since 1970."""
+
+    key: str
+    source: str
+    examples: int
+    size: int
+    used: float
+
+
+def kept(directory: Path) -> list[Kept]:
+    """The whole data sets in a directory, the one used last first."""
+    found = []
+    for manifest in directory.glob(f"*/{_MANIFEST}"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = _read_manifest(manifest.parent)
+            if not manifest.parent.name.startswith("making-"):
+                size = sum(told["sizes"].values())
+                one = (manifest.parent.name, told["source"], told["report"]["examples"], size, manifest.stat().st_mtime)
+                found.append(Kept(*one))
+    return sorted(found, key=lambda one: -one.used)
+
+
+def delete(directory: Path, key: str) -> None:
+    """Remove a data set. A run that has it mapped goes on with it. Raises: DataError."""
+    try:
+        shutil.rmtree(directory / key)
+    except OSError as error:
+        raise DataError(f"{directory / key}: cannot be deleted: {error.strerror}.") from error
 
 
 def begin(directory: Path, key: str) -> Path:
@@ -103,28 +148,34 @@ def begin(directory: Path, key: str) -> Path:
     return making
 
 
-def write_part(making: Path, part: int, records: Records, tokenizer: Any, settings: Settings, progress: Any = None) -> None:
-    """Tokenize `records`, the part of this number, into the directory. Raises: DataError, for a full disk too."""
+def write_part(
+    making: Path, part: int, parts: int, records: Source, tokenizer: Any, settings: Settings, done: Callable[[int], Any]
+) -> None:
+    """Tokenize a part of `records` into the directory. Raises: DataError, for a full disk too.
+
+    done: told how many records have just been written.
+    """
     report = Report(0, 0, 0)
     unused: set[str] = set()
     with _naming(making):
         files = {name: (making / f"{part}-{name}").open("wb") for name in _FILES}
         try:
-            for start in range(0, len(records), _BLOCK):
-                block = records[start : start + _BLOCK]
+            for block in records.blocks(part, parts, _BLOCK):
                 found = tokenize(block, tokenizer, settings)
                 found.write(*files.values())
                 report, unused = report + found.report(), unused | block.unused
-                if progress is not None:
-                    progress.update(len(block))
+                done(len(block))
         finally:
             for file in files.values():
                 file.close()
         (making / f"{part}.json").write_text(json.dumps({"report": asdict(report), "unused": sorted(unused)}))
 
 
-def join(making: Path, parts: int, key: str) -> None:
-    """Put the parts together under the data set's name, beside `making`. Raises: DataError, for a full disk too."""
+def join(making: Path, parts: int, key: str, name: str) -> None:
+    """Put the parts together under the data set's key, beside `making`. Raises: DataError, for a full disk too.
+
+    name: of the source, for those who look at what is kept.
+    """
     directory = making.parent
     digest = hashlib.blake2b(digest_size=8)
     report = Report(0, 0, 0)
@@ -133,9 +184,9 @@ def join(making: Path, parts: int, key: str) -> None:
         for part in range(parts):
             told = json.loads((making / f"{part}.json").read_text())
             report, unused = report + Report(**told["report"]), unused | set(told["unused"])
-        for name in _FILES:
-            with (making / name).open("wb") as whole:
-                pieces = _ends(making, parts) if name == "ends.bin" else _bytes(making, parts, name)
+        for file_name in _FILES:
+            with (making / file_name).open("wb") as whole:
+                pieces = _ends(making, parts) if file_name == "ends.bin" else _bytes(making, parts, file_name)
                 for piece in pieces:
                     digest.update(piece)
                     whole.write(piece)
@@ -144,10 +195,11 @@ def join(making: Path, parts: int, key: str) -> None:
         for file in making.glob("[0-9]*"):
             file.unlink()
         manifest = {
+            "source": name,
             "report": asdict(report),
             "fingerprint": digest.hexdigest(),
             "unused": sorted(unused),
-            "sizes": {name: (making / name).stat().st_size for name in _FILES},
+            "sizes": {file_name: (making / file_name).stat().st_size for file_name in _FILES},
         }
         (making / _MANIFEST).write_text(json.dumps(manifest))
         if find(directory, key, 2) is None:

@@ -182,11 +182,12 @@ def check_context(max_length: int, context_length: int | None) -> None:
         )
 
 
-def check_not_empty(report: Report, records: Records, max_length: int) -> None:
-    """Raises: DataError when no example is left."""
+def check_not_empty(report: Report, name: str, max_length: int) -> None:
+    """Raises: DataError when no example is left of the source of this name."""
     if report.examples == 0:
+        records = report.dropped_overlong + report.dropped_unanswered
         raise DataError(
-            f"{records.raw.name}: no example is left of {len(records)} records at max_length={max_length}: "
+            f"{name}: no example is left of {records} records at max_length={max_length}: "
             f"{report.dropped_overlong} were too long and dropped, {report.dropped_unanswered} had no answer token. "
             f"Raise max_length ({report.longest:,} would keep all whole), or shorten the prompts."
         )

@@ -6,19 +6,18 @@ A `.jsonl` or `.txt` file stays on disk: kept is where its lines begin, and a re
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from losia_dist.data.messages import show
 from losia_dist.errors import DataError
 
 # suffix -> the reader of `datasets`, and its options. Texts stay texts: an answer "007" is no number, and "NA" is not missing.
@@ -86,9 +85,12 @@ def _read_file(path: Path) -> RawRecords:
         if kind in _TABLES:
             return _read_table(path, *_TABLES[kind])
         with _opened(path) as file:
-            if kind == ".json":
+            start = file.read(1 << 16)
+            file.seek(0)
+            if kind == ".json" and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                 return _read_json(path, file)
-            return _read_lines(path, file, _text_of if kind == ".txt" else _object_of)
+            lines = _Lines(file, (lambda text: {"text": text}) if kind == ".txt" else json.loads, str(path))
+            return RawRecords(lines, str(path), lines.numbers)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}. Give a file that this user can read.") from error
 
@@ -118,95 +120,97 @@ class Table(Sequence[dict[str, Any]]):
 class _Lines(Sequence[Any]):
     """Lines of a file that stays on disk, parsed when they are read. Nothing of it is mapped: memory does not grow with it."""
 
-    def __init__(self, file: IO[bytes], parse: Callable[[bytes, str], Any], name: str) -> None:
-        self._file = file
-        self._parse = parse
-        self._name = name
+    def __init__(self, file: IO[bytes], parse: Callable[[str], Any], name: str) -> None:
+        self._file, self._parse, self._name = os.fdopen(os.dup(file.fileno()), "rb"), parse, name  # outlives the caller's
         self._starts, self.numbers = array("q"), array("q")
-        self._sizes = array("q")
-        at = 0
-        for number, line in enumerate(file, start=1):
+        at = self._file.seek(0)
+        for number, line in enumerate(self._file, start=1):
             if line.strip(b" \t\r\n\xef\xbb\xbf"):  # blank lines are common at the end of hand-edited files
                 self._starts.append(at)
-                self._sizes.append(len(line))
                 self.numbers.append(number)
             at += len(line)
+        self._starts.append(at)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        line = os.pread(self._file.fileno(), self._sizes[index], self._starts[index])
-        if len(line) != self._sizes[index]:
+        index = range(len(self))[index]
+        start, end = self._starts[index : index + 2]
+        line = os.pread(self._file.fileno(), end - start, start)
+        if len(line) != end - start:
             raise DataError(f"{self._name}: became shorter while it was read. Leave it as it is during a run.")
-        number = self.numbers[index]
-        return self._parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, f"{self._name}, line {number}")
+        where = f"{self._name}, line {self.numbers[index]}"
+        with _naming_line(where):
+            row = self._parse(line.partition(b"\n")[0].rstrip(b"\r").decode("utf-8" if start else "utf-8-sig"))
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, got {show(row)}. Give one on each line, or a list of them.")
+        return row
 
 
-def _read_lines(path: Path, file: IO[bytes], parse: Callable[[bytes, str], Any]) -> RawRecords:
-    copy = os.fdopen(os.dup(file.fileno()), "rb")  # outlives the caller's file
-    copy.seek(0)
-    lines = _Lines(copy, parse, str(path))
-    return RawRecords(lines, str(path), lines.numbers)
-
-
-def _object_of(line: bytes, where: str) -> dict[str, Any]:
+@contextmanager
+def _naming_line(where: str) -> Iterator[None]:
     try:
-        row = json.loads(_decode(line, where))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: malformed JSON: {error.msg} (column {error.colno}). Each line must be one JSON object."
-        ) from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {_kind(row)}. Each line must be one JSON object.")
-    return row
-
-
-def _text_of(line: bytes, where: str) -> dict[str, Any]:
-    return {"text": _decode(line, where)}
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        return line.rstrip(b"\r\n").decode()
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise DataError(
+            f"{where}{line}: malformed JSON: {error.msg} (column {error.colno}). Give one JSON object on each line, or a list."
+        ) from error
 
 
 def _read_json(path: Path, file: IO[bytes]) -> RawRecords:
-    try:
+    """A list of objects."""
+    with _naming_line(str(path)):
         rows = json.loads(file.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}). Save the file as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # an object on each line
-            return _read_lines(path, file, _object_of)
-        raise DataError(f"{path}, line {error.lineno}: malformed JSON: {error.msg} (column {error.colno}).") from error
-    if isinstance(rows, dict):
-        return _read_lines(path, file, _object_of)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a .json file must hold a list of objects, or one on each line, got {_kind(rows)}.")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, record {index}: expected a JSON object, got {_kind(row)}.")
+            raise DataError(f"{path}, record {index}: expected a JSON object, got {show(row)}.")
     return RawRecords(rows, str(path))
 
 
 def _read_table(path: Path, reader: str, options: dict[str, Any]) -> RawRecords:
+    if path.suffix not in COMPRESSED:
+        return RawRecords(Table(_load(path, path, reader, options)), str(path))
+    with tempfile.TemporaryDirectory() as directory:
+        whole = Path(directory) / f"whole.{reader}"
+        with _opened(path) as packed, whole.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+        table = _load(path, whole, reader, {**options, "cache_dir": directory, "keep_in_memory": True})
+    return RawRecords(Table(table), str(path))
+
+
+def stream_table(path: Path) -> Any:
+    """The rows of a table, read as they are asked for; None of a file that is no table, or a compressed one."""
+    kind = kind_of(path)
+    return None if kind not in _TABLES or path.suffix in COMPRESSED else _load(path, path, *_TABLES[kind], streaming=True)
+
+
+def _load(path: Path, whole: Path, reader: str, options: dict[str, Any], streaming: bool = False) -> Any:
+    """`whole`, which is `path` decompressed, as a data set of `datasets`."""
     import datasets  # imported late: it takes a second, and JSON files do not need it
 
     bar = datasets.utils.logging.is_progress_bar_enabled()
     datasets.utils.logging.disable_progress_bar()
     try:
-        if path.suffix in COMPRESSED:
-            with tempfile.TemporaryDirectory() as directory:
-                whole = Path(directory) / f"whole.{reader}"
-                with _opened(path) as packed, whole.open("wb") as file:
-                    shutil.copyfileobj(packed, file)
-                options = {**options, "cache_dir": directory, "keep_in_memory": True}
-                table = _load(reader, whole, options)
-        else:
-            table = _load(reader, path, options)
+        with naming_damage(path, reader):
+            if reader == "csv":
+                with whole.open(encoding="utf-8-sig", newline="") as file:
+                    names = next(csv.reader(file, delimiter=options["sep"]), [])
+                options = {**options, "features": datasets.Features({name: datasets.Value("string") for name in names})}
+            return datasets.load_dataset(reader, data_files=str(whole), split="train", streaming=streaming, **options)
+    finally:
+        if bar:
+            datasets.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def naming_damage(path: Any, reader: str) -> Iterator[None]:
+    """What reading `path` raises, as a DataError that names it."""
+    try:
+        yield
     except (DataError, PermissionError):
         raise
     except Exception as error:  # each reader has errors of its own
@@ -215,20 +219,6 @@ def _read_table(path: Path, reader: str, options: dict[str, Any]) -> RawRecords:
             f"{path}: cannot be read as {reader}: {'; '.join(sorted(reasons))}. Write the file anew: it is damaged, "
             "cut short, or something else than its name says."
         ) from error
-    finally:
-        if bar:
-            datasets.utils.logging.enable_progress_bar()
-    return RawRecords(Table(table), str(path))
-
-
-def _load(reader: str, path: Path, options: dict[str, Any]) -> Any:
-    import datasets
-
-    if reader == "csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, delimiter=options["sep"]), [])
-        options = {**options, "features": datasets.Features({name: datasets.Value("string") for name in names})}
-    return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
 
 
 @contextmanager
@@ -238,18 +228,14 @@ def _opened(path: Path) -> Any:
         with path.open("rb") as file:
             yield file
         return
+    import pyarrow
+
     with tempfile.TemporaryFile() as whole:
         try:
-            if path.suffix == ".gz":
-                with gzip.open(path) as packed:
-                    shutil.copyfileobj(packed, whole)
-            else:
-                import pyarrow
-
-                with pyarrow.input_stream(str(path), compression="zstd") as packed:
-                    shutil.copyfileobj(packed, whole)
-        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
+            with pyarrow.input_stream(str(path), compression="detect") as packed:
+                shutil.copyfileobj(packed, whole)
+        except OSError as error:
+            if error.errno is not None:
                 raise
             raise DataError(
                 f"{path}: cannot be unpacked: {error}. It is damaged or cut short: copy or write it anew."
@@ -257,15 +243,3 @@ def _opened(path: Path) -> Any:
         whole.flush()
         whole.seek(0)
         yield whole
-
-
-def _kind(value: Any) -> str:
-    names = {
-        list: "a list",
-        str: "a string",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        dict: "an object",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -43,10 +43,20 @@ class Records(Sequence[dict[str, Any]]):
             return self.select(range(len(self))[index])
         source_index = self._indices[index]
         where = self.raw.place(source_index)
-        return canonical(_rename(self.raw.rows[source_index], self.columns, where), self.form, where, self.unused)
+        return canonical(rename(self.raw.rows[source_index], self.columns, where), self.form, where, self.unused)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def name(self) -> str:
+        return self.raw.name
+
+    def blocks(self, part: int, parts: int, size: int) -> Iterator[Records]:
+        """The records that are this part's of the whole, in their order, at most `size` at a time."""
+        begin, end = (len(self) * at // parts for at in (part, part + 1))
+        for start in range(begin, end, size):
+            yield self[start : min(start + size, end)]
 
     def place(self, index: int) -> str:
         """Where record `index` came from, for messages: "train.jsonl, line 7" or "name:split, record 6"."""
@@ -85,7 +95,7 @@ def load_records(
         check_form(form)
     raw = read_sources(source)
     if form is None:
-        form = detect_form(_rename(raw.rows[0], columns or {}, raw.place(0)), raw.place(0))
+        form = detect_form(rename(raw.rows[0], columns or {}, raw.place(0)), raw.place(0))
     records = Records(raw, form, columns=columns)
     if check:
         for _ in records:  # reading a record checks it; a bad one should fail now, not an hour into training
@@ -121,7 +131,8 @@ def train_validation_split(records: Records, validation_size: int | float, seed:
     )
 
 
-def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+def rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """The row with the names that --columns gives its keys. Raises: DataError."""
     if not columns:
         return row
     for name, key in columns.items():

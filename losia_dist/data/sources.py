@@ -11,7 +11,8 @@ import random
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,12 +66,17 @@ class _JoinedRows(Sequence[Any]):
         return part.rows[at]
 
 
-class _Named(NamedTuple):
+class Named(NamedTuple):
     """A source as it was written: what to read, the part of it, and its share of the mix."""
 
     text: str
     part: slice
     weight: float | None
+
+    def __str__(self) -> str:
+        start, stop = self.part.start, self.part.stop
+        part = "" if self.part == slice(None) else f"[{'' if start is None else start}:{'' if stop is None else stop}]"
+        return self.text + part
 
 
 def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RawRecords:
@@ -86,7 +92,7 @@ def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[st
     Raises: DataError when a source is missing, malformed or empty; ConfigError for weights that cannot be.
     """
     several = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
-    named = [_parse(str(source)) for source in several]
+    named = [parse_source(str(source)) for source in several]
     weights = [one.weight for one in named if one.weight is not None]
     if weights and (len(weights) != len(named) or not all(weights)):
         raise ConfigError(
@@ -105,11 +111,11 @@ def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[st
 
 def places_of(source: str) -> list[Path]:
     """Files and directories on the disk that a source is read from, without its part and weight; none of a hub name."""
-    text = _parse(source).text
+    text = parse_source(source).text
     return [Path(text)] if Path(text).exists() else [Path(name) for name in glob.glob(text, recursive=True)]
 
 
-def _parse(text: str) -> _Named:
+def parse_source(text: str) -> Named:
     weight, part = None, slice(None)
     if not Path(text).exists():
         if found := _WEIGHT.match(text):
@@ -117,37 +123,47 @@ def _parse(text: str) -> _Named:
         if found := _SLICE.match(text):
             text = found["rest"]
             part = slice(*(int(found[key]) if found[key] else None for key in ("start", "stop")))
-    return _Named(text, part, weight)
+    return Named(text, part, weight)
 
 
-def _read(named: _Named) -> RawRecords:
+def _read(named: Named) -> RawRecords:
     raw = _read_whole(named.text)
     if named.part != slice(None):
-        name = f"{named.text}[{named.part.start or ''}:{'' if named.part.stop is None else named.part.stop}]"
-        raw = Joined([raw], [range(len(raw.rows))[named.part]], name)
+        raw = Joined([raw], [range(len(raw.rows))[named.part]], str(named))
     if len(raw.rows) == 0:
         raise DataError(f"{raw.name}: the data set is empty. Give a source with at least one record.")
     return raw
 
 
 def _read_whole(source: str) -> RawRecords:
-    path = Path(source)
-    if path.is_file():
-        return read_file(path)
-    if path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return _read_many(sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file)), source)
-    if not path.is_dir() and _GLOB.search(source):
-        return _read_many(sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()), source)
-    if kind_of(path) is not None:
-        raise DataError(f"{path}: no such file. Give the path of an existing file.")
-    return _read_with_datasets(source)
-
-
-def _read_many(files: list[Path], source: str) -> RawRecords:
-    if not files:
-        raise DataError(f"{source}: no file of records there ({', '.join(SUFFIXES)}), and no data set that was saved.")
+    files = files_of(source)
+    if files is None:
+        return _read_with_datasets(source)
+    if files == [Path(source)]:
+        return read_file(files[0])
     parts = [raw for raw in map(read_file, files) if len(raw.rows)]
     return Joined(parts, [range(len(part.rows)) for part in parts], source) if parts else RawRecords([], source)
+
+
+def files_of(source: str) -> list[Path] | None:
+    """The files that a source without part and weight names, in order; None of a saved data set or one on the hub.
+
+    Raises: DataError when it names none.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir() and not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file))
+    elif not path.is_dir() and _GLOB.search(source):
+        files = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
+    elif kind_of(path) is not None:
+        raise DataError(f"{path}: no such file. Give the path of an existing file.")
+    else:
+        return None
+    if not files:
+        raise DataError(f"{source}: no file of records there ({', '.join(SUFFIXES)}), and no data set that was saved.")
+    return files
 
 
 def _read_with_datasets(source: str) -> RawRecords:
@@ -170,20 +186,32 @@ def _read_with_datasets(source: str) -> RawRecords:
         split = ":".join(rest)
         return RawRecords(Table(loaded), source, identify=lambda: split + "".join(map(digest_of, files)))
 
+    name, configuration, split = parse_hub_name(source)
+    with naming_hub(source, name, split):
+        loaded = datasets.load_dataset(name, configuration, split=split)
+    return RawRecords(Table(loaded), source, identify=lambda: loaded._fingerprint)
+
+
+def parse_hub_name(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a data set on the hub. Raises: DataError."""
+    name, *rest = source.split(":")
     if Path(name).is_absolute() or name.startswith((".", "~")) or not name:
         raise DataError(f"{source}: no such file or directory.")
     if len(rest) > 2:
         raise DataError(f"{source}: write a hub data set as 'name', 'name:split' or 'name:configuration:split'.")
-    configuration = rest[0] if len(rest) == 2 else None
-    split = rest[-1] if rest else DEFAULT_SPLIT
+    return name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else DEFAULT_SPLIT
+
+
+@contextmanager
+def naming_hub(source: str, name: str, split: str) -> Iterator[None]:
+    """What reading from the hub raises (network, permission, missing name or split), as a DataError."""
     try:
-        loaded = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # network, permission, missing name or split: each is a type of its own
+        yield
+    except Exception as error:  # each is a type of its own
         raise DataError(
             f"{source}: no such file or directory, and reading it as the data set '{name}' (split '{split}') from the "
             f"Hugging Face hub failed: {type(error).__name__}: {error}. Check the name, the split and the network."
         ) from error
-    return RawRecords(Table(loaded), source, identify=lambda: loaded._fingerprint)
 
 
 def _choose_split(loaded: Any, name: str, rest: list[str]) -> Any:

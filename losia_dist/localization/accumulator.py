@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,7 @@ class ImportanceAccumulator:
     """Receives the full gradient of every micro-batch in backward, and turns it into importance.
 
     State on each rank for the length of one slot: fp32 blocks [ceil(m / world size), n] for Ibar and Ubar. Until an optimizer
-    step ends, this rank's rows of the gradient too: as they came from a single micro-batch, summed in fp32 from several;
-    none where importance is taken from every micro-batch.
+    step ends, this rank's rows of the gradient too: as they came from a single micro-batch, summed in fp32 from several.
 
     A gradient that is zero in all of the layer, on all ranks, says nothing (no label, no advantage): it leaves the averages as
     they are. One number a layer and optimizer step is communicated for that.
@@ -22,8 +23,6 @@ class ImportanceAccumulator:
     Args:
         shape: (m, n) of the whole weight.
         collectives: over all ranks that see different data.
-        per_micro_batch: take importance from the gradient of every micro-batch as it comes, and keep no sum; else from the
-            sum over an optimizer step (exact).
         weight_is_resident: the weight stays as it is until the importance is taken; otherwise the row block is copied in
             backward, while it is there.
     """
@@ -36,7 +35,6 @@ class ImportanceAccumulator:
         collectives: RowCollectives,
         importance: str,
         betas: tuple[float, float],
-        per_micro_batch: bool,
         weight_is_resident: bool,
     ) -> None:
         self.shape, self.collectives, self.kind, self.betas = shape, collectives, importance, betas
@@ -45,7 +43,6 @@ class ImportanceAccumulator:
         block = (self.stop - self.start, shape[1])
         self.mean = torch.zeros(block, dtype=torch.float32, device=device)
         self.deviation = torch.zeros_like(self.mean)
-        self.per_micro_batch = per_micro_batch
         self.gradient: Tensor | None = None  # of the optimizer step in progress
         self.weight_rows: Tensor | None = None
         self.pending: PendingRows | None = None
@@ -60,21 +57,21 @@ class ImportanceAccumulator:
         self._drain()
         self.pending = self.collectives.reduce_scatter_rows(gradient)
         rows = weight.detach()[self.start : self.stop]
-        alone = self.collectives.world_size == 1
-        # Alone and with no sum to wait for, the weight is read at once.
-        self.weight_rows = rows if self.weight_is_resident or (alone and self.per_micro_batch) else rows.clone()
-        if alone:
+        self.weight_rows = rows if self.weight_is_resident else rows.clone()
+        if self.collectives.world_size == 1:
             self._drain()  # nothing to overlap with
 
     def end_step(self) -> None:
         """Fold this optimizer step's gradient into the averages. The gradient has not been clipped."""
         self._drain()
         if self.gradient is not None and self.weight_rows is not None:
-            self._fold(self.gradient)
+            signal = self.collectives.largest(has_signal(self.gradient).to(torch.int32)).bool()
+            settings: Any = {"kind": self.kind, "betas": self.betas, "signal": signal}
+            fold_importance_(self.gradient, self.weight_rows, self.mean, self.deviation, **settings)
         self._forget()
 
     def discard_step(self) -> None:
-        """Forget the gradient of a step that the engine skipped (what earlier micro-batches have told stays)."""
+        """Forget the gradient of a step that the engine skipped."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
@@ -90,18 +87,10 @@ class ImportanceAccumulator:
             return
         rows = self.pending.wait()
         self.pending = None
-        if self.per_micro_batch:
-            self._fold(rows)
-            self.weight_rows = None
-        elif self.gradient is None:
+        if self.gradient is None:
             self.gradient = rows
         else:
             self.gradient = self.gradient.to(torch.float32).add_(rows)
-
-    def _fold(self, gradient: Tensor) -> None:
-        assert self.weight_rows is not None
-        signal = self.collectives.largest(has_signal(gradient).to(torch.int32)).bool()
-        fold_importance_(gradient, self.weight_rows, self.mean, self.deviation, kind=self.kind, betas=self.betas, signal=signal)
 
     def _forget(self) -> None:
         self.gradient = self.weight_rows = None

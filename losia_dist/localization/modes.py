@@ -10,7 +10,7 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.drawn import DrawnLocalization
-from losia_dist.localization.search import SEARCHES, Choice, keep_without_signal
+from losia_dist.localization.search import Choice, greedy, keep_without_signal
 from losia_dist.localization.selection import select
 from losia_dist.localization.slots import SlotGroup, Wanted
 
@@ -34,12 +34,11 @@ class Localization(Protocol):
 class ReducedLocalization:
     """Importance from the gradient of the global batch: each rank keeps a block of rows of every localizing layer.
 
-    selection: how rows and columns are searched for, a name in `SEARCHES`.
     settings: what `ImportanceAccumulator` takes besides shape, device and collectives.
     """
 
-    def __init__(self, collectives: RowCollectives, *, selection: str, **settings: Any) -> None:
-        self.collectives, self.search, self.settings = collectives, SEARCHES[selection], settings
+    def __init__(self, collectives: RowCollectives, **settings: Any) -> None:
+        self.collectives, self.settings = collectives, settings
 
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
@@ -49,7 +48,7 @@ class ReducedLocalization:
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         assert accumulator is not None
-        chosen = select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.collectives)
+        chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.collectives)
         return keep_without_signal(chosen, wanted.present)
 
 
@@ -60,8 +59,8 @@ class RankParallelLocalization:
     rank holds all rows of its layers), and rests on 1/N of the data.
     """
 
-    def __init__(self, collectives: RowCollectives, *, selection: str, **settings: Any) -> None:
-        self.collectives, self.search, self.settings = collectives, SEARCHES[selection], settings
+    def __init__(self, collectives: RowCollectives, **settings: Any) -> None:
+        self.collectives, self.settings = collectives, settings
         self.alone = RowCollectives(None)
 
     def groups_per_slot(self, layers_per_slot: int) -> int:
@@ -74,7 +73,7 @@ class RankParallelLocalization:
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         if accumulator is not None:
-            chosen = select(self.search(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.alone)
+            chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.alone)
             chosen = keep_without_signal(chosen, wanted.present)
             packed = torch.cat([part.to(torch.float64).reshape(-1) for part in chosen])
         else:
@@ -99,9 +98,7 @@ def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weigh
         return DrawnLocalization(config.seed)
     return _MODES[config.localization](
         collectives,
-        selection=config.selection,
         importance=config.importance,
         betas=config.importance_betas,
-        per_micro_batch=config.importance_accumulation == "micro_batch",
         weight_is_resident=weight_is_resident,
     )

@@ -7,7 +7,7 @@ a score that lies sharded over the ranks, before the first step from one pass ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,33 +88,6 @@ def greedy(shape: Sizes, kept: Sizes) -> Search:
         torch.where(second, columns_first_inside, rows_first_inside),
         first.rows[0].sum(),
     )
-
-
-def alternating(shape: Sizes, kept: Sizes, rounds: int = 20) -> Search:
-    """From the greedy's choice: rows given the columns, columns given the rows, and so on while the score inside grows.
-
-    Never worse than `greedy`. Each improvement costs one query, and one host synchronisation that asks whether it was one.
-
-    Args:
-        rounds: most improvements.
-    """
-    best = yield from greedy(shape, kept)
-    if kept[0] == shape[0] or kept[1] == shape[1]:
-        return best  # nothing is left to improve
-    for _ in range(rounds // 2):
-        before = best.inside
-        sums = yield Query(within_columns=[best.columns])
-        rows = _largest(sums.rows[0], kept[0])
-        sums = yield Query(within_rows=[rows])
-        columns = _largest(sums.columns[0], kept[1])
-        found = best._replace(rows=rows, columns=columns, inside=sums.columns[0][columns].sum())
-        if not bool(found.inside > before):
-            break
-        best = found
-    return best
-
-
-SEARCHES: dict[str, Callable[[Sizes, Sizes], Search]] = {"greedy": greedy, "alternating": alternating}
 
 
 def together(searches: Sequence[Search]) -> Generator[Query, Sums, list[Choice]]:

@@ -1,5 +1,5 @@
 """The loss over a large vocabulary without its logits: in chunks of tokens, or by a fused kernel."""
 
-from losia_dist.loss.model import use_chunked_loss, use_liger_loss
+from losia_dist.loss.model import use_chunked_loss
 
-__all__ = ["use_chunked_loss", "use_liger_loss"]
+__all__ = ["use_chunked_loss"]

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from losia_dist.loss.chunked import chunked_cross_entropy
-from losia_dist.loss.liger import liger_cross_entropy
 from losia_dist.loss.logits import LogitsRule
 
 
@@ -18,14 +17,14 @@ class LossHead(nn.Module):
     The loss is computed in the module's own call, where every engine has its weight whole; see `chunked_cross_entropy`.
 
     Attributes:
-        chunk: tokens of one chunk; None: all of them at once, by Liger's kernel.
+        chunk: tokens of one chunk.
     """
 
-    chunk: int | None
+    chunk: int
     rule: LogitsRule
 
     @classmethod
-    def adopt(cls, head: Any, chunk: int | None, rule: LogitsRule) -> LossHead:
+    def adopt(cls, head: Any, chunk: int, rule: LogitsRule) -> LossHead:
         """Turn an output layer in place into one that can; its class, parameters and names stay what they were otherwise."""
         kind: Any = type(head)
         head.__class__ = _with_loss(kind)
@@ -37,8 +36,6 @@ class LossHead(nn.Module):
         project: Any = super().forward
         if targets is None:
             return project(input)
-        if self.chunk is None:
-            return liger_cross_entropy(self, input, targets, self.rule, ignore_index)
         return chunked_cross_entropy(self, project, input, targets, chunk=self.chunk, rule=self.rule, ignore_index=ignore_index)
 
 

@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.loss.chunked import default_chunk
 from losia_dist.loss.head import LossHead
-from losia_dist.loss.liger import refuse_unless_liger_runs
 from losia_dist.loss.logits import LogitsRule
 from losia_dist.loss.probe import refuse_another_loss
 
@@ -48,27 +47,8 @@ def use_chunked_loss(model: Any, chunk: int | None = None) -> Any:
         raise ConfigError(f"chunk={chunk!r}: give a number of tokens, at least 1, or None.")
     head, rule = _parts(model)
     vocabulary = model.config.get_text_config().vocab_size
-    return _adopt(model, head, rule, default_chunk(vocabulary) if chunk is None else chunk)
-
-
-def use_liger_loss(model: Any) -> Any:
-    """As `use_chunked_loss`, by the fused kernel of the package liger-kernel, for models on a GPU. Not timed, and run by the
-    tests only where there is a GPU.
-
-    The output layer must be an `nn.Linear` that is frozen or trains in full, without scaled logits (capped ones will do).
-
-    Raises:
-        ConfigError: no GPU, or no liger-kernel; or as `use_chunked_loss`.
-        UnsupportedError: an output layer that the kernel cannot serve; or as `use_chunked_loss`.
-    """
-    head, rule = _parts(model)
-    refuse_unless_liger_runs(head, rule)
-    return _adopt(model, head, rule, None)
-
-
-def _adopt(model: Any, head: Any, rule: LogitsRule, chunk: int | None) -> Any:
     before = type(head)
-    LossHead.adopt(head, chunk, rule)
+    LossHead.adopt(head, default_chunk(vocabulary) if chunk is None else chunk, rule)
     # A bound method, so that a deep copy of the model calls itself.
     model.forward = MethodType(_forward_of(type(model).forward), model)
     try:

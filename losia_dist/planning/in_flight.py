@@ -38,7 +38,7 @@ def _rows(workload: Workload, elements: int, passes: int) -> int:
     if not passes:
         return 0
     size = BF16 * (2 if workload.shards_weights else 1)
-    if passes > 1 and workload.config.importance_accumulation == "step":
+    if passes > 1:
         size += FP32 if passes > 2 else BF16
     return size * elements // _ranks(workload)
 

@@ -16,8 +16,8 @@ _SUM = 8  # bytes of a float64 sum
 def plan_warm_start(workload: Workload) -> dict[str, Any] | None:
     """Passes, bytes and seconds of one GPU, in plain values; None where the first subnets need no calibration batches.
 
-    A pass is forward, recomputation, gradients of activations and of all weights for each calibration batch. "alternating"
-    adds passes, at least two, which are not counted. Where subnets are drawn without outliers, it is one forward pass.
+    A pass is forward, recomputation, gradients of activations and of all weights for each calibration batch. Where
+    subnets are drawn without outliers, it is one forward pass.
     """
     config, shape = workload.config, workload.shape
     if workload.method != "losia" or not config.needs_calibration:

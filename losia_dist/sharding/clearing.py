@@ -39,8 +39,6 @@ def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiA
     if keeps_adam_state(optimizer):
         return
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
-    if config.moments == "kept":
-        raise UnsupportedError(f"moments='kept' needs to know Adam's moments, and {name} has state of its own. {_FIX}")
     # As large as the largest tensor that is cleared: some optimizers treat large ones in another way.
     sizes = Counter[str]()
     for layer in layers:

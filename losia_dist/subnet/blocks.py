@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losia_dist.kernels import switch
-
 
 @torch.no_grad()
 def write_subnet(weight: Tensor, subnet: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
@@ -19,11 +17,6 @@ def write_subnet(weight: Tensor, subnet: Tensor, rows: Tensor | None, columns: T
     weight [m, n] whole (a transposed view will do), subnet [r, c] of any floating dtype, rows int64 [r], columns int64 [c];
     None stands for all.
     """
-    if switch.is_on("write", weight):
-        from losia_dist.kernels.write import write_subnet as kernel
-
-        kernel(weight.data, subnet.data, rows, columns)
-        return
     target, values = weight.data, subnet.data.to(weight.dtype)
     if rows is not None and columns is not None:
         target.index_put_((rows[:, None], columns[None, :]), values)
@@ -61,10 +54,6 @@ def subnet_gradient(grad_y: Tensor, kept: Tensor, rows: Tensor | None) -> Tensor
 
     grad_y [t, m]; kept = x[..., C], [t, c].
     """
-    if switch.is_on("gradient", grad_y):
-        from losia_dist.kernels.gradient import subnet_gradient as kernel
-
-        return kernel(grad_y, kept, rows)
     if rows is None:
         # The same product, with the many rows of dy as its right side: up to twice as fast on the CPU for a few columns.
         return (kept.t() @ grad_y).t().contiguous()

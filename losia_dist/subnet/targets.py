@@ -73,7 +73,6 @@ def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_sh
             "is the output layer (output_rank_factor)."
         )
     targets = [Target(n, aliases[n], n if n == output else group_of(n), n == output) for n in names]
-    _refuse_shared_micro_batches(aliases, targets, config)
     # A group is re-localized as a whole, so its layers stand together; sorting is stable and keeps the model's order.
     order = {group: place for place, group in enumerate(dict.fromkeys(t.group_name for t in targets))}
     return sorted(targets, key=lambda target: (target.is_output, order[target.group_name]))
@@ -175,19 +174,6 @@ def _refuse_substitutes(model: nn.Module, config: LoSiAConfig) -> None:
             f"{f', and so are {len(packed) - 1} more' if len(packed) > 1 else ''}: there is no weight to cut a subnet "
             "from. Load the model unquantized, or name other layers."
         )
-
-
-def _refuse_shared_micro_batches(linears: dict[str, nn.Module], targets: list[Target], config: LoSiAConfig) -> None:
-    if config.importance_accumulation != "micro_batch":
-        return
-    for target in targets:
-        names = [name for name, module in linears.items() if module is target.module]
-        if len(names) > 1:
-            raise ConfigError(
-                f"importance_accumulation='micro_batch' does not work with a layer that is used in several places "
-                f"({', '.join(names)}): its gradient comes in parts that must be added first. Use "
-                "importance_accumulation='step'."
-            )
 
 
 def _within(name: str, modules: list[str]) -> bool:

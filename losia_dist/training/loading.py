@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from losia_dist.config import LoSiAConfig
 from losia_dist.data import prepare_for_packing
 from losia_dist.errors import ConfigError
-from losia_dist.loss import use_chunked_loss, use_liger_loss
+from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.training.choice import EngineChoice
 from losia_dist.training.data import RunData
@@ -80,8 +80,6 @@ def load(
         model = get_losia_model(model, config)
     if options.loss == "chunked":
         use_chunked_loss(model, options.loss_chunk)
-    elif options.loss == "liger":
-        use_liger_loss(model)
     notes = data.notes + notes
     return Inputs(data.tokenizer, data.train, data.held_out, model, flatten, use_cache, data.template_date, weights, notes)
 

@@ -13,7 +13,6 @@ from losia_dist.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
-LOSSES = ("plain", "chunked", "liger")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -65,6 +64,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="where tokenized data is kept, to be found again at the next start; off: in each rank's memory "
         "($LOSIA_DATA_CACHE, or ~/.cache/losia_dist/data)",
     )
+    model.add_argument(
+        "--data_workers", type=int, default=1, metavar="N", help="processes of each rank that tokenize (1: its own)"
+    )
+    model.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read --train_file from front to back and keep its tokens alone, for what is larger than the disk (off)",
+    )
     model.add_argument("--packing", action="store_true", help="fill rows of max_length with several records")
     model.add_argument("--attn_implementation", help="attention of Transformers, for example sdpa or flash_attention_2")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")
@@ -103,10 +110,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     train.add_argument("--max_grad_norm", type=float, default=1.0, help="global gradient norm to clip to; 0: off (1.0)")
     train.add_argument(
         "--loss",
-        choices=LOSSES,
+        type=_loss,
+        choices=("plain", "chunked"),
         default="plain",
-        help="plain: the model's own. For large vocabularies, without all logits at once: chunked (some tokens at a time, "
-        "computed again in backward), or liger (fused kernel, needs a GPU and liger-kernel) (plain)",
+        help="plain: the model's own; chunked, for large vocabularies: some tokens at a time, so that all logits never exist "
+        "at once, computed again in backward (plain)",
     )
     train.add_argument(
         "--loss_chunk", type=int, metavar="TOKENS", help="with --loss chunked: tokens at a time (as many as give 2**26 logits)"
@@ -141,6 +149,14 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     # The deepspeed launcher passes it; the environment has it too.
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
     return parser
+
+
+def _loss(name: str) -> str:
+    if name == "liger":
+        raise argparse.ArgumentTypeError(
+            "liger was removed, since no GPU ever measured a gain (CHANGELOG.md): use chunked, which keeps the logits small too"
+        )
+    return name
 
 
 def check(options: argparse.Namespace) -> LoSiAConfig | None:
@@ -195,6 +211,16 @@ def _check_data(options: argparse.Namespace) -> None:
             date.fromisoformat(options.template_date)
         except ValueError:
             raise ConfigError(f"--template_date {options.template_date}: give a day as YYYY-MM-DD.") from None
+    _at_least(options, "data_workers", 1)
+    if options.data_workers > 1 and options.data_cache == "off":
+        raise ConfigError(f"--data_workers {options.data_workers} fill the data cache: leave out --data_cache off, or them.")
+    if options.streaming and options.data_cache == "off":
+        raise ConfigError("--streaming keeps the tokens in the data cache: leave out --data_cache off, or --streaming.")
+    if options.streaming and options.validation_size:
+        raise ConfigError(
+            f"--validation_size {options.validation_size} needs the number of records, which a stream does not know: "
+            "give held-out data by --eval_file, or leave out --streaming."
+        )
 
 
 def _check_reporting(options: argparse.Namespace) -> None:

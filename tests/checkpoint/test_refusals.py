@@ -71,6 +71,18 @@ DAMAGES = {
     "manifest foreign": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.pop("kind")), "is not a manifest of this"),
     "base of another run": (lambda d: files.write_text(d / "base/manifest.json", "{}"), "is damaged"),
     "newer format": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.update(format=99)), "format 99; this version"),
+    "a removed selection": (
+        lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(selection="alternating")),
+        r"saved with a setting that is gone: selection='alternating' was removed: .*0\.8027.* start a new run",
+    ),
+    "a removed accumulation": (
+        lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(importance_accumulation="micro_batch")),
+        r"saved with a setting that is gone: importance_accumulation='micro_batch' was removed",
+    ),
+    "removed moments": (
+        lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(moments="kept")),
+        r"saved with a setting that is gone: moments='kept' was removed",
+    ),
     "never complete": (lambda d: [p.unlink() for p in d.glob("*/COMPLETE")], "no complete checkpoint in"),
     "empty": (lambda d: [files.remove(p) for p in d.iterdir()], "no complete checkpoint in"),
     "not there": (lambda d: files.remove(d), "the directory does not exist"),
@@ -105,6 +117,20 @@ def test_damaged_checkpoints_are_refused_on_every_rank_and_change_nothing(ranks,
         assert errors[0][0] == "CheckpointError", case
         assert re.search(text, errors[0][1]), errors[0][1]
         assert all(result[case][1] for result in results), f"{case} changed the run"
+
+
+def test_a_checkpoint_that_names_removed_settings_with_the_values_that_were_kept_loads(tmp_path):
+    losia, stepper, close = runs.start("one", RUN)
+    runs.train_on(losia, stepper, RUN, STEP)
+    save_checkpoint(tmp_path, **runs.parts(losia))
+    kept = {"moments": "cleared", "importance_accumulation": "step", "selection": "greedy"}
+    edit_manifest(some(tmp_path, "step-*"), lambda m: m["losia_config"].update(kept))
+    before = runs.everything(losia)
+    close()
+    other, _, close = runs.start("one", RUN)
+    load_checkpoint(tmp_path, **runs.parts(other))
+    close()
+    assert other.steps == STEP and all(torch.equal(runs.everything(other)[name], tensor) for name, tensor in before.items())
 
 
 OTHERS = {

@@ -73,9 +73,8 @@ VARIANTS = {
     "GPT-2, tied": (gpt2, {"output_rank_factor": 0.25}),
     "fp32 subnets in bf16 weights": (bf16_llama, {"dtype": torch.float32}),
     "tied Llama, embedding trained": (lambda: tiny_llama(tie_word_embeddings=True), {"train_embeddings": True}),
-    "two layers a slot, per micro-batch": (tiny_llama, {"layers_per_slot": 2, "importance_accumulation": "micro_batch"}),
+    "two layers a slot": (tiny_llama, {"layers_per_slot": 2}),
     "all rows": (tiny_llama, {"rank_factor": (1.0, 0.25)}),
-    "moments of weights that stay are kept": (tiny_llama, {"moments": "kept"}),
 }
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ PACKAGE = Path(losia_dist.__file__).parent
 
 # Lower layers never import upper ones.
 LAYERS = [
-    ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "kernels"],
+    ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "removed"],
     ["subnet"],
     ["localization", "optim", "sharding"],
     [
@@ -67,6 +68,10 @@ def test_public_names_are_there_and_documented():
     promised = {"LoSiAConfig", "get_losia_model", "losia_parameter_groups", "LoSiAAdamW", "LoSiA", "initialize"}
     assert promised | {"add_config_arguments", "export_model"} <= set(losia_dist.__all__)
     assert {"LoSiATrainer", "LoSiATrainerMixin", "LoSiACallback"} <= set(losia_dist.__all__)
+    assert {"carry_state", "wait_for_saving", "use_chunked_loss", "save_delta", "apply_delta"} <= set(losia_dist.__all__)
+    assert {"LoSiAError", "print_trainable_parameters"} <= set(losia_dist.__all__)
+    assert {"model", "losia_config", "config", "lr"} <= set(inspect.signature(losia_dist.initialize).parameters)
+    assert (PACKAGE / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -107,5 +112,10 @@ def test_the_package_imports_without_the_trainer_and_accelerate():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     ).stdout.split()
     assert not {"transformers.trainer", "accelerate", "trl", "deepspeed"} & set(loaded)
+    code = "import sys; sys.modules['accelerate'] = None; from losia_dist import LoSiATrainer"
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stderr
+    assert (
+        failed.splitlines()[-1] == "ImportError: losia_dist.LoSiATrainer needs Accelerate: pip install 'losia_dist[trainer]'."
+    )
     with pytest.raises(AttributeError, match="no attribute 'LoSiATrainerr'"):
         _ = losia_dist.LoSiATrainerr

@@ -89,6 +89,28 @@ def test_ranks_tokenize_together_and_the_next_start_finds_it(ranks, material, tm
     assert losses(tmp_path / "made") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
+@pytest.mark.parametrize("extra", [{"data_workers": 2}, {"streaming": True}], ids=str)
+def test_processes_and_streams_make_the_same_data_set(material, tmp_path, kept, extra):
+    options, directory = kept
+    plain = train(arguments(material, tmp_path / "plain", **options))[0]
+    before = {name: (directory / name / "ids.bin").read_bytes() for name in names(directory)}
+    other = tmp_path / "other"
+    made = train(arguments(material, tmp_path / "made", **options | {"data_cache": other} | extra))[0]
+    made_by = "1 rank(s) of 2 processes" if "data_workers" in extra else "1 rank(s)"
+    assert made["data_from"].startswith(f"made by {made_by} in ") and made["data"] == plain["data"]
+    assert losses(tmp_path / "made") == losses(tmp_path / "plain")
+    assert sorted((other / name / "ids.bin").read_bytes() for name in names(other)) == sorted(before.values())
+
+
+def test_a_bad_record_in_a_process_of_its_own_is_the_same_error(material, tmp_path, kept, capsys):
+    options, directory = kept
+    file = tmp_path / "bad.jsonl"
+    file.write_text(material["instruction"].read_text() + '{"instruction": "a", "output": 3}\n')
+    words = arguments(material, tmp_path / "run", **options, train_file=file, data_workers=2)
+    assert "bad.jsonl, line " in (message := refused(capsys, words)) and "'output' must be a string, got int 3." in message
+    assert names(directory) == []
+
+
 def test_a_bad_record_in_the_part_of_one_rank_is_the_same_error_on_all(ranks, material, tmp_path, kept):
     options, directory = kept
     file = tmp_path / "bad.jsonl"
@@ -130,6 +152,10 @@ def test_positions_that_the_configuration_scales_are_allowed(material):
         ({"template_date": "today"}, "--template_date today: give a day as YYYY-MM-DD"),
         ({"template_date": "2026-03-01"}, "--template_date 2026-03-01 has no effect"),
         ({"chat_template": "absent.jinja"}, "--chat_template absent.jinja cannot be read"),
+        ({"data_workers": 0}, "--data_workers 0"),
+        ({"data_workers": 2, "data_cache": "off"}, "--data_workers 2 fill the data cache: leave out"),
+        ({"streaming": True, "data_cache": "off"}, "--streaming keeps the tokens in the data cache: leave out"),
+        ({"streaming": True, "validation_size": 4, "eval_file": None}, "--validation_size 4 needs the number of records"),
         ({"chat_template": "trl"}, "--chat_template trl: TRL has none for this tokenizer's template"),
     ],
 )

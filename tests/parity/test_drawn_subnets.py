@@ -77,9 +77,8 @@ def test_a_subnet_of_all_columns_keeps_those_that_stand_out():
     assert {column for name, column in trained if name == "model.layers.0.mlp.down_proj"} == set(range(77))
 
 
-@pytest.mark.parametrize("moments", ["cleared", "kept"])
-def test_moments_move_with_drawn_subnets(moments):
-    run = variant(RUN, config={**DRAWN, "moments": moments, "rewarm_steps": 0})
+def test_drawn_subnets_need_no_rewarming():
+    run = variant(RUN, config={**DRAWN, "rewarm_steps": 0})
     assert_same_run(train("one", run), reference(run))
 
 
@@ -159,7 +158,6 @@ def test_another_seed_is_refused_on_resume(tmp_path):
         ("localization", "rank_parallel"),
         ("importance", "first_order"),
         ("importance_betas", (0.5, 0.85)),
-        ("importance_accumulation", "micro_batch"),
     ],
 )
 def test_what_asks_for_importance_is_refused(option, value):

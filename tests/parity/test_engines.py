@@ -32,7 +32,6 @@ VARIANTS = {
         "rewarm_steps": 0,
         "target_modules": ["q_proj", "mlp.down_proj"],
     },
-    "moments of weights that stay are kept": {"rank_factor": 0.5, "period": 2, "rewarm_steps": 1, "moments": "kept"},
 }
 
 

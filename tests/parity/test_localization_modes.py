@@ -1,30 +1,17 @@
-"""The other ways to localize against the dense reference: per micro-batch, and every rank a group of its own."""
+"""The other way to localize against the dense reference: every rank a group of its own."""
 
 import pytest
-import torch.distributed as dist
 
-from losia_dist.errors import ConfigError
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
 BASE = Run(steps=10, accumulation=2, max_grad_norm=0.5)
-PER_MICRO_BATCH = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "importance_accumulation": "micro_batch"}
 RANK_PARALLEL = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "localization": "rank_parallel"}
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
-def test_importance_of_every_micro_batch_equals_the_reference(ranks, engine):
-    run = variant(BASE, config=PER_MICRO_BATCH)
-    expected = reference(run)
-    assert expected["history"] != [] and not _same_choices(expected, reference(variant(run, config=_step(run.config))))
-    for result in [train(engine, run)] if engine == "one" else ranks(2, train, engine, run):
-        assert_same_run(result, expected)
-
-
-@pytest.mark.parametrize("accumulation", ["step", "micro_batch"])
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_two_ranks_localize_two_groups_a_slot_from_their_own_data(ranks, engine, accumulation):
-    run = variant(BASE, config={**RANK_PARALLEL, "importance_accumulation": accumulation})
+def test_two_ranks_localize_two_groups_a_slot_from_their_own_data(ranks, engine):
+    run = variant(BASE, config=RANK_PARALLEL)
     expected = reference(run, ranks=2)
     assert len(expected["history"]) == 2 * run.steps // 2
     for result in ranks(2, train, engine, run):
@@ -72,22 +59,3 @@ def count_gradient_traffic(localization: str) -> dict[str, int]:
 def test_no_gradient_is_communicated_where_every_rank_localizes_alone(ranks):
     assert [sent["reduce_scatter"] for sent in ranks(2, count_gradient_traffic, "rank_parallel")] == [0, 0]
     assert all(sent["reduce_scatter"] > 0 for sent in ranks(2, count_gradient_traffic, "reduced"))
-
-
-def test_a_shared_weight_is_refused_per_micro_batch():
-    run = Run(steps=1, config=PER_MICRO_BATCH, model={"tie_word_embeddings": True})
-    with pytest.raises(ConfigError, match="importance_accumulation='micro_batch'.*Use importance_accumulation='step'"):
-        train("one", run)
-    assert not dist.is_initialized()
-
-
-def _step(config):
-    return {**config, "importance_accumulation": "step"}
-
-
-def _same_choices(a, b):
-    return all(
-        (x[2][w][0].tolist(), x[2][w][1].tolist()) == (y[2][w][0].tolist(), y[2][w][1].tolist())
-        for x, y in zip(a["history"], b["history"], strict=True)
-        for w in x[2]
-    )

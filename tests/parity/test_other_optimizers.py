@@ -147,8 +147,6 @@ def test_an_optimizer_around_another_is_refused():
 
 
 def test_what_the_configuration_keeps_must_be_known():
-    with pytest.raises(UnsupportedError, match="moments='kept' needs to know Adam's moments, and torch.optim.nadam.NAdam"):
-        begin(torch.optim.NAdam, moments="kept")
     with pytest.raises(UnsupportedError, match="reset_bias_correction=False keeps Adam's step count, and .*NAdam has 'step'"):
         begin(torch.optim.NAdam, reset_bias_correction=False)
     begin(torch.optim.AdamW, reset_bias_correction=False)

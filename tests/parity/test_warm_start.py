@@ -54,13 +54,6 @@ def test_a_shared_output_layer_is_located_by_both_parts_of_its_gradient(ranks, e
     run_everywhere(ranks, engine, TIED)
 
 
-@pytest.mark.parametrize("engine", ["one", "fsdp2"])
-def test_alternating_selection_at_the_start_and_in_slots(ranks, engine):
-    run = variant(BASE, config={**CONFIG, "selection": "alternating"})
-    assert expected_of(run)["first"]["model.layers.0.mlp.up_proj.weight"] != expected_of(BASE)["first"]
-    run_everywhere(ranks, engine, run)
-
-
 @pytest.mark.parametrize("engine", ["one", "zero3", "fsdp2"])
 def test_activations_may_be_recomputed(ranks, engine):
     run_everywhere(ranks, engine, variant(BASE, checkpointing="non-reentrant"))

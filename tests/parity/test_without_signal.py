@@ -34,9 +34,9 @@ def test_a_slot_without_signal_leaves_subnets_where_they_are():
     assert any(not torch.equal(rows, first[name][0]) for name, (rows, _) in history[2].items())
 
 
-def test_micro_batches_without_signal_do_not_wear_averages_down(ranks):
-    config = {**CONFIG, "importance_accumulation": "micro_batch", "layers_per_slot": 2}
-    run = variant(RUN, accumulation=2, quiet=((0, 0), (1, 1), (4, 0), (5, 1)), config=config, silenced=None)
+def test_a_step_with_one_micro_batch_without_signal_counts_as_any_other(ranks):
+    quiet = ((0, 0), (1, 1), (4, 0), (5, 1))
+    run = variant(RUN, accumulation=2, quiet=quiet, config={**CONFIG, "layers_per_slot": 2}, silenced=None)
     expected = reference(run)
     assert_same_run(train("one", run), expected)
     for result in ranks(2, train, "ddp", run):

@@ -23,10 +23,8 @@ class DenseLoSiA:
         the learning rate.
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
-    selection: how a subnet is chosen from a score; "random": drawn by seed, layer and step.
+    selection: "greedy", by the score; "random": drawn by seed, layer and step.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
-    moments: "cleared" at the end of a slot, or "kept" where a weight stays in its layer's subnet.
-    importance_per_micro_batch: the averages move once a micro-batch, by its part of the step's gradient.
     """
 
     def __init__(
@@ -48,12 +46,10 @@ class DenseLoSiA:
         max_grad_norm: float | None = None,
         trainable_names: list[str] | tuple[str, ...] = (),
         localization_ranks: int | None = None,
-        importance_per_micro_batch: bool = False,
         selection: str = "greedy",
         seed: int = 0,
         outlier_limit: float | None = None,
         full_lr_scale: float = 1.0,
-        moments: str = "cleared",
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -62,18 +58,15 @@ class DenseLoSiA:
         self.period = period
         self.lr_schedule = lr_schedule
         self.localization_ranks = localization_ranks
-        self.importance_per_micro_batch = importance_per_micro_batch
         self.selection, self.seed = selection, seed
         self.outlier_limit = outlier_limit
         self.drawable = {name: torch.arange(self.parameters[name].shape[1]) for name in initial_subnets}
-        self.select = {"greedy": select, "alternating": select_alternating}.get(selection)
         self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
         self.importance_betas = importance_betas
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.rewarm_steps = period if rewarm_steps is None else rewarm_steps
         self.reset_bias_correction = reset_bias_correction
-        self.moments = moments
         self.max_grad_norm = max_grad_norm
         self.trainable_names = list(trainable_names)
         self.full_lr_scale = full_lr_scale
@@ -125,8 +118,7 @@ class DenseLoSiA:
                 if t % T == 0:
                     self.I_mean[name] = torch.zeros_like(gradient[name])
                     self.I_deviation[name] = torch.zeros_like(gradient[name])
-                for g in seen[place % len(seen)]:
-                    self._average_importance(name, g[name])
+                self._average_importance(name, seen[place % len(seen)][name])
 
         # Gradients that train, clipped by their global norm.
         trained = {name: gradient[name][rows][:, columns] for name, (rows, columns) in self.subnets.items()}
@@ -159,9 +151,6 @@ class DenseLoSiA:
                     else:
                         chosen[name] = self._select(name, self.I_mean[name] * self.I_deviation[name])
                     self.subnets[name] = chosen[name]
-                    if self.moments == "kept":
-                        self._move_moments(name, (rows, columns), chosen[name])
-                        continue
                     count = self.adam[name]["step"]
                     self.adam[name] = self._fresh_moments((len(rows), len(columns)))
                     if not self.reset_bias_correction:
@@ -175,7 +164,7 @@ class DenseLoSiA:
 
     def _select(self, name: str, score: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = self.subnets[name]
-        return self.select(score, len(rows), len(columns)) if score.any() else (rows, columns)
+        return select(score, len(rows), len(columns)) if score.any() else (rows, columns)
 
     def _draw(self, name: str, row_count: int, column_count: int, steps: int) -> tuple[Tensor, Tensor]:
         key = f"{self.seed}/{name.removesuffix('.weight')}" + (f"/{steps}" if steps else "")
@@ -203,16 +192,11 @@ class DenseLoSiA:
             if len(self.subnets[name][1]) < len(size):
                 self.drawable[name] = torch.tensor([j for j, r in enumerate(size.tolist()) if r <= self.outlier_limit * middle])
 
-    def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
-        """For each rank that localizes by itself (one, if they do it together): the gradients it takes importance from."""
+    def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """For each rank that localizes by itself (one, if they do it together): the gradient it takes importance from."""
         N = self.localization_ranks or 1
         parts = [[{key: value.chunk(N)[i] for key, value in batch.items()} for batch in micro_batches] for i in range(N)]
-        if not self.importance_per_micro_batch:
-            return [[self._mean_loss_and_gradient(part)[1]] for part in parts]
-        share = 1 / len(micro_batches)
-        return [
-            [{n: share * g for n, g in self._mean_loss_and_gradient([batch])[1].items()} for batch in part] for part in parts
-        ]
+        return [self._mean_loss_and_gradient(part)[1] for part in parts]
 
     def _average_importance(self, name: str, g: Tensor) -> None:
         if not g.any():
@@ -249,17 +233,6 @@ class DenseLoSiA:
 
     def _fresh_moments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         return {"step": 0, "m": torch.zeros(shape), "v": torch.zeros(shape)}
-
-    def _move_moments(self, name: str, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
-        """Through matrices of the weight's size, in which every weight has moments: its own, or a beginning."""
-        state, (rows, columns) = self.adam[name], old
-        m = torch.zeros_like(self.parameters[name])
-        average = state["v"].mean()
-        of_rows, of_columns = (torch.full((size,), average.item()) for size in m.shape)
-        of_rows[rows], of_columns[columns] = state["v"].mean(dim=1), state["v"].mean(dim=0)
-        v = torch.outer(of_rows, of_columns) / average
-        m[rows[:, None], columns[None, :]], v[rows[:, None], columns[None, :]] = state["m"], state["v"]
-        state["m"], state["v"] = m[new[0]][:, new[1]], v[new[0]][:, new[1]]
 
     def _adamw(self, name: str, value: Tensor, g: Tensor, lr: float) -> Tensor:
         state = self.adam[name]
@@ -313,19 +286,3 @@ def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Te
         if objective > best_sum:
             best, best_sum = (rows, columns), objective
     return best
-
-
-def select_alternating(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:
-    """From the greedy's choice on: rows given columns, columns given rows, while the sum inside grows."""
-    s = score.double()
-
-    def top(values: Tensor, count: int) -> Tensor:
-        return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
-
-    rows, columns = select(score, row_count, column_count)
-    while True:
-        new_rows = top(s[:, columns].sum(1), row_count)
-        new_columns = top(s[new_rows].sum(0), column_count)
-        if not s[new_rows][:, new_columns].sum() > s[rows][:, columns].sum():
-            return rows, columns
-        rows, columns = new_rows, new_columns

@@ -1,13 +1,23 @@
 """Memory and traffic, counted from live objects: state for subnets only, no full-size buffer, O(m + n) numbers a selection."""
 
+import contextlib
 import gc
+import io
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, compat, get_losia_model, losia_parameter_groups
+from losia_dist import (
+    LoSiA,
+    LoSiAAdamW,
+    LoSiAConfig,
+    compat,
+    get_losia_model,
+    losia_parameter_groups,
+    print_trainable_parameters,
+)
 from tests.support.models import tiny_llama
 from tests.support.training import Run, train, variant
 
@@ -186,3 +196,21 @@ def test_one_selection_sends_row_and_column_sums_and_never_a_matrix(ranks, engin
         assert total <= 2 * sent["m_plus_n"] + padding + fingerprints + moved
         assert "reduce_scatter_flat" not in sent
         assert sent["largest"] < sent["smallest_weight"] / 8
+
+
+def counted_parameters(engine_name: str) -> str:
+    """What `print_trainable_parameters` prints of the engine's model."""
+    shown = io.StringIO()
+
+    def inspect(stage, losia, engine):
+        if stage == "before":
+            with contextlib.redirect_stdout(shown):
+                print_trainable_parameters(losia.model)
+
+    train(engine_name, Run(steps=1), inspect)
+    return shown.getvalue()
+
+
+def test_whole_parameters_are_counted_on_every_engine(ranks):
+    told = {text for engine in ("ddp", "zero3", "fsdp2") for text in ranks(2, counted_parameters, engine)}
+    assert told == {counted_parameters("one")} and "trainable params: " in told.pop()

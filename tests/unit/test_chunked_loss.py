@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib.util
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.loss import use_chunked_loss, use_liger_loss
+from losia_dist.loss import use_chunked_loss
 from losia_dist.training.options import add_training_arguments, check
 from tests.support import training
 from tests.support.compare import assert_same_run
@@ -169,24 +168,6 @@ def test_wrong_uses_are_refused():
         model(**a_batch())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_liger_without_a_gpu_is_refused():
-    with pytest.raises(ConfigError, match="needs a GPU"):
-        use_liger_loss(tiny_llama())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("head", ["frozen", "trained in full"])
-def test_liger_equals_the_models_own_loss(head):
-    if importlib.util.find_spec("liger_kernel") is None:
-        pytest.skip("needs liger-kernel")
-    settings, config = HEADS[head]
-    plain = get_losia_model(tiny_llama(**settings).cuda(), LoSiAConfig(rank_factor=0.25, **config))
-    fused = use_liger_loss(copy.deepcopy(plain))
-    batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in a_batch().items()}
-    assert_same(gradients(fused, **batch), gradients(plain, **batch), tolerance=1e-3)
-
-
 def test_without_labels_and_in_evaluation_nothing_else_changes():
     plain, chunked = pair()
     ids = a_batch()["input_ids"]
@@ -231,14 +212,11 @@ def test_no_more_than_one_chunk_of_logits_exists_forward_and_backward():
     assert seen.elements == 5000 * 36  # a view of the weight; 80 tokens of logits would be 400,000, eight are 40,000
 
 
-@pytest.mark.parametrize("accumulation", ["step", "micro_batch"])
-def test_the_output_layer_sees_one_gradient_a_micro_batch(accumulation):
+def test_the_output_layer_sees_one_gradient_a_micro_batch():
     """Chunks do not count as micro-batches: the importance, and so the chosen subnet, is the unchunked run's."""
     runs = []
     for model in pair():
-        config = LoSiAConfig(
-            rank_factor=0.25, output_rank_factor=0.25, period=2, layers_per_slot=4, importance_accumulation=accumulation
-        )
+        config = LoSiAConfig(rank_factor=0.25, output_rank_factor=0.25, period=2, layers_per_slot=4)
         optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
         losia = LoSiA(model, optimizer, config)
         calls = []
@@ -326,3 +304,9 @@ def test_the_scripts_options_are_checked():
         check(options_of("--loss_chunk", "512"))
     with pytest.raises(ConfigError, match="--loss_chunk 0: at least 1"):
         check(options_of("--loss", "chunked", "--loss_chunk", "0"))
+
+
+def test_the_removed_loss_names_the_one_to_use(capsys):
+    with pytest.raises(SystemExit):
+        options_of("--loss", "liger")
+    assert "liger was removed" in (said := capsys.readouterr().err) and "use chunked" in said

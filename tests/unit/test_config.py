@@ -35,7 +35,6 @@ def test_a_rank_factor_outside_0_to_1_is_refused_with_the_value_and_the_rule(fac
         ("selection", "exhaustive"),
         ("init", "located"),
         ("localization", "layerwise"),
-        ("importance_accumulation", "epoch"),
         ("target_modules", []),
         ("target_modules", ""),
         ("modules_to_save", "norm"),

@@ -204,9 +204,8 @@ def test_gradients_that_are_not_finite_outside_the_subnets_stop_the_run_where_su
             losia.step()
 
 
-@pytest.mark.parametrize("config", [{}, {"importance_accumulation": "micro_batch"}])
-def test_a_slot_without_signal_leaves_a_subnet_where_it_is_and_says_so(config, caplog):
-    losia = steps_of(TwoBranches(use_both=True), [signal], period=1, layers_per_slot=2, **config)
+def test_a_slot_without_signal_leaves_a_subnet_where_it_is_and_says_so(caplog):
+    losia = steps_of(TwoBranches(use_both=True), [signal], period=1, layers_per_slot=2)
     assert not [r for r in caplog.records if "keep the one" in r.message]
     places = [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers]
     assert [0, 1, 2, 3] not in [rows for rows, _ in places]

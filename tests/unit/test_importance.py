@@ -30,7 +30,6 @@ def accumulator(group=None) -> ImportanceAccumulator:
         collectives=RowCollectives(group),
         importance="param_mix",
         betas=(0.85, 0.85),
-        per_micro_batch=False,
         weight_is_resident=True,
     )
 

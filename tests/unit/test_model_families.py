@@ -295,8 +295,3 @@ def test_a_layer_used_twice_is_one_target_and_trains_as_the_dense_reference_does
     losia.consolidate()
     torch.testing.assert_close(layer.weight.detach(), reference.first.weight.detach(), atol=1e-5, rtol=0)
     assert torch.equal(layer.row_index, dense.subnets[weight][0]) and torch.equal(layer.col_index, dense.subnets[weight][1])
-
-
-def test_a_layer_used_twice_refuses_importance_per_micro_batch():
-    message = refusal(Twice(), importance_accumulation="micro_batch")
-    assert "(first, second)" in message and "importance_accumulation='step'" in message

@@ -190,11 +190,13 @@ def test_a_run_is_repeated_where_a_setting_or_a_default_changed(tmp_path):
     assert METHODS["losia"].resolve({}) != METHODS["losia"].resolve({"period": 7})
 
 
-def test_a_run_made_before_an_option_was_there_is_not_made_again(tmp_path):
+def test_a_run_made_before_an_option_was_there_or_went_is_not_made_again(tmp_path):
     store, resolved = Store(tmp_path / "runs.jsonl"), METHODS["losia"].resolve({})
     before = {name: value for name, value in resolved.items() if name != "full_lr_scale"}
-    store.append(Setting("gsm8k", "losia", 1e-3, 0, resolved=before), {"gain": 1.0}, {})
     asked = Setting("gsm8k", "losia", 1e-3, 0, resolved=resolved)
+    store.append(Setting("gsm8k", "losia", 1e-3, 0, resolved={**before, "moments": "kept"}), {"gain": 1.0}, {})
+    assert store.find(asked) is None
+    store.append(Setting("gsm8k", "losia", 1e-3, 0, resolved={**before, "moments": "cleared"}), {"gain": 1.0}, {})
     assert store.find(asked) is not None and len(store.family(asked)) == 1
     assert store.find(Setting("gsm8k", "losia", 1e-3, 0, resolved={**resolved, "full_lr_scale": 0.5})) is None
 

@@ -1,23 +1,19 @@
-"""Choosing rows and columns: the greedy search and its alternating improvement."""
+"""Choosing rows and columns: the greedy search."""
 
 import itertools
 
 import torch
 
+from losia_dist.localization import search
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.search import SEARCHES
 from losia_dist.localization.selection import select
 
 
-def search(selection: str, score: torch.Tensor, kept: tuple[int, int]):
+def greedy(score: torch.Tensor, kept: tuple[int, int]):
     shape = (score.shape[0], score.shape[1])
-    choice = select(SEARCHES[selection](shape, kept), score, shape[0], RowCollectives(None))
+    choice = select(search.greedy(shape, kept), score, shape[0], RowCollectives(None))
     assert abs(choice.total.item() - score.double().sum().item()) < 1e-9
     return choice.rows.tolist(), choice.columns.tolist(), choice.inside.item()
-
-
-def greedy(score: torch.Tensor, kept: tuple[int, int]):
-    return search("greedy", score, kept)
 
 
 def test_a_planted_block_is_found():
@@ -57,24 +53,4 @@ def test_all_rows_or_all_columns_may_be_kept():
     rows, columns, _ = greedy(score, (2, 8))
     assert columns == list(range(8))
     assert rows == score.sum(1).topk(2).indices.sort().values.tolist()
-
-
-def test_alternating_goes_on_where_the_greedy_stops():
-    better = 0
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(20):
-        score = torch.rand(12, 10, generator=generator) ** 4
-        rows, columns, inside = search("alternating", score, (3, 3))
-        assert inside >= greedy(score, (3, 3))[2]
-        better += inside > greedy(score, (3, 3))[2] + 1e-9
-        assert abs(score.double()[rows][:, columns].sum().item() - inside) < 1e-9
-        # Nothing is left to improve: rows given these columns are these rows, and the other way round.
-        assert score.double()[:, columns].sum(1).topk(3).indices.sort().values.tolist() == rows
-        assert score.double()[rows].sum(0).topk(3).indices.sort().values.tolist() == columns
-    assert better > 5
-
-
-def test_alternating_is_exact_at_once_where_all_rows_are_kept():
-    score = torch.rand(6, 8, generator=torch.Generator().manual_seed(1))
-    assert search("alternating", score, (6, 2)) == greedy(score, (6, 2))
     assert greedy(score, (6, 2))[1] == score.sum(0).topk(2).indices.sort().values.tolist()

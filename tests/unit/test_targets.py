@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from losia_dist import LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist import LoSiAConfig, get_losia_model, losia_parameter_groups, print_trainable_parameters
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.convert import subnet_layers
 from tests.support.models import tiny_llama
@@ -81,6 +81,16 @@ def test_modules_to_save_and_embeddings_train_in_full():
     assert model.model.norm.weight.requires_grad
     assert model.model.embed_tokens.weight.requires_grad
     assert not model.model.layers[0].input_layernorm.weight.requires_grad
+
+
+def test_what_trains_is_counted_of_the_plain_models_parameters(capsys):
+    model = tiny_llama()
+    every = sum(p.numel() for p in model.parameters())
+    get_losia_model(model, LoSiAConfig(rank_factor=0.25, train_norms=True))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print_trainable_parameters(model)
+    share = 100 * trainable / every
+    assert capsys.readouterr().out == f"trainable params: {trainable:,} || all params: {every:,} || trainable%: {share:.4f}\n"
 
 
 def test_biases_are_kept_and_frozen():

@@ -2,11 +2,14 @@
 
 import errno
 import json
+import os
 import shutil
+import time
 
 import pytest
 
-from losia_dist.data import build_dataset, cache, load_records
+from losia_dist.cli.main import main
+from losia_dist.data import Records, build_dataset, cache, load_records
 from losia_dist.data.build import pack
 from losia_dist.data.dataset import Settings
 from losia_dist.errors import DataError
@@ -32,10 +35,12 @@ def source(tmp_path, rows=ROWS, name="data.jsonl"):
 def make(directory, records, tokenizer, settings=SETTINGS, parts=3):
     key = cache.key_of(records, tokenizer, settings)
     making = cache.begin(directory, key)
+    written = []
     for part in range(parts):
-        size = len(records)
-        cache.write_part(making, part, records[size * part // parts : size * (part + 1) // parts], tokenizer, settings)
-    cache.join(making, parts, key)
+        cache.write_part(making, part, parts, records, tokenizer, settings, written.append)
+    cache.join(making, parts, key, records.name)
+    if isinstance(records, Records):
+        assert sum(written) == len(records)
     return key
 
 
@@ -78,8 +83,6 @@ def test_another_record_tokenizer_template_or_setting_is_another_data_set(tmp_pa
     assert new(load_records(path), tokenizer=make_tokenizer(eos="<s>"))
     times = path.stat()
     source(tmp_path, [*ROWS[:-1], {**ROWS[-1], "id": 1}])
-    import os
-
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert new(load_records(path))
     assert cache.key_of(load_records(path), object(), SETTINGS) is None
@@ -118,3 +121,28 @@ def test_what_was_left_half_made_is_removed_a_day_later(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_ABANDONED", -1)
     cache.begin(tmp_path, "c")
     assert not first.exists() and not second.exists()
+
+
+def test_what_is_kept_is_listed_and_what_is_unused_is_deleted(tmp_path, tokenizer, capsys):
+    paths = [source(tmp_path, ROWS[:count], f"{count}.jsonl") for count in (4, 6)]
+    kept = tmp_path / "kept"
+    old, new = (make(kept, load_records(path), tokenizer) for path in paths)
+    cache.begin(kept, "half")
+    os.utime(kept / old / "manifest.json", (0, time.time() - 10 * 24 * 3600))
+    words = ["cache", "--data_cache", str(kept)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(new[:12]) and shown[0].endswith(f"6 examples, unused for 0 days: {paths[1]}")
+    assert shown[1].startswith(old[:12]) and shown[1].endswith(f"4 examples, unused for 10 days: {paths[0]}")
+    assert shown[2].startswith("2 of 2 data sets, 0.0 MB, kept in ")
+    assert cache.find(kept, old, 60) is not None  # a run reads it
+    assert main([*words, "--delete_unused", "1"]) == 0
+    assert "0 of 2 data sets" in capsys.readouterr().out
+    os.utime(kept / old / "manifest.json", (0, time.time() - 10 * 24 * 3600))
+    mapped = cache.find(kept, new, 60)
+    os.utime(kept / new / "manifest.json", (0, time.time() - 2 * 24 * 3600))
+    assert main([*words, "--delete_unused", "3"]) == 0
+    assert "1 of 2 data sets" in capsys.readouterr().out and cache.find(kept, old, 60) is None
+    assert main([*words, "--delete_unused", "0"]) == 0
+    assert cache.find(kept, new, 60) is None and same(mapped, build_dataset(load_records(paths[1]), tokenizer, 60))
+    assert main([*words, "--delete_unused", "-1"]) == 2

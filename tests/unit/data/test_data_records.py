@@ -85,8 +85,8 @@ def test_nulls_count_as_missing_and_further_keys_of_messages_reach_the_template(
 MESSAGE = "data.jsonl, line 3, message 1"
 BAD_THIRD_LINES = {
     "cut off": (TEXT, '{"text": "a', ["data.jsonl, line 3: malformed JSON", "column 10", "one JSON object"]),
-    "list": (TEXT, "[1]", ["data.jsonl, line 3: expected a JSON object, got a list", "one JSON object"]),
-    "null": (TEXT, "null", ["data.jsonl, line 3: expected a JSON object, got null"]),
+    "list": (TEXT, "[1]", ["data.jsonl, line 3: expected a JSON object, got list [1]", "Give one on each line"]),
+    "null": (TEXT, "null", ["data.jsonl, line 3: expected a JSON object, got NoneType None"]),
     "missing": (
         INSTRUCTION,
         {"instruction": "a", "outptu": "b"},
@@ -164,11 +164,11 @@ def test_a_first_record_of_no_form_lists_the_forms(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"data.json, line 1: malformed JSON"),
+        ("", r"data.json: the data set is empty"),
         ('[\n{"text": "a"},\n{"text" "b"}]', r"data.json, line 3: malformed JSON"),
         ('{"text": "a"}\n{"text" "b"}', r"data.json, line 2: malformed JSON"),
-        ("3", r"data.json: a .json file must hold a list of objects, or one on each line, got a number"),
-        ('[{"text": "a"}, 3]', r"data.json, record 1: expected a JSON object, got a number"),
+        ("3", r"data.json, line 1: expected a JSON object, got int 3. Give one on each line, or a list of them"),
+        ('[{"text": "a"}, 3]', r"data.json, record 1: expected a JSON object, got int 3"),
         ("[]", r"data.json: the data set is empty"),
     ],
 )
