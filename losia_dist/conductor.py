@@ -127,9 +127,9 @@ class LoSiA:
         self._engagement: EngagementCheck | None = EngagementCheck(self.parts)
         self._drift: DriftCheck | None = DriftCheck(self.parts)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
-        # Told, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
+        # Called, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
         self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
-        # Told, on all ranks, of every layer that got another subnet, once the whole group has.
+        # Called, on all ranks, of every layer that got another subnet, once the whole group has.
         self.on_move: list[Callable[[SubnetMove], None]] = []
         # Further objects (state_dict, load_state_dict; plain values) that checkpoints carry: an engine's own counters.
         self.carried: dict[str, Any] = {}
@@ -176,7 +176,7 @@ class LoSiA:
             return False  # an accumulation step under a wrapper that holds the optimizer back
         self.rewarming.stepped = False
         self._note_changes()
-        self.parameters.settle()
+        self.parameters.reshard()
         self._finite.end_step(self.steps + 1, copies_changed(self.layers, thoroughly=self.clock.in_last_step))
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
@@ -296,7 +296,7 @@ class LoSiA:
         """
         if self.rewarming.stepped:  # `step` has not been called since
             self._finite.end_step(self.steps + 1)
-        self._finite.settle()
+        self._finite.read_latest()
 
     def consolidate(self) -> None:
         """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
@@ -306,7 +306,7 @@ class LoSiA:
             DivergenceError: as `check_latest_step`.
         """
         self.check_latest_step()
-        self.parameters.settle()
+        self.parameters.reshard()
         check_intact(self.model, self.layers, self.parameters, trains=False)
         for layer in self.layers:
             self.placement.write_back(layer)
@@ -361,8 +361,8 @@ class LoSiA:
         prints: list[Tensor] = []
         for layer, choice in zip(layers, choices, strict=True):
             left = self.placement.write_back(layer)
-            for told in self.on_retire:
-                told(layer, left)
+            for listener in self.on_retire:
+                listener(layer, left)
             prints.append(subnet_prints(layer, left, self.placement.cut(layer, choice.rows, choice.columns)))
         check_relocalized(layers, torch.stack(prints), self.collectives)
         self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
@@ -389,8 +389,8 @@ class LoSiA:
                 captured=inside / total if total > 0 else None,
                 random_share=r * c / (m * n),
             )
-            for told in self.on_move:
-                told(move)
+            for listener in self.on_move:
+                listener(move)
 
     def _check_located(self) -> None:  # an optimizer step is about to be made
         if not self.located:

@@ -61,7 +61,7 @@ def find_outliers(
         sizes = input_sizes(parts.layers, run_pass, parts.collectives)
     finally:
         model.train(was_training)
-        parts.parameters.settle()
+        parts.parameters.reshard()
     found = {layer.name: outliers_of(layer, size, limit) for layer, size in zip(parts.layers, sizes, strict=True)}
     return {name: outliers for name, outliers in found.items() if outliers}
 
@@ -104,7 +104,7 @@ def run_searches(
         model.train(was_training)
         for layer, witness in zip(parts.layers, witnesses, strict=True):
             layer.gradient_witness = witness
-        parts.parameters.settle()
+        parts.parameters.reshard()
     return searches, passes
 
 

@@ -67,8 +67,11 @@ def _start(options: argparse.Namespace, config: LoSiAConfig) -> tuple[Any, list[
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from losia_dist import LoSiA, LoSiAAdamW, get_losia_model, losia_parameter_groups
+    from losia_dist.conductor import LoSiA
     from losia_dist.data import build_dataset, load_records, make_loader
+    from losia_dist.model import get_losia_model
+    from losia_dist.optim.adamw import LoSiAAdamW
+    from losia_dist.subnet.groups import losia_parameter_groups
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from losia_dist.cli import main as cli
 from losia_dist.training import run as script
-from losia_dist.training.environment import find_place
+from losia_dist.training.environment import find_process
 from tests.launch.test_script_engines import options_of
 from tests.support.launching import ROOT, arguments, launch, torchrun
 
@@ -136,10 +136,10 @@ def test_an_address_that_is_taken_is_named(capsys, material, tmp_path, monkeypat
 
 def train_apart(directories, words, changes):
     """Each rank in a directory of its own, so that one name can mean different files; raises what the script raises."""
-    place, before = find_place(), os.getcwd()
-    os.chdir(directories[place.rank])
+    process, before = find_process(), os.getcwd()
+    os.chdir(directories[process.rank])
     try:
-        script.train(options_of([*words, *changes[place.rank]]), place, dist.new_group(backend="gloo"))
+        script.train(options_of([*words, *changes[process.rank]]), process, dist.new_group(backend="gloo"))
     finally:
         os.chdir(before)
 

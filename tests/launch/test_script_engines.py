@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from losia_dist import LoSiAConfig
 from losia_dist.errors import DivergenceError
 from losia_dist.training import run as script
-from losia_dist.training.environment import find_place
+from losia_dist.training.environment import find_process
 from losia_dist.training.options import add_training_arguments
 from losia_dist.training.preset import choose_preset, learning_rate_for
 from tests.launch.conftest import zero
@@ -28,8 +28,8 @@ def options_of(words):
 
 def train(words):
     """One run on this pool's ranks, or on this process alone. Returns the summary, and how the weights were kept."""
-    words_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-    place = find_place() if dist.is_initialized() else replace(find_place(), rank=0, world_size=1)
+    agreement_group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    process = find_process() if dist.is_initialized() else replace(find_process(), rank=0, world_size=1)
     kept = {}
     start = script._start
 
@@ -44,7 +44,7 @@ def train(words):
 
     script._start = watched
     try:
-        summary = script.train(options_of(words), place, words_group)
+        summary = script.train(options_of(words), process, agreement_group)
     finally:
         script._start = start
     return summary, kept
