@@ -42,7 +42,7 @@ _COLUMNS = ("start", "killed after", "it was", "left alone", "lock left", "next 
 
 
 @dataclass(frozen=True)
-class Place:
+class StartFiles:
     """One start's folders, and the word that all of its processes have in their environment."""
 
     output: Path
@@ -66,9 +66,9 @@ def report(starts: int, seed: int, compiled: Path | None) -> int:
             elif aim == "compile":
                 shutil.rmtree(extensions, ignore_errors=True)
             where.mkdir()
-            place = Place(where / "run", extensions, where / "log", f"LOSIA_KILLED_START={secrets.token_hex(8)}")
-            words = arguments(material, place.output, max_steps=STEPS, save_steps=2, resume="auto", deepspeed=_zero2())
-            row, trained = _one(place, words, aim, chance, spares_compilers=number % (2 * len(AIMS)) == len(AIMS))
+            files = StartFiles(where / "run", extensions, where / "log", f"LOSIA_KILLED_START={secrets.token_hex(8)}")
+            words = arguments(material, files.output, max_steps=STEPS, save_steps=2, resume="auto", deepspeed=_zero2())
+            row, trained = _one(files, words, aim, chance, spares_compilers=number % (2 * len(AIMS)) == len(AIMS))
             failed += not trained
             if row[1] == ENDED and trained:
                 early += 1
@@ -86,13 +86,15 @@ def _zero2() -> str:
     return str(ROOT / "configs" / "deepspeed" / "zero2.json")
 
 
-def _one(place: Place, words: list[str], aim: str, chance: random.Random, spares_compilers: bool) -> tuple[list[str], bool]:
+def _one(
+    files: StartFiles, words: list[str], aim: str, chance: random.Random, spares_compilers: bool
+) -> tuple[list[str], bool]:
     began = time.monotonic()
-    first = _start(place, words)
+    first = _start(files, words)
     known: dict[int, str] = {}
-    while aim != "any" and not any(place.extensions.glob("*/lock")) and first.poll() is None:
+    while aim != "any" and not any(files.extensions.glob("*/lock")) and first.poll() is None:
         if len(known) < 4:
-            known = _processes(place)
+            known = _processes(files)
         time.sleep(0.002)
     time.sleep(chance.uniform(0, LOCK_SECONDS if aim == "lock" else FIRST_SECONDS))
     moment, was = time.monotonic() - began, "holding the lock"
@@ -101,86 +103,86 @@ def _one(place: Place, words: list[str], aim: str, chance: random.Random, spares
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
     else:
-        was = _where(place)
-    spared = _kill(place, spares_compilers)
+        was = _where(files)
+    spared = _kill(files, spares_compilers)
     first.wait()
-    if aim == "lock" and not any(place.extensions.rglob("lock")):
+    if aim == "lock" and not any(files.extensions.rglob("lock")):
         was = "past the lock"
-    lock = any(place.extensions.rglob("lock"))
-    place.log.unlink()
+    lock = any(files.extensions.rglob("lock"))
+    files.log.unlink()
     began = time.monotonic()
-    code = _follow(_start(place, words), place)
+    code = _follow(_start(files, words), files)
     seconds = time.monotonic() - began
-    said = set(re.findall(r"process \d+\): (removed|waiting) .*?/lock", place.log.read_text(errors="replace")))
-    trained = code == 0 and (place.output / "summary.json").is_file()
+    said = set(re.findall(r"process \d+\): (removed|waiting) .*?/lock", files.log.read_text(errors="replace")))
+    trained = code == 0 and (files.output / "summary.json").is_file()
     if not trained:
-        print(place.log.read_text(errors="replace")[-4000:], file=sys.stderr)
-    _kill(place, spares_compilers=False)
+        print(files.log.read_text(errors="replace")[-4000:], file=sys.stderr)
+    _kill(files, spares_compilers=False)
     alone, words_said = (", ".join(sorted(names)) or "-" for names in (set(spared), said))
     told = "trained" if trained else f"NO ({code})"
     return [f"{moment:.1f} s", was, alone, "yes" if lock else "no", told, words_said, f"{seconds:.0f} s"], trained
 
 
-def _start(place: Place, words: list[str]) -> subprocess.Popen[bytes]:
+def _start(files: StartFiles, words: list[str]) -> subprocess.Popen[bytes]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    name, value = place.mark.split("=")
+    name, value = files.mark.split("=")
     environment = os.environ | {
         name: value,
-        "TORCH_EXTENSIONS_DIR": str(place.extensions),
+        "TORCH_EXTENSIONS_DIR": str(files.extensions),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     command = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port), str(ROOT / "launch" / "train.py")]
-    with place.log.open("ab") as log:
+    with files.log.open("ab") as log:
         return subprocess.Popen([*command, *words], env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
 
 
-def _follow(process: subprocess.Popen[bytes], place: Place) -> int | str:
+def _follow(process: subprocess.Popen[bytes], files: StartFiles) -> int | str:
     """Exit code, or that it had to be ended."""
     try:
         return process.wait(LONGEST)
     except subprocess.TimeoutExpired:
-        _kill(place, spares_compilers=False)
+        _kill(files, spares_compilers=False)
         process.wait()
         return f"after {LONGEST:.0f} s"
 
 
-def _processes(place: Place) -> dict[int, str]:
+def _processes(files: StartFiles) -> dict[int, str]:
     """Processes of a start, wherever they hang in the tree: number -> program."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if place.mark.encode() in (path / "environ").read_bytes().split(b"\0"):
+            if files.mark.encode() in (path / "environ").read_bytes().split(b"\0"):
                 found[int(path.name)] = (path / "comm").read_text().strip()
     return found
 
 
-def _where(place: Place) -> str:
+def _where(files: StartFiles) -> str:
     """What a start is doing, by its processes and files."""
-    there = _processes(place)
+    there = _processes(files)
     if not there:
         return ENDED
-    if (place.output / "summary.json").is_file():
+    if (files.output / "summary.json").is_file():
         return "ending"
-    metrics = place.output / "metrics.jsonl"
+    metrics = files.output / "metrics.jsonl"
     if metrics.is_file() and metrics.read_text():
         return "training"
     if _COMPILERS & set(there.values()):
         return "building"
-    if any(place.extensions.rglob("lock")):
+    if any(files.extensions.rglob("lock")):
         return "holding the lock"
     return "starting"
 
 
-def _kill(place: Place, spares_compilers: bool) -> list[str]:
+def _kill(files: StartFiles, spares_compilers: bool) -> list[str]:
     """SIGKILL to all, until none is left; the programs that were spared."""
     quiet, spared = 0, {}
     while quiet < 3:
-        there = _processes(place)
+        there = _processes(files)
         spared = {number: name for number, name in there.items() if spares_compilers and name in _COMPILERS}
         victims = there.keys() - spared.keys()
         for number in victims:

@@ -37,7 +37,7 @@ from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
 from losia_dist.training import loading, run
 from losia_dist.training.choice import choose_engine
-from losia_dist.training.environment import find_place
+from losia_dist.training.environment import find_process
 from losia_dist.training.options import add_training_arguments
 from losia_dist.training.weights.files import ReadWhole
 
@@ -145,14 +145,14 @@ def start(directory: str, engine: str, precision: str, whole: bool = False) -> d
     """
     disable_progress_bar()
     warm_up(engine)
-    place = find_place()
+    process = find_process()
     words = ["--model", directory, "--train_file", "-", "--output_dir", "-", "--losia", "--precision", precision]
     if engine != "zero3":
         words += ["--sharding", engine]
     options = add_training_arguments(argparse.ArgumentParser()).parse_args([*words, "--max_steps", "1"])
     settings = dict(_ZERO3) if engine == "zero3" else None
     options.deepspeed = settings
-    choice = choose_engine(options, place)
+    choice = choose_engine(options, process)
     config = LoSiAConfig()
     agreement = Agreement(dist.new_group(backend="gloo"), is_own=True)
     unreadable = mock.patch.object(loading, "find_weights", side_effect=ReadWhole("is to be read whole"))
@@ -170,11 +170,11 @@ def start(directory: str, engine: str, precision: str, whole: bool = False) -> d
         mock.patch.object(LoSiA, "__init__", loaded),
     ):
         began = time.perf_counter()
-        model, weights, _ = loading.load_model(options, choice, place)
+        model, weights, _ = loading.load_model(options, choice, process)
         if (weights is None) != whole:
             raise ConfigError("the weights were not read as they were to be")
         get_losia_model(model, config)
-        ready = run._start(model, config, choice, options, place, 1, weights, agreement)
+        ready = run._start(model, config, choice, options, process, 1, weights, agreement)
         seconds = time.perf_counter() - began
     assert ready.losia is not None
     ready.losia.detach()

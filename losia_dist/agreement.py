@@ -65,8 +65,8 @@ class Agreement:
         except LoSiAError as error:
             failure, mine = error, (type(error).__name__, str(error))
         except Exception as error:  # whatever it is: the other ranks must not be left waiting
-            told = f"{type(error).__name__}: {error}"
-            failure, mine = error, ("LoSiAError", told) if what is None else ("CheckpointError", f"{what} failed: {told}")
+            text = f"{type(error).__name__}: {error}"
+            failure, mine = error, ("LoSiAError", text) if what is None else ("CheckpointError", f"{what} failed: {text}")
         everyone = self.gather(mine)
         failed = [rank for rank, theirs in enumerate(everyone) if theirs is not None]
         if not failed:

@@ -2,7 +2,7 @@
 
 Without it the others sit in a collective for the process group's time limit (10 minutes under NCCL, 30 under gloo, more
 where users raised it), and then fail with a message that names no cause. Here every rank's process runs one thread that
-tells the first rank every few seconds that it lives and how far it is, and hears the same of it (`losia_dist.heartbeat`).
+tells the first rank every few seconds that it lives and how far it is, and hears the same of it (`heartbeat`).
 The thread runs on while the main thread waits in a collective, compiles, saves or sits in a debugger, so those end nothing.
 
 What ends a run, on every rank, with exit code `EXIT_CODE`:

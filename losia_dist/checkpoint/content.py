@@ -67,7 +67,7 @@ def read_values(losia: LoSiA, scheduler: Any, extra: Any, tensors: dict[str, Ten
 @torch.no_grad()
 def write_weights(losia: LoSiA, contents: Contents, reader: Reader) -> None:
     """Put the saved weights and buffers into the model, one at a time, each rank what it keeps. Called by all ranks."""
-    losia.parameters.settle()
+    losia.parameters.reshard()
     for name, parameter in contents.weights.items():
         losia.parameters.write_whole(parameter, reader.weight(name, with_subnet=False))
     for name, buffer in contents.buffers.items():

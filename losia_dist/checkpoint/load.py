@@ -74,7 +74,7 @@ def load_from(
     agreement.same("what load_checkpoint was asked for", [str(directory), step, name])
     agreement.attempt(what, lambda: _check_between_steps(losia))
     chosen = agreement.on_first(what, lambda: layout.find(directory, step, name))
-    losia.parameters.settle()
+    losia.parameters.reshard()
     contents = contents_of(losia)
 
     def check() -> tuple[Reader, dict[str, Any], dict[str, Any]]:

@@ -107,7 +107,7 @@ def save_as(
     agreement.same("what save_checkpoint was asked for", [str(directory), name, keep_last, asynchronous, is_latest])
     what = f"saving to {directory}"
     agreement.attempt(what, lambda: check_between_steps(losia))
-    losia.parameters.settle()
+    losia.parameters.reshard()
     contents = contents_of(losia)
     tensors: dict[str, Tensor] = {}
     plain = agreement.attempt(what, lambda: _plain_values(losia, scheduler, extra, tensors, agreement.rank))

@@ -41,7 +41,7 @@ def run_allocate(options: argparse.Namespace) -> list[Path]:
     """
     from losia_dist.allocation import allocate, best_shapes, by_kind, measure, shapes_of
 
-    config = LoSiAConfig.from_file(options.losia_config) if options.losia_config else LoSiAConfig()
+    config = LoSiAConfig.read(options.losia_config) if options.losia_config else LoSiAConfig()
     target = Path(options.output)
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"--output {target}: its directory is not there; make it, or give another file.")
@@ -67,8 +67,11 @@ def _start(options: argparse.Namespace, config: LoSiAConfig) -> tuple[Any, list[
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from losia_dist import LoSiA, LoSiAAdamW, get_losia_model, losia_parameter_groups
+    from losia_dist.conductor import LoSiA
     from losia_dist.data import build_dataset, load_records, make_loader
+    from losia_dist.model import get_losia_model
+    from losia_dist.optim.adamw import LoSiAAdamW
+    from losia_dist.subnet.groups import losia_parameter_groups
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -84,25 +84,25 @@ def run_training(options: argparse.Namespace) -> int:
     Returns 143 where SIGTERM ended the run and a checkpoint was saved: whatever is to follow a finished run must not.
     """
     from losia_dist.interruption import EXIT_CODE, Interrupted
-    from losia_dist.training.environment import all_stop, end_process_group, find_place, start_process_group
+    from losia_dist.training.environment import all_stop, end_process_group, find_process, start_process_group
     from losia_dist.training.run import train
 
-    place, words = find_place(), None
+    process, agreement_group = find_process(), None
     try:
-        words = start_process_group(place, options.timeout)
-        train(options, place, words)
+        agreement_group = start_process_group(process, options.timeout)
+        train(options, process, agreement_group)
     except Interrupted as stop:
-        if place.rank == 0:
+        if process.rank == 0:
             print(stop, file=sys.stderr, flush=True)
         end_process_group()
         return EXIT_CODE
     except LoSiAError as error:
-        if place.rank == 0:
+        if process.rank == 0:
             _print_error(str(error))
-        if all_stop(words):
+        if all_stop(agreement_group):
             end_process_group()
-        elif place.rank != 0:
-            _print_error(f"rank {place.rank}: {error}")
+        elif process.rank != 0:
+            _print_error(f"rank {process.rank}: {error}")
         return REFUSED
     end_process_group()
     return 0

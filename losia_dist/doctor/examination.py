@@ -20,7 +20,7 @@ from losia_dist.doctor import links, ranks, storage
 from losia_dist.doctor.facts import Facts, collect
 from losia_dist.doctor.findings import ERROR, Finding, Placed, error, merge, ok, render, to_json
 from losia_dist.doctor.machine import examine
-from losia_dist.doctor.meeting import NotMet, Post, connect, find_post, meet, until
+from losia_dist.doctor.meeting import LaunchedProcess, RendezvousFailed, connect, launched_process, rendezvous, until
 from losia_dist.errors import ConfigError
 
 Value = TypeVar("Value")
@@ -35,31 +35,31 @@ def run(options: argparse.Namespace) -> int:
     """
     facts = collect()
     try:
-        post = find_post()
-    except NotMet as problem:
+        process = launched_process()
+    except RendezvousFailed as problem:
         _show(options, merge([[problem.finding]]), 1, {})
         return 1
-    own = examine(facts, post.local_rank, post.local_world_size, options.deepspeed is not None)
+    own = examine(facts, process.local_rank, process.local_world_size, options.deepspeed is not None)
     own += check_files(options)
     if options.output_dir:
         own += storage.check_storage(options.output_dir, options.model)
-    if post.world_size == 1:
+    if process.world_size == 1:
         placed, measured = merge([own]), dict[str, Any]()
     else:
         try:
-            store = meet(post, facts.host, options.seconds)
-            connect(post, facts.host, store, options.seconds)
-        except NotMet as problem:
+            store = rendezvous(process, facts.host, options.seconds)
+            connect(process, facts.host, store, options.seconds)
+        except RendezvousFailed as problem:
             # Nobody speaks for all: the first rank says what it found, every other one what keeps it from the others.
-            if post.rank == 0:
-                _show(options, merge([[*own, problem.finding]]), 1, {}, on=f"rank 0 of {post.world_size}, alone")
+            if process.rank == 0:
+                _show(options, merge([[*own, problem.finding]]), 1, {}, on=f"rank 0 of {process.world_size}, alone")
             else:
                 print(render(merge([[problem.finding]]), 1)[0], file=sys.stderr, flush=True)
             return 1
-        placed, measured = _together(options, post, facts, own)
-    if post.rank == 0:
-        _show(options, placed, post.world_size, measured)
-    if post.world_size > 1:
+        placed, measured = _together(options, process, facts, own)
+    if process.rank == 0:
+        _show(options, placed, process.world_size, measured)
+    if process.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
     return 1 if any(one.finding.level == ERROR for one in placed) else 0
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 def check_files(options: argparse.Namespace) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
     readers: dict[str, Callable[[str], Any]] = {
-        "losia_config": LoSiAConfig.from_file,
+        "losia_config": LoSiAConfig.read,
         "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
     }
     findings = []
@@ -85,36 +85,38 @@ def check_files(options: argparse.Namespace) -> list[Finding]:
     return findings
 
 
-def _together(options: argparse.Namespace, post: Post, facts: Facts, own: list[Finding]) -> tuple[list[Placed], dict[str, Any]]:
+def _together(
+    options: argparse.Namespace, process: LaunchedProcess, facts: Facts, own: list[Finding]
+) -> tuple[list[Placed], dict[str, Any]]:
     """All ranks' findings, those about differences, and the links; the same on all ranks."""
-    with until(4 * options.seconds, f"rank {post.rank} (host {facts.host}): comparing the ranks did not end"):
-        answers = _gather((facts, _hashes(options)), post)
-        local_ranks = _gather(post.local_rank, post)
+    with until(4 * options.seconds, f"rank {process.rank} (host {facts.host}): comparing the ranks did not end"):
+        answers = _gather((facts, _hashes(options)), process)
+        local_ranks = _gather(process.local_rank, process)
         common = ranks.compare(answers, local_ranks)
         if options.output_dir:
-            common += _check_shared(options, post)
+            common += _check_shared(options, process)
         hosts = len({answer[0].host for answer in answers})
         measured = {"gloo": links.measure(torch.device("cpu"), dist.group.WORLD)}
         each_has_a_gpu = all(local < len(answer[0].gpus) for answer, local in zip(answers, local_ranks, strict=True))
-        distinct = len({(a[0].host, local) for a, local in zip(answers, local_ranks, strict=True)}) == post.world_size
+        distinct = len({(a[0].host, local) for a, local in zip(answers, local_ranks, strict=True)}) == process.world_size
         if each_has_a_gpu and distinct and "nccl" in facts.backends:
-            device = torch.device("cuda", post.local_rank)
+            device = torch.device("cuda", process.local_rank)
             torch.cuda.set_device(device)
             group = dist.new_group(backend="nccl", timeout=timedelta(seconds=options.seconds), device_id=device)
             measured["nccl"] = links.measure(device, group)
         common += [links.about(backend, values, hosts) for backend, values in measured.items()]
-        everyone = _gather(own, post)
+        everyone = _gather(own, process)
     return merge([[*findings, *common] for findings in everyone]), measured
 
 
-def _check_shared(options: argparse.Namespace, post: Post) -> list[Finding]:
+def _check_shared(options: argparse.Namespace, process: LaunchedProcess) -> list[Finding]:
     """Whether all ranks see what the first one writes."""
-    mark = storage.leave_mark(options.output_dir, secrets.token_hex(8)) if post.rank == 0 else None
+    mark = storage.leave_mark(options.output_dir, secrets.token_hex(8)) if process.rank == 0 else None
     shown = [None if mark is None else str(mark)]
     dist.broadcast_object_list(shown, src=0)
     if shown[0] is None:
         return []  # the first rank has said why
-    seen = _gather(storage.sees_mark(shown[0]), post)
+    seen = _gather(storage.sees_mark(shown[0]), process)
     if mark is not None:
         mark.unlink(missing_ok=True)
     return storage.check_shared(options.output_dir, seen)
@@ -129,8 +131,8 @@ def _hashes(options: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def _gather(value: Value, post: Post) -> list[Value]:
-    everyone: list[Any] = [None] * post.world_size
+def _gather(value: Value, process: LaunchedProcess) -> list[Value]:
+    everyone: list[Any] = [None] * process.world_size
     dist.all_gather_object(everyone, value)
     return everyone
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from losia_dist import errors
 from losia_dist.integrations.build_locks import stale_locks
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(errors.__file__).parent
 # What decides how a run behaves and is to be equal on all ranks, beside the interfaces' names, which may differ.
 _COMPARED = ("NCCL_", "TORCH_NCCL_", "LOSIA_", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 _KEPT = (*_COMPARED, "GLOO_", "ACCELERATE_", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE")

@@ -23,8 +23,8 @@ _GRACE = 5.0  # seconds beyond the limit: for the first rank's word, and for the
 
 
 @dataclass(frozen=True)
-class Post:
-    """Where this process stands among the ranks, by the launcher's environment."""
+class LaunchedProcess:
+    """This process among the ranks, by the launcher's environment."""
 
     rank: int
     world_size: int
@@ -32,7 +32,7 @@ class Post:
     local_world_size: int
 
 
-class NotMet(Exception):
+class RendezvousFailed(Exception):
     """The ranks did not all come, or cannot reach each other; carries the finding."""
 
     def __init__(self, finding: Finding) -> None:
@@ -40,14 +40,14 @@ class NotMet(Exception):
         self.finding = finding
 
 
-def find_post(environment: Mapping[str, str] = os.environ) -> Post:
+def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedProcess:
     """From the environment that a launcher sets; one process alone without it.
 
     Raises:
-        NotMet: a launcher started several processes and did not tell them their ranks, or where to meet.
+        RendezvousFailed: a launcher started several processes and did not tell them their ranks, or where to meet.
     """
     if "RANK" not in environment and "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise NotMet(
+        raise RendezvousFailed(
             error(
                 "launch",
                 f"srun started {environment['SLURM_STEP_NUM_TASKS']} tasks that know no RANK: each would check by itself.",
@@ -57,76 +57,80 @@ def find_post(environment: Mapping[str, str] = os.environ) -> Post:
     try:
         world_size = int(environment.get("WORLD_SIZE", 1))
         local = int(environment.get("LOCAL_WORLD_SIZE", environment.get("SLURM_NTASKS_PER_NODE", 0)) or 0)
-        post = Post(int(environment.get("RANK", 0)), world_size, int(environment.get("LOCAL_RANK", 0)), local or 1)
+        process = LaunchedProcess(
+            int(environment.get("RANK", 0)), world_size, int(environment.get("LOCAL_RANK", 0)), local or 1
+        )
     except ValueError as problem:
-        raise NotMet(error("launch", f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {problem}.", "unset them")) from problem
+        raise RendezvousFailed(
+            error("launch", f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers: {problem}.", "unset them")
+        ) from problem
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if world_size > 1 and not environment.get(name)]
     if absent:
         fix = "start it with torchrun, deepspeed, accelerate launch, or as launch/slurm/train.sbatch does"
-        raise NotMet(error("launch", f"WORLD_SIZE={world_size} without {' and '.join(absent)}.", fix))
-    return post
+        raise RendezvousFailed(error("launch", f"WORLD_SIZE={world_size} without {' and '.join(absent)}.", fix))
+    return process
 
 
-def meet(post: Post, host: str, seconds: float, environment: Mapping[str, str] = os.environ) -> Any:
+def rendezvous(process: LaunchedProcess, host: str, seconds: float, environment: Mapping[str, str] = os.environ) -> Any:
     """A store of all ranks. Called by all ranks; ends within about `seconds`.
 
     Raises:
-        NotMet: the first rank is not reached, or some ranks did not come in time; they are named.
+        RendezvousFailed: the first rank is not reached, or some ranks did not come in time; they are named.
     """
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    serves = post.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"  # torchrun does it itself
+    serves = process.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"  # torchrun does it itself
     try:
         if not serves:
             _reach(address, port, seconds)
         server: Any = dist.TCPStore(
-            address, port, post.world_size, serves, timeout=timedelta(seconds=seconds), wait_for_workers=False
+            address, port, process.world_size, serves, timeout=timedelta(seconds=seconds), wait_for_workers=False
         )
     except (dist.DistError, RuntimeError, OSError) as problem:
         what = "serve" if serves else "reach"
-        text = f"rank {post.rank} (host {host}) cannot {what} {address}:{port} within {seconds:g} s: {_first_line(problem)}."
+        text = f"rank {process.rank} (host {host}) cannot {what} {address}:{port} within {seconds:g} s: {_first_line(problem)}."
         fix = "check that rank 0 runs on that host, the name's address there, and the firewall between the hosts"
-        raise NotMet(error("meeting", text, fix)) from problem
+        raise RendezvousFailed(error("meeting", text, fix)) from problem
     restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"losia_doctor/{restart}", server)
-    with until(2 * seconds + 3 * _GRACE, f"rank {post.rank} (host {host}): the store at {address}:{port} did not answer"):
+    with until(2 * seconds + 3 * _GRACE, f"rank {process.rank} (host {host}): the store at {address}:{port} did not answer"):
         try:
-            missing = _roll_call(store, post, host, seconds)
+            missing = _roll_call(store, process, host, seconds)
             if not missing:
                 return store
-            finding = _about(missing, post, store, seconds)
-            _part(store, post, "here", [rank for rank in range(post.world_size) if rank not in missing])
+            finding = _about(missing, process, store, seconds)
+            _part(store, process, "here", [rank for rank in range(process.world_size) if rank not in missing])
         except (dist.DistError, RuntimeError) as problem:
-            raise NotMet(_store_ended(post, host, problem)) from problem
-    raise NotMet(finding)
+            raise RendezvousFailed(_store_ended(process, host, problem)) from problem
+    raise RendezvousFailed(finding)
 
 
-def connect(post: Post, host: str, store: Any, seconds: float) -> None:
+def connect(process: LaunchedProcess, host: str, store: Any, seconds: float) -> None:
     """Start gloo among all ranks: every pair connects, at ports of their own. Called by all ranks.
 
     Raises:
-        NotMet: names the ranks that failed.
+        RendezvousFailed: names the ranks that failed.
     """
     limit = timedelta(seconds=seconds)
     problem = ""
-    with until(2 * seconds + _GRACE, f"rank {post.rank} (host {host}): connecting to the other ranks did not end"):
+    with until(2 * seconds + _GRACE, f"rank {process.rank} (host {host}): connecting to the other ranks did not end"):
         try:
             dist.init_process_group(
-                "gloo", store=dist.PrefixStore("gloo", store), rank=post.rank, world_size=post.world_size, timeout=limit
+                "gloo", store=dist.PrefixStore("gloo", store), rank=process.rank, world_size=process.world_size, timeout=limit
             )
             dist.barrier()
         except (dist.DistError, RuntimeError, ValueError) as failure:
             problem = _first_line(failure)
         try:
-            store.set(f"gloo/{post.rank}", f"{host}: {problem}" if problem else "")
-            failed = _failures(store, post, seconds)
-            _part(store, post, "gloo", list(range(post.world_size)))
+            store.set(f"gloo/{process.rank}", f"{host}: {problem}" if problem else "")
+            failed = _failures(store, process, seconds)
+            _part(store, process, "gloo", list(range(process.world_size)))
         except (dist.DistError, RuntimeError) as lost:
-            raise NotMet(_store_ended(post, host, lost)) from lost
+            raise RendezvousFailed(_store_ended(process, host, lost)) from lost
     if failed:
         shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
         text = f"the ranks meet, but do not reach each other at other ports within {seconds:g} s ({shown})."
         fix = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts; open all ports among them"
-        raise NotMet(error("meeting", text, fix))
+        raise RendezvousFailed(error("meeting", text, fix))
 
 
 @contextmanager
@@ -146,11 +150,11 @@ def until(seconds: float, text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _roll_call(store: Any, post: Post, host: str, seconds: float) -> list[int]:
+def _roll_call(store: Any, process: LaunchedProcess, host: str, seconds: float) -> list[int]:
     """Ranks that did not come. The first rank counts, and all hear it from it: their clocks began at different moments."""
-    store.set(f"here/{post.rank}", host)
-    missing = list(range(post.world_size))
-    if post.rank == 0:
+    store.set(f"here/{process.rank}", host)
+    missing = list(range(process.world_size))
+    if process.rank == 0:
         deadline = time.monotonic() + seconds
         while (missing := [rank for rank in missing if not store.check([f"here/{rank}"])]) and time.monotonic() < deadline:
             time.sleep(_PIECE)
@@ -164,11 +168,11 @@ def _roll_call(store: Any, post: Post, host: str, seconds: float) -> list[int]:
     return json.loads(store.get("missing"))
 
 
-def _failures(store: Any, post: Post, seconds: float) -> list[str]:
+def _failures(store: Any, process: LaunchedProcess, seconds: float) -> list[str]:
     """Ranks that could not connect to the others, with their reasons."""
     failed = []
     deadline = time.monotonic() + seconds
-    for rank in range(post.world_size):
+    for rank in range(process.world_size):
         while not store.check([f"gloo/{rank}"]) and time.monotonic() < deadline:
             time.sleep(_PIECE)
         if not store.check([f"gloo/{rank}"]):
@@ -178,18 +182,18 @@ def _failures(store: Any, post: Post, seconds: float) -> list[str]:
     return failed
 
 
-def _part(store: Any, post: Post, stage: str, ranks: list[int]) -> None:
+def _part(store: Any, process: LaunchedProcess, stage: str, ranks: list[int]) -> None:
     """The first rank serves the store: it stays until the others have read what they need, for a moment."""
-    store.set(f"{stage}/read/{post.rank}", "")
+    store.set(f"{stage}/read/{process.rank}", "")
     deadline = time.monotonic() + _GRACE
-    while post.rank == 0 and time.monotonic() < deadline:
+    while process.rank == 0 and time.monotonic() < deadline:
         if all(store.check([f"{stage}/read/{rank}"]) for rank in ranks):
             return
         time.sleep(_PIECE)
 
 
-def _store_ended(post: Post, host: str, problem: Exception) -> Finding:
-    text = f"rank {post.rank} (host {host}) lost its connection to rank 0's store: {_first_line(problem)}."
+def _store_ended(process: LaunchedProcess, host: str, problem: Exception) -> Finding:
+    text = f"rank {process.rank} (host {host}) lost its connection to rank 0's store: {_first_line(problem)}."
     return error("meeting", text, "see what rank 0 says; if it says nothing, the network between the hosts was cut")
 
 
@@ -206,11 +210,11 @@ def _reach(address: str, port: int, seconds: float) -> None:
             time.sleep(_PIECE)
 
 
-def _about(missing: list[int], post: Post, store: Any, seconds: float) -> Finding:
-    present = [rank for rank in range(post.world_size) if rank not in missing]
+def _about(missing: list[int], process: LaunchedProcess, store: Any, seconds: float) -> Finding:
+    present = [rank for rank in range(process.world_size) if rank not in missing]
     hosts = sorted({store.get(f"here/{rank}").decode() for rank in present})
     text = (
-        f"{who(missing)} of {post.world_size} did not come within {seconds:g} s; "
+        f"{who(missing)} of {process.world_size} did not come within {seconds:g} s; "
         f"{who(present)} did (hosts {', '.join(hosts[:8])}{' ...' if len(hosts) > 8 else ''})."
     )
     fix = "on the hosts that are not listed: does the launcher run there, with this MASTER_ADDR, and does a firewall stop it?"

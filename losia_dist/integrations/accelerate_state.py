@@ -125,11 +125,11 @@ class _AcceleratorState:
     def _why_not(self, path: Path) -> str | None:
         state = self._state_of(path)
         try:
-            told = json.loads((path / MARKER).read_text(encoding="utf-8"))["manifest_crc32"]
+            recorded = json.loads((path / MARKER).read_text(encoding="utf-8"))["manifest_crc32"]
         except (OSError, ValueError, KeyError, TypeError):
             return f"it has no {MARKER}: saving it did not finish, or it was saved without LoSiA's carry_state"
         entries = {c.path.name.partition(".replaced-")[0]: c for c in layout.complete_checkpoints(state)}
-        if path.name not in entries or entries[path.name].manifest_crc32 != told:
+        if path.name not in entries or entries[path.name].manifest_crc32 != recorded:
             return f"the state that was saved with it, {state / path.name}, is missing or another one"
         return None
 

@@ -42,7 +42,7 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
     Raises:
         ConfigError, CheckpointError: as `check_restorable`, on every rank before any weight is changed.
     """
-    losia.parameters.settle()
+    losia.parameters.reshard()
     entries = entries_of(losia.model)
     files = agreement.on_first(f"reading {directory}", lambda: _files_of(entries, Path(directory)))
     for tensor, (file, key) in zip(entries, files, strict=True):

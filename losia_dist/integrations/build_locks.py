@@ -124,8 +124,8 @@ def judge(lock: Path, descriptor: int) -> Judgement:
         return Judgement(False, f"{made}, which lives: it compiles an operator, or loads it")
     there, age = _users(lock, status), _unchanged(lock)
     if there:
-        told = f"{made}; {there}, and its folder changed {age / 60:.0f} minutes ago"
-        return Judgement(age > COMPILATION_SECONDS, told)
+        text = f"{made}; {there}, and its folder changed {age / 60:.0f} minutes ago"
+        return Judgement(age > COMPILATION_SECONDS, text)
     system = _file_system(lock.parent)
     has_booted = note is not None and note["boot"] != _boot()
     if note is not None and note["held"] and is_free and (not has_booted or system in _LOCAL):

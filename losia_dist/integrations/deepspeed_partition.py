@@ -10,7 +10,7 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
 
-Place = TypeVar("Place")
+Key = TypeVar("Key")
 
 
 class _WithoutValues(Init):
@@ -21,7 +21,7 @@ class _WithoutValues(Init):
         param.partition()
 
 
-def partition_without_values(settings: dict[str, Any], made: Iterable[Place], tensor_at: Callable[[Place], Any]) -> list[Place]:
+def partition_without_values(settings: dict[str, Any], made: Iterable[Key], tensor_at: Callable[[Key], Any]) -> list[Key]:
     """Partition parameters one by one, as soon as each has its memory. Called by all ranks; no values are sent.
 
     Args:

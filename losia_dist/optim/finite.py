@@ -20,8 +20,8 @@ class FiniteCheck:
     """Looks at the gradients that the optimizer was just stepped by, group by group, wherever an engine keeps them.
 
     At gradients, since ZeRO-3 pads what it steps with memory that nobody wrote. The norm of each group stays on the device.
-    `end_step` lets the ranks agree on it (one number a group) and reads what the step before told, which is there by then: the
-    host waits for nothing. `settle` reads at once. On the CPU both do.
+    `end_step` lets the ranks agree on it (one number a group) and reads what was agreed on the step before, which is there by
+    then: the host waits for nothing. `read_latest` reads at once. On the CPU both do.
 
     Args:
         optimizer: the one whose `step` the engine calls (the inner one under ZeRO, once per group).
@@ -33,7 +33,7 @@ class FiniteCheck:
         self._collectives, self._device = collectives, device
         self._names = list(dict.fromkeys(group[GROUP_KEY] for group in optimizer.param_groups))
         self._norms: dict[str | None, Tensor] = {}  # of the step in progress, on this rank
-        self._told: tuple[int, Tensor, Any] | None = None  # step, flags [groups] on their way to the host, when they are there
+        self._agreed: tuple[int, Tensor, Any] | None = None  # step, flags [groups] on their way to the host, their arrival
         self._found: DivergenceError | None = None  # stays: whoever goes on after the error must not save what it left
         self._handle = optimizer.register_step_post_hook(self._look)
 
@@ -50,27 +50,27 @@ class FiniteCheck:
             UnsupportedError: some rank's copies were. Same on every rank.
             DivergenceError: gradients of this step (on a GPU: of the one before) were not finite. Same on every rank.
         """
-        before, self._told = self._told, self._agree(step, copies_changed)
+        before, self._agreed = self._agreed, self._agree(step, copies_changed)
         self._norms = {}
         if self._device.type == "cpu":
-            self.settle()
+            self.read_latest()
         else:
             self._read(before)
 
-    def settle(self) -> None:
-        """Read what the latest step told; called by all ranks, before anything is made of the values that it left.
+    def read_latest(self) -> None:
+        """Read what was agreed on the latest step; called by all ranks, before anything is made of the values that it left.
 
         Raises:
             DivergenceError: as `end_step`, of the latest step; of any step before it, until `forget`.
         """
         if self._found is not None:
             raise self._found
-        told, self._told = self._told, None
-        self._read(told)
+        agreed, self._agreed = self._agreed, None
+        self._read(agreed)
 
     def forget(self) -> None:
         """The values that the steps so far have left are gone: others were loaded."""
-        self._norms, self._told, self._found = {}, None, None
+        self._norms, self._agreed, self._found = {}, None, None
 
     @torch.no_grad()
     def _look(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -98,10 +98,10 @@ class FiniteCheck:
         ready.record()
         return step, host, ready
 
-    def _read(self, told: tuple[int, Tensor, Any] | None) -> None:
-        if told is None:
+    def _read(self, agreed: tuple[int, Tensor, Any] | None) -> None:
+        if agreed is None:
             return
-        step, flags, ready = told
+        step, flags, ready = agreed
         if ready is not None:
             ready.synchronize()
         *found, copies_changed = flags.tolist()

@@ -35,10 +35,10 @@ class FullyShardParameters:
 
     def __init__(self, model: nn.Module) -> None:
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.settle()
+        self.reshard()
         _refuse_unsharded(model)
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         # An evaluation leaves units that do not reshard after forward gathered: their modules hold plain tensors, which
         # the next forward pass would take as they are, without what the optimizer has changed since.
         for unit in self._units:

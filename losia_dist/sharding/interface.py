@@ -16,8 +16,9 @@ class ParameterAccess(Protocol):
 
     weight_is_resident: bool  # a weight stays whole in memory between forward and backward, and between steps
 
-    def settle(self) -> None:
-        """Put every parameter where the other methods, and the optimizer, look for it. Called first, between steps."""
+    def reshard(self) -> None:
+        """Leave no parameter gathered: all are where the other methods, and the optimizer, look for them. Called first, between
+        steps."""
         ...
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:

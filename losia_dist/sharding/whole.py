@@ -13,7 +13,7 @@ class WholeParameters:
 
     weight_is_resident = True
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """Nothing to do: parameters keep their places between steps."""
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class Zero3Parameters:
                     "zero_quantized_nontrainable_weights): a re-localized subnet would not reach that copy. Remove the setting."
                 )
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         """Nothing to do: parameters keep their places between steps."""
 
     def shape(self, parameter: Any) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losia_dist.errors import ConfigError
-from losia_dist.training.environment import Place
+from losia_dist.training.environment import Process
 from losia_dist.training.fsdp import Sharding
 
 
@@ -36,7 +36,7 @@ class EngineChoice:
         return self.deepspeed is not None and self.deepspeed.get("zero_optimization", {}).get("stage") == 3
 
 
-def choose_engine(options: argparse.Namespace, place: Place) -> EngineChoice:
+def choose_engine(options: argparse.Namespace, process: Process) -> EngineChoice:
     """Put the three sources together. Each rank by itself; communicates nothing.
 
     Raises:
@@ -45,7 +45,7 @@ def choose_engine(options: argparse.Namespace, place: Place) -> EngineChoice:
     """
     from losia_dist.integrations.accelerate import read_launch_settings
 
-    launch = read_launch_settings(place.world_size)
+    launch = read_launch_settings(process.world_size)
     precision = _agree("--precision", options.precision, "mixed_precision", launch.precision)
     kind = options.gradient_checkpointing
     checkpointing = _agree("--gradient_checkpointing", kind, "fsdp_activation_checkpointing", launch.gradient_checkpointing)
@@ -59,11 +59,11 @@ def choose_engine(options: argparse.Namespace, place: Place) -> EngineChoice:
     text = _agree("--sharding", options.sharding, "the sharding of accelerate launch", launch.sharding)
     sharding = Sharding.parse(text) if text else None
     if sharding is not None:
-        sharding.check(place.world_size)
+        sharding.check(process.world_size)
     source = options.deepspeed or launch.deepspeed
-    settings = None if source is None else _deepspeed_settings(source, options, place, precision)
+    settings = None if source is None else _deepspeed_settings(source, options, process, precision)
     if precision is None:
-        in_bf16 = place.device.type == "cuda" if settings is None else settings["bf16"]["enabled"]
+        in_bf16 = process.device.type == "cuda" if settings is None else settings["bf16"]["enabled"]
         precision = "bf16" if in_bf16 else "fp32"
     return EngineChoice(
         deepspeed=settings,
@@ -85,7 +85,7 @@ def _agree(option: str, given: Any, setting: str, launched: Any) -> Any:
 
 
 def _deepspeed_settings(
-    source: str | dict[str, Any], options: argparse.Namespace, place: Place, precision: str | None
+    source: str | dict[str, Any], options: argparse.Namespace, process: Process, precision: str | None
 ) -> dict[str, Any]:
     """DeepSpeed's configuration with the options filled in; an entry that contradicts an option is refused."""
     from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
@@ -101,17 +101,18 @@ def _deepspeed_settings(
         raise ConfigError(
             f'"scheduler" in {where}: the schedule is set by --warmup_ratio and --min_lr_ratio; remove it from the file.'
         )
-    whole = options.micro_batch * options.gradient_accumulation * place.world_size
+    whole = options.micro_batch * options.gradient_accumulation * process.world_size
     for name, option, value in (
         ("train_micro_batch_size_per_gpu", "--micro_batch", options.micro_batch),
         ("gradient_accumulation_steps", "--gradient_accumulation", options.gradient_accumulation),
-        ("train_batch_size", f"--micro_batch x --gradient_accumulation x {place.world_size} ranks =", whole),
+        ("train_batch_size", f"--micro_batch x --gradient_accumulation x {process.world_size} ranks =", whole),
         ("gradient_clipping", "--max_grad_norm", options.max_grad_norm),
     ):
         _fill(settings, name, option, value, where)
     if "optimizer" in settings:
         parameters = settings["optimizer"].setdefault("params", {})
-        _fill(parameters, "lr", "--learning_rate", options.learning_rate, where)
+        if options.learning_rate is not None:
+            _fill(parameters, "lr", "--learning_rate", options.learning_rate, where)
         _fill(parameters, "weight_decay", "--weight_decay", options.weight_decay, where)
     bf16 = settings.setdefault("bf16", {})
     bf16["enabled"] = bool(bf16.get("enabled", False)) if precision is None else precision == "bf16"

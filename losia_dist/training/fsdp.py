@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
 from losia_dist.sharding.fully_shard import own_range
-from losia_dist.training.environment import Place
+from losia_dist.training.environment import Process
 from losia_dist.training.weights.empty import Holders, Where, find_holders, give_memory
 from losia_dist.training.weights.streamed import StreamedWeights
 
@@ -59,7 +59,7 @@ class Sharding:
 def shard(
     model: Any,
     sharding: Sharding,
-    place: Place,
+    process: Process,
     *,
     precision: str,
     offload: bool,
@@ -84,22 +84,22 @@ def shard(
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     if sharding.ranks is None:
-        mesh = init_device_mesh(place.device.type, (place.world_size,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(process.device.type, (process.world_size,), mesh_dim_names=("shard",))
     else:
-        shape = (place.world_size // sharding.ranks, sharding.ranks)
-        mesh = init_device_mesh(place.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        shape = (process.world_size // sharding.ranks, sharding.ranks)
+        mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=("replicate", "shard"))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": sharding.reshard}
     if precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=place.device.type == "cuda")
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=process.device.type == "cuda")
     holders = find_holders(model)
     for unit in [*_layers(model, layer_classes), model]:
         if weights is None:
-            list(give_memory(unit, place.device, holders, fill=_take_from_rank_0))
+            list(give_memory(unit, process.device, holders, fill=_take_from_rank_0))
         fully_shard(unit, **options)
     if weights is not None:
-        places = _give_shards_memory(model, place.device, torch.device("cpu") if offload else place.device, holders)
+        places = _give_shards_memory(model, process.device, torch.device("cpu") if offload else process.device, holders)
         agreement.attempt(None, lambda: weights.fill(places, own_range))
     return model
 

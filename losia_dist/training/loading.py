@@ -21,7 +21,7 @@ from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.training.choice import EngineChoice
 from losia_dist.training.data import RunData
-from losia_dist.training.environment import Place
+from losia_dist.training.environment import Process
 from losia_dist.training.weights.empty import check_buffers, parameters_on_meta
 from losia_dist.training.weights.files import ReadWhole, find_weights
 from losia_dist.training.weights.names import keep_precision
@@ -62,16 +62,18 @@ class Inputs:
         }
 
 
-def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, place: Place, data: RunData) -> Inputs:
+def load(
+    options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, process: Process, data: RunData
+) -> Inputs:
     """Read the model and convert it.
 
     Raises:
         LoSiAError: something is missing, malformed, or does not fit.
     """
-    if place.rank != 0:
+    if process.rank != 0:
         disable_progress_bar()  # of reading the weights, which every rank would show
     torch.manual_seed(options.seed)
-    model, weights, notes = load_model(options, choice, place)
+    model, weights, notes = load_model(options, choice, process)
     use_cache = model.config.use_cache
     flatten = prepare_for_packing(model) if options.packing else True
     if config is not None:
@@ -96,7 +98,7 @@ def check_writable(directory: Path) -> None:
 
 
 def load_model(
-    options: argparse.Namespace, choice: EngineChoice, place: Place
+    options: argparse.Namespace, choice: EngineChoice, process: Process
 ) -> tuple[Any, StreamedWeights | None, list[str]]:
     """The model; where its values are read from, if it is on the meta device on every rank; and what is to be said of it.
 
@@ -114,7 +116,7 @@ def load_model(
     weights, notes = None, []
     try:
         try:
-            if not choice.cuts_weights or place.world_size == 1:
+            if not choice.cuts_weights or process.world_size == 1:
                 raise ReadWhole
             model, weights = _in_parts(options.model, arguments, choice)
             if weights.left_over:
@@ -123,7 +125,7 @@ def load_model(
             if reason.args:
                 reader = "rank 0 reads" if choice.sharding is not None else "every rank reads"
                 notes.append(f"{options.model} {reason}: {reader} all of it into memory")
-            if choice.sharding is not None and place.rank != 0:
+            if choice.sharding is not None and process.rank != 0:
                 model = _without_weights(options.model, arguments)
             else:
                 model = _whole(options.model, arguments)

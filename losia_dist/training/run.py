@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -34,24 +33,25 @@ from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.choice import EngineChoice, choose_engine
 from losia_dist.training.data import choose_template_date, load_data
 from losia_dist.training.engines import DeepSpeedRun, Engine, PlainRun
-from losia_dist.training.environment import Place
+from losia_dist.training.environment import Process
 from losia_dist.training.fsdp import shard
 from losia_dist.training.loading import check_writable, load
 from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
 from losia_dist.training.output_directory import OutputDirectory
+from losia_dist.training.preset import choose_preset, count_steps, learning_rate_for
 from losia_dist.training.trajectory import describe, warmup_steps
 from losia_dist.training.weights.empty import Where, find_holders, give_memory
 from losia_dist.training.weights.files import local_directory
 from losia_dist.training.weights.streamed import StreamedWeights
 
 
-def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | None) -> dict[str, Any]:
+def train(options: argparse.Namespace, process: Process, agreement_group: dist.ProcessGroup | None) -> dict[str, Any]:
     """Run training as the options say; returns the summary that rank 0 also writes to summary.json. Called by all ranks.
 
     Args:
-        words: the group for agreement that `start_process_group` gave.
+        agreement_group: the group for agreement that `start_process_group` gave.
 
     Raises:
         LoSiAError: for every bad input, the same on all ranks, before any other collective.
@@ -59,13 +59,14 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     """
 
     def prepare() -> tuple[LoSiAConfig | None, EngineChoice]:
-        return check(options), choose_engine(options, place)
+        return check(options), choose_engine(options, process)
 
-    agreement = Agreement(words, is_own=True)
+    agreement = Agreement(agreement_group, is_own=True)
     config, choice = agreement.attempt(None, prepare)
     agreement.same("the options", _comparable(options))
     agreement.same("the LoSiA configuration", config.to_dict() if config else {})
     agreement.same("the engine's settings", asdict(choice))
+    ranks: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size}
     output = OutputDirectory(options)
     checkpoints = Checkpoints(options, output, agreement)
     checkpoints.choose()
@@ -73,18 +74,29 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
     day = agreement.on_first(None, lambda: choose_template_date(options, saved))  # ranks may start on two sides of midnight
     agreement.on_first(None, lambda: check_writable(Path(options.output_dir)))
     data = load_data(options, agreement, day)
-    inputs = agreement.attempt(None, lambda: load(options, config, choice, place, data))
+
+    def decide() -> tuple[LoSiAConfig | None, EngineChoice, int]:
+        steps, chosen = count_steps(options, data, **ranks), config
+        if options.losia and chosen is None:
+            chosen, said = choose_preset(options, steps)
+            data.notes.append(said)
+        options.learning_rate, said = learning_rate_for(options, chosen)
+        data.notes += [said] if said else []
+        return chosen, choose_engine(options, process), steps
+
+    config, choice, steps = agreement.attempt(None, decide)
+    agreement.same("the LoSiA configuration", config.to_dict() if config else {})
+    inputs = agreement.attempt(None, lambda: load(options, config, choice, process, data))
     agreement.same("the data", inputs.fingerprint())
     prints = agreement.attempt(None, inputs.weights_fingerprint)
     agreement.same("the model's files", prints)
 
-    where: dict[str, Any] = {"rank": place.rank, "world_size": place.world_size, "flatten": inputs.flatten}
+    where = {**ranks, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
-    steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
     followed = {"template_date": inputs.template_date, **inputs.fingerprint()}
-    checkpoints.check(describe(options, choice.precision, followed, len(inputs.train), steps, place.world_size))
-    run = _start(inputs.model, config, choice, options, place, steps, inputs.weights, agreement)
-    subnets = SubnetLog(run.losia) if run.losia is not None and place.rank == 0 else None
+    checkpoints.check(describe(options, choice.precision, followed, len(inputs.train), steps, process.world_size))
+    run = _start(inputs.model, config, choice, options, process, steps, inputs.weights, agreement)
+    subnets = SubnetLog(run.losia) if run.losia is not None and process.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
     continues = source is not None and source.is_own
     if not continues:  # the first change on the disk: everything that can be refused has been
@@ -93,19 +105,19 @@ def train(options: argparse.Namespace, place: Place, words: dist.ProcessGroup | 
         "method": "losia" if run.losia is not None else "full",
         "engine": run.name,
         "precision": choice.precision,
-        "ranks": place.world_size,
+        "ranks": process.world_size,
         "steps": steps,
         "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters() if p.requires_grad),
         "data": str(inputs.train.report()),
         "data_from": data.origin,
     }
-    agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
-    log = RunLog(output.path, steps, enabled=place.rank == 0, begun=begun, continues=continues)
+    agreement.on_first(None, lambda: _describe(run, config, options, process, summary))
+    log = RunLog(output.path, steps, enabled=process.rank == 0, begun=begun, continues=continues)
     log.say(
-        f"{summary['method']}, {run.name}, {choice.precision}, {place.world_size} rank(s): "
+        f"{summary['method']}, {run.name}, {choice.precision}, {process.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
     )
-    agreement.on_first(None, lambda: _describe(run, config, options, place, summary))
+    agreement.on_first(None, lambda: _describe(run, config, options, process, summary))
     log.say(f"data {data.origin}")
     log.follow(subnets, continues)
     if source is None and run.losia is not None and not run.losia.located:
@@ -157,7 +169,7 @@ def _start(
     config: LoSiAConfig | None,
     choice: EngineChoice,
     options: argparse.Namespace,
-    place: Place,
+    process: Process,
     steps: int,
     weights: StreamedWeights | None,
     agreement: Agreement,
@@ -184,7 +196,7 @@ def _start(
         # DeepSpeed calls collectives by names that torch 2.13 renamed; it is not for the user to mend.
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         if weights is not None:
-            _partition(model, choice.deepspeed, place, weights, agreement)
+            _partition(model, choice.deepspeed, process, weights, agreement)
         if config is not None:
             engine, *_ = integration.initialize(
                 model=model,
@@ -204,7 +216,7 @@ def _start(
         model = shard(
             model,
             choice.sharding,
-            place,
+            process,
             precision=choice.precision,
             offload=choice.offload,
             layer_classes=choice.layer_classes,
@@ -212,23 +224,23 @@ def _start(
             agreement=agreement,
         )
     else:
-        model.to(place.device)
-        if place.world_size > 1:
+        model.to(process.device)
+        if process.world_size > 1:
             name = "ddp"
-            devices = [place.device.index] if place.device.type == "cuda" else None
+            devices = [process.device.index] if process.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, **DDP_KEEPS_BUFFERS)
     optimizer = make_optimizer(model)
     losia = LoSiA(model, optimizer, config, total_steps=steps) if config is not None else None
     return PlainRun(
-        name, model, optimizer, schedule(optimizer), losia, max_grad_norm=options.max_grad_norm, device=place.device
+        name, model, optimizer, schedule(optimizer), losia, max_grad_norm=options.max_grad_norm, device=process.device
     )
 
 
-def _partition(model: Any, settings: dict[str, Any], place: Place, weights: StreamedWeights, agreement: Agreement) -> None:
+def _partition(model: Any, settings: dict[str, Any], process: Process, weights: StreamedWeights, agreement: Agreement) -> None:
     """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it."""
     from losia_dist.sharding.zero3 import own_range
 
-    places = _empty_partitions(model, settings, place.device)
+    places = _empty_partitions(model, settings, process.device)
     agreement.attempt(None, lambda: weights.fill(places, own_range))
 
 
@@ -247,7 +259,7 @@ def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device
 
 
 def _describe(
-    run: Engine, config: LoSiAConfig | None, options: argparse.Namespace, place: Place, summary: dict[str, Any]
+    run: Engine, config: LoSiAConfig | None, options: argparse.Namespace, process: Process, summary: dict[str, Any]
 ) -> None:
     """Write what the run is. Rank 0 calls it."""
     clock = run.losia.clock if run.losia is not None else None
@@ -257,7 +269,7 @@ def _describe(
             Path(options.output_dir),
             config,
             clock.names if clock is not None else [],
-            place.device,
+            process.device,
             **facts,
             options=_comparable(options),
         )

@@ -1,4 +1,4 @@
-"""One data set of a run, tokenized by the ranks of a machine together and mapped by each; see `losia_dist.data.cache`."""
+"""One data set of a run, tokenized by the ranks of a machine together and mapped by each; see `data.cache`."""
 
 from __future__ import annotations
 

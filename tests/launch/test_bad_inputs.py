@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from losia_dist.cli import main as cli
 from losia_dist.training import run as script
-from losia_dist.training.environment import find_place
+from losia_dist.training.environment import find_process
 from tests.launch.test_script_engines import options_of
 from tests.support.launching import ROOT, arguments, launch, torchrun
 
@@ -36,7 +36,7 @@ DATA = [
     (None, "bad.jsonl: no such file"),
     ("", "bad.jsonl: the data set is empty"),
     (f"{GOOD}\n{{oops\n", "bad.jsonl, line 2: malformed JSON"),
-    (f"{GOOD}\n\n[1]\n", "bad.jsonl, line 3: expected a JSON object, got a list"),
+    (f"{GOOD}\n\n[1]\n", "bad.jsonl, line 3: expected a JSON object, got list [1]"),
     (f'{GOOD}\n{{"instruction": "a"}}\n', "bad.jsonl, line 2: a record of the form 'instruction' needs"),
     (f"{GOOD}\n", "1 examples do not fill one batch on every rank: micro_batch=2 on 1 ranks"),
 ]
@@ -136,10 +136,10 @@ def test_an_address_that_is_taken_is_named(capsys, material, tmp_path, monkeypat
 
 def train_apart(directories, words, changes):
     """Each rank in a directory of its own, so that one name can mean different files; raises what the script raises."""
-    place, before = find_place(), os.getcwd()
-    os.chdir(directories[place.rank])
+    process, before = find_process(), os.getcwd()
+    os.chdir(directories[process.rank])
     try:
-        script.train(options_of([*words, *changes[place.rank]]), place, dist.new_group(backend="gloo"))
+        script.train(options_of([*words, *changes[process.rank]]), process, dist.new_group(backend="gloo"))
     finally:
         os.chdir(before)
 

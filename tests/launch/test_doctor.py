@@ -19,7 +19,7 @@ from losia_dist.doctor import links, machine, storage
 from losia_dist.doctor import ranks as over_ranks
 from losia_dist.doctor.facts import Gpu, code_hash, collect
 from losia_dist.doctor.findings import ERROR, WARNING, error, merge, ok, render, spans, to_json
-from losia_dist.doctor.meeting import NotMet, find_post, until
+from losia_dist.doctor.meeting import RendezvousFailed, launched_process, until
 from tests.support.launching import BIN, ROOT, torchrun
 
 FULL = Gpu("H100", "GPU-0", 79 * 10**9, 80 * 10**9, has_bf16=True)
@@ -225,12 +225,12 @@ def test_findings_of_ranks_are_merged_and_errors_come_last():
     ],
 )
 def test_a_launch_that_does_not_say_who_is_who_is_an_error(environment, words):
-    with pytest.raises(NotMet, match=words):
-        find_post(environment)
+    with pytest.raises(RendezvousFailed, match=words):
+        launched_process(environment)
 
 
 def test_a_process_alone_needs_no_launcher():
-    assert find_post({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}).world_size == 1  # in a batch script, without srun
+    assert launched_process({"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}).world_size == 1  # in a batch script, without srun
 
 
 def run(words, environment=None, seconds=120):
