@@ -29,6 +29,7 @@ SUBSTITUTED = [
     (r"\bHEAD:29400", "localhost:29417"),
     (r"NODES=2 GPUS=8 HEAD=10\.0\.0\.1", "NODES=1 GPUS=2 HEAD=localhost PORT=29418"),
     (r"/shared/", "shared/"),
+    (r"--max_length 4096", "--max_length 1024"),  # the tiny model's context
     (r"^deepspeed launch", "deepspeed --num_accelerators 2 launch"),
 ]
 WITHOUT_A_GPU = ["--use_cpu", "True", "--bf16", "False"]  # TRL's configurations ask for bf16 units of a GPU

@@ -44,6 +44,12 @@ def test_the_examples_are_all_of_the_pages_blocks():
     assert len(re.findall(r"^```(?:diff|python)$", PAGE, re.MULTILINE)) == 2 * len(EXAMPLES)
 
 
+def test_the_files_it_names_are_there():
+    named = set(re.findall(r"`([\w/]+\.py)`", PAGE))
+    assert len(named) > 30
+    assert not [name for name in named if not (ROOT / name).is_file() and not (ROOT / "losia_dist" / name).is_file()]
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
 def test_an_example_applies_and_runs(example, tmp_path):
     assert len(example.patch.splitlines()) < LONGEST
