@@ -13,7 +13,7 @@ PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_avail
 
 QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval_file quickstart/heldout.jsonl \
 	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save --overwrite
-LOSIA_FLAGS = --losia --losia_config configs/losia/smollm2-135m.yaml --learning_rate 2e-3
+LOSIA_FLAGS = --losia --losia_config short --learning_rate 2e-3
 FULL_FLAGS = --learning_rate 5e-5
 
 .PHONY: venv quickstart quickstart-full test test-full lint format clean

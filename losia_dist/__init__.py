@@ -19,9 +19,11 @@ from losia_dist.integrations.build_locks import guard_builds
 from losia_dist.integrations.deepspeed import initialize
 from losia_dist.model import get_losia_model, print_trainable_parameters
 from losia_dist.optim.adamw import LoSiAAdamW
+from losia_dist.selection import Drawn, Located
 from losia_dist.subnet.groups import losia_parameter_groups
 
 __all__ = [
+    "Drawn",
     "LoSiA",
     "LoSiAAdamW",
     "LoSiACallback",
@@ -29,6 +31,7 @@ __all__ = [
     "LoSiAError",
     "LoSiATrainer",
     "LoSiATrainerMixin",
+    "Located",
     "__version__",
     "add_config_arguments",
     "apply_delta",

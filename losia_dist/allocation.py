@@ -14,6 +14,7 @@ from losia_dist.conductor import LoSiA
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
 from losia_dist.localization.search import Choice, Query, Sums, greedy, together
+from losia_dist.selection import Located
 from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.warm_start import Batches, Loss, run_searches
@@ -67,7 +68,8 @@ def measure(
         shape = whole_shape(losia.parameters, layer)
         return together([greedy(shape, size) for _, size in sizes(shape)])
 
-    found, _ = run_searches(losia.model, losia.parts, losia.config.importance, search_of, batches, compute_loss)
+    importance = (losia.config.located or Located()).importance
+    found, _ = run_searches(losia.model, losia.parts, importance, search_of, batches, compute_loss)
     measured: dict[str, list[Captured]] = {}
     for one in found:
         if one.layer.is_output:

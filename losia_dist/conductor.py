@@ -38,6 +38,7 @@ from losia_dist.parts import RunParts
 from losia_dist.placement import Placement
 from losia_dist.probe import FirstMove, check_masters
 from losia_dist.removed import refuse_removed_variables, removed_variables
+from losia_dist.selection import Located
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import group_names, subnet_layers
@@ -203,7 +204,7 @@ class LoSiA:
     def locate(self, batches: Sequence[Batch], compute_loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> int:
         """Give every layer the subnet that importance in these batches asks for; before the first step, on every rank.
 
-        With selection="random" and an outlier_limit: a subnet drawn without the input neurons that stand out in these batches,
+        With `Drawn` and an outlier_limit: a subnet drawn without the input neurons that stand out in these batches,
         as all later ones will be. One forward pass; n numbers a layer are kept and communicated (`localization.inputs`).
 
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
@@ -219,25 +220,24 @@ class LoSiA:
             passes over the batches.
 
         Raises:
-            ConfigError: selection="random" without outlier_limit, no batch, unequal counts, training has begun, a layer that
+            ConfigError: `Drawn` without outlier_limit, no batch, unequal counts, training has begun, a layer that
                 no gradient (or forward) reaches, or an outlier_limit that leaves too few neurons. Same on every rank.
             DivergenceError: importance, or the inputs, are not finite.
         """
-        if not (self.config.collects_importance or self.config.needs_calibration):
-            raise ConfigError(
-                "selection='random' draws subnets and locates none: leave losia.locate(...) out, or set outlier_limit."
-            )
+        located, limit = self.config.located, self.config.outlier_limit
+        if located is None and limit is None:
+            raise ConfigError("Drawn() draws subnets and locates none: leave losia.locate(...) out, or set its outlier_limit.")
         mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
         counts = self.collectives.stack(mine).flatten().tolist()
         if len(set(counts)) > 1 or not counts[0]:
             raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
         if self.steps or self.in_mid_step:
             raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
-        if self.config.collects_importance:
-            choices, passes = locate_all(self.model, self.parts, self.config, batches, compute_loss)
+        if limit is None:
+            importance = (located or Located()).importance
+            choices, passes = locate_all(self.model, self.parts, importance, batches, compute_loss)
         else:
-            assert self.config.outlier_limit is not None
-            self.outliers = find_outliers(self.model, self.parts, self.config.outlier_limit, batches, compute_loss)
+            self.outliers = find_outliers(self.model, self.parts, limit, batches, compute_loss)
             everyone, passes = SlotGroup("", 0), 1  # all groups, at once
             wanted = [self.placement.wanted(layer, 0, self.outliers) for layer in self.layers]
             choices = [self.localization.choose(everyone, None, one) for one in wanted]

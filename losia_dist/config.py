@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from losia_dist.config_before import nested, refuse_flat
 from losia_dist.config_file import read_settings
 from losia_dist.errors import ConfigError
 from losia_dist.removed import refuse_removed_settings, without_kept
+from losia_dist.selection import Drawn, Located, Selection, check_count, is_number, plain_selection, read_selection
 
 CONFIG_NAME = "losia_config.json"
-IMPORTANCES = ("param_mix", "first_order", "second_order")
-
-# Values that the fields' meaning foresees but that this version does not build yet: refused by name, never ignored.
-_AVAILABLE = {
-    "selection": ("greedy", "random"),
-    "init": ("random", "importance"),
-    "localization": ("reduced", "rank_parallel"),
-    "importance": IMPORTANCES,
-}
+PACKAGED = resources.files("losia_dist") / "configs"  # files that go by their names
 
 
 @dataclass
@@ -45,26 +40,14 @@ class LoSiAConfig:
         train_embeddings: train the input embedding in full.
         full_lr_scale: learning rate of all that trains in full (the three above), as a multiple of the subnets'. Above 0.
             Subnets take larger rates than whole parameters do: random ones about eight times as large (docs/quality.md).
-        importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
-            "first_order" |wg|, "second_order" (wg)^2.
-        importance_betas: (b1, b2) of the averages of I and of its deviation, b1 in (0, 1), b2 in [0, 1). Paper: 0.85, 0.85.
-        selection: "greedy", the best of the paper's candidates (algorithm 1). "random": drawn anew, by seed, layer and step: no
-            importance is collected, nothing is sent for it, and a slot costs no more than other steps.
-        outlier_limit: with selection="random": input neurons whose root mean square over calibration batches (`LoSiA.locate`,
-            as for init="importance", by forward passes alone) is above this multiple of their layer's median are never
-            drawn. Above 1. None: all may be drawn, and no batch is needed.
+        selection: how subnets are chosen: `Located(...)`, by gradient importance, or `Drawn(...)`, at random. "greedy" is short
+            for Located(), "random" for Drawn().
         layers_per_slot: groups (decoder layers) that localize in one slot. At least 1. "auto": as few as locate every group
             `cycles` times in the length of the run, which `LoSiA(..., total_steps=...)` is told.
         cycles: with layers_per_slot="auto", how often every group is located after the start. At least 1.
-        init: first subnets: "random" (seeded, the paper's), or "importance": located before the first step by
-            `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
-        calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
         reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
             False keeps the old step count, as the authors' code does.
-        localization: "reduced": importance comes from the gradient of the global batch, reduce-scattered by rows.
-            "rank_parallel": each rank localizes other groups (`layers_per_slot` of them) from its own batches, with no
-            gradient communicated: N ranks re-localize N times as many groups per slot at the same cost per rank.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
@@ -77,60 +60,41 @@ class LoSiAConfig:
     train_norms: bool = False
     train_embeddings: bool = False
     full_lr_scale: float = 1.0
-    importance: str = "param_mix"
-    importance_betas: tuple[float, float] = (0.85, 0.85)
-    selection: str = "greedy"
-    outlier_limit: float | None = None
+    selection: Selection | str = field(default_factory=Located)
     layers_per_slot: int | str = 1
     cycles: int = 1
-    init: str = "random"
-    calibration_batches: int = 8
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
-    localization: str = "reduced"
     seed: int = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> LoSiAConfig:
+        refuse_flat(kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self.rank_factor = _factors("rank_factor", self.rank_factor)
         self._check_pattern()
         if self.output_rank_factor is not None:
             _check_share("output_rank_factor", self.output_rank_factor)
-        _check_count("period", self.period, minimum=1)
+        check_count("period", self.period, minimum=1)
         if self.layers_per_slot != "auto":
-            _check_count("layers_per_slot", self.layers_per_slot, minimum=1, also="auto")
-        _check_count("cycles", self.cycles, minimum=1)
-        _check_count("calibration_batches", self.calibration_batches, minimum=1)
+            check_count("layers_per_slot", self.layers_per_slot, minimum=1, also="auto")
+        check_count("cycles", self.cycles, minimum=1)
         if self.rewarm_steps is not None:
-            _check_count("rewarm_steps", self.rewarm_steps, minimum=0)
-        _check_count("seed", self.seed, minimum=0)
+            check_count("rewarm_steps", self.rewarm_steps, minimum=0)
+        check_count("seed", self.seed, minimum=0)
         self._check_targets()
-        betas = self.importance_betas
-        if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-            raise ConfigError(f"importance_betas={betas!r}: two numbers in [0, 1) are needed, for example (0.85, 0.85).")
-        if betas[0] == 0:
-            raise ConfigError(
-                f"importance_betas={betas!r}: with a first number of 0 no importance ever differs from its average, and every "
-                "score would be 0: give one above 0, for example 0.85."
-            )
-        self.importance_betas = (float(betas[0]), float(betas[1]))
         refuse_removed_settings({"selection": self.selection})
-        for name, available in _AVAILABLE.items():
-            value = getattr(self, name)
-            if value not in available:
-                raise ConfigError(
-                    f"{name}={value!r} is not available in this version; available: {', '.join(map(repr, available))}."
-                )
+        self.selection = read_selection(self.selection)
         for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         self._check_full_lr_scale()
         self._check_outlier_limit()
-        if not self.collects_importance:
-            self._refuse_importance()
 
     def _check_full_lr_scale(self) -> None:
         scale = self.full_lr_scale
-        if not _is_number(scale) or not 0 < scale < float("inf"):
+        if not is_number(scale) or not 0 < scale < float("inf"):
             raise ConfigError(
                 f"full_lr_scale={scale!r}: a number above 0 is needed; to freeze norms, embeddings and modules_to_save leave "
                 "them out."
@@ -142,30 +106,12 @@ class LoSiAConfig:
             )
 
     def _check_outlier_limit(self) -> None:
-        limit = self.outlier_limit
-        if limit is None:
-            return
-        if not _is_number(limit) or not 1 < limit < float("inf"):
-            raise ConfigError(f"outlier_limit={limit!r}: a number above 1 is needed, for example 4, or null to draw from all.")
-        if self.collects_importance:
+        columns = [self.column_factor, *(_pair(factor)[1] for factor in (self.rank_pattern or {}).values())]
+        if self.outlier_limit is not None and all(factor == 1 for factor in columns):
             raise ConfigError(
-                f"outlier_limit={limit!r} is for subnets that are drawn, and selection={self.selection!r} chooses them by "
-                "importance: set selection='random', or leave outlier_limit out."
+                f"outlier_limit={self.outlier_limit!r}, but subnets take all columns: leave it out, or lower rank_factor's "
+                "second number."
             )
-        if self.column_factor == 1 and all(_pair(factor)[1] == 1 for factor in (self.rank_pattern or {}).values()):
-            raise ConfigError(
-                f"outlier_limit={limit!r}, but subnets take all columns: leave it out, or lower rank_factor's second number."
-            )
-
-    def _refuse_importance(self) -> None:
-        """Nothing collects importance: what would ask for it, or change it, must be as it is by default."""
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in ("init", "localization", "importance", "importance_betas"):
-            if getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no meaning with selection='random', which draws subnets and collects "
-                    f"no importance: leave {name} out, or take selection='greedy'."
-                )
 
     def _check_targets(self) -> None:
         targets = self.target_modules
@@ -191,14 +137,29 @@ class LoSiAConfig:
         self.rank_pattern = {name: _factors(f"rank_pattern[{name!r}]", factor) for name, factor in pattern.items()}
 
     @property
-    def collects_importance(self) -> bool:
-        """Whether subnets are chosen by importance, and not drawn."""
-        return self.selection != "random"
+    def located(self) -> Located | None:
+        """How subnets are located; None where they are drawn, and nothing collects importance."""
+        return self.selection if isinstance(self.selection, Located) else None
+
+    @property
+    def outlier_limit(self) -> float | None:
+        """That of `Drawn`; None where there is none."""
+        return self.selection.outlier_limit if isinstance(self.selection, Drawn) else None
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether each rank localizes groups of its own."""
+        return self.located is not None and self.located.reduction == "by_rank"
 
     @property
     def needs_calibration(self) -> bool:
         """Whether `LoSiA.locate` must see calibration batches before the first step."""
-        return self.init == "importance" or self.outlier_limit is not None
+        return self.outlier_limit is not None if self.located is None else self.located.start == "importance"
+
+    @property
+    def calibration_batches(self) -> int:
+        """Micro-batches of each rank for `LoSiA.locate`, where an integration takes them."""
+        return read_selection(self.selection).calibration_batches
 
     @property
     def row_factor(self) -> float:
@@ -223,22 +184,41 @@ class LoSiAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (JSON, YAML); `LoSiAConfig.from_dict` takes it back."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        values = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        return {**values, "selection": plain_selection(read_selection(self.selection))}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
         """Build from plain values; an unknown name is an error that gives the nearest known ones.
 
-        Settings of an earlier version pass where they ask for what was kept.
+        Settings of an earlier version pass where they ask for what was kept, with one warning that names the line of now.
         """
         refuse_removed_settings(values, source)
-        values, known = without_kept(values), [field.name for field in fields(cls)]
+        values, known = nested(without_kept(values), source), [one.name for one in fields(cls)]
         for name in values:
             if name not in known:
                 nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
                 hint = f" Did you mean {' or '.join(nearest)}?" if nearest else f" Known: {', '.join(known)}."
                 raise ConfigError(f"{source}: unknown option {name!r}.{hint}")
         return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str) -> LoSiAConfig:
+        """A packaged configuration: "published" (the paper's), "short" (for runs of less than two cycles of that), one for a
+        size of model ("7b", "13b", "70b") or of a recipe ("alpaca-pro", "commonsense").
+
+        Raises: ConfigError.
+        """
+        if not (PACKAGED / f"{name}.yaml").is_file():
+            names = sorted(file.name.removesuffix(".yaml") for file in PACKAGED.iterdir() if file.name.endswith(".yaml"))
+            raise ConfigError(f"there is no preset {name!r}; there are {', '.join(names)}.")
+        return cls.from_file(str(PACKAGED / f"{name}.yaml"))
+
+    @classmethod
+    def read(cls, name: str | Path) -> LoSiAConfig:
+        """By a preset's name, or a file's path, as --losia_config takes it. Raises: ConfigError."""
+        is_preset = Path(name).name == str(name) and (PACKAGED / f"{name}.yaml").is_file() and not Path(name).exists()
+        return cls.preset(str(name)) if is_preset else cls.from_file(name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> LoSiAConfig:
@@ -257,10 +237,6 @@ class LoSiAConfig:
     def from_pretrained(cls, directory: str | Path) -> LoSiAConfig:
         """Read what `save_pretrained` wrote."""
         return cls.from_file(Path(directory) / CONFIG_NAME)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def matches(name: str, module: str) -> bool:
@@ -291,12 +267,5 @@ def _plain(value: Any) -> Any:
 
 
 def _check_share(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ConfigError(f"{name}={value!r}: a share in (0, 1] is needed; 0.125 (one eighth) is the paper's.")
-
-
-def _check_count(name: str, value: Any, minimum: int, also: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigError(
-            f"{name}={value!r}: a whole number of at least {minimum} is needed{f', or {also!r}' if also else ''}."
-        )

@@ -103,8 +103,8 @@ def refuse_unlocated(config: LoSiAConfig) -> None:
             "on every rank before the first step, or leave outlier_limit out."
         )
     raise ConfigError(
-        "init='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
-        "before the first step, or set init='random'."
+        "start='importance', but the first subnets have not been located: call losia.locate(batches) on every rank "
+        "before the first step, or set start='random'."
     )
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
 from losia_dist.localization.calibration import Located, locate
@@ -25,7 +24,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 def locate_all(
-    model: nn.Module, parts: RunParts, config: LoSiAConfig, batches: Batches, compute_loss: Loss | None = None
+    model: nn.Module, parts: RunParts, importance: str, batches: Batches, compute_loss: Loss | None = None
 ) -> tuple[list[Choice], int]:
     """Choices for all layers by the greedy search, and the passes that they took. Nothing is moved.
 
@@ -36,7 +35,7 @@ def locate_all(
         kept = (layer.row_index.numel(), layer.col_index.numel())
         return greedy(whole_shape(parts.parameters, layer), kept)
 
-    found, passes = run_searches(model, parts, config.importance, search_of, batches, compute_loss)
+    found, passes = run_searches(model, parts, importance, search_of, batches, compute_loss)
     return [keep_without_signal(one.result, (one.layer.row_index, one.layer.col_index)) for one in found], passes
 
 
@@ -116,9 +115,9 @@ def _refuse_reentrant(model: nn.Module) -> None:
             continue
         if recompute.keywords.get("use_reentrant", True):
             raise ConfigError(
-                "locating subnets (init='importance') does not work with reentrant gradient checkpointing, which gives a "
+                "locating subnets (start='importance') does not work with reentrant gradient checkpointing, which gives a "
                 "gradient to parameters only: use gradient_checkpointing_kwargs={'use_reentrant': False} (in the training "
-                "script --gradient_checkpointing non-reentrant), or init='random'."
+                "script --gradient_checkpointing non-reentrant), or start='random'."
             )
 
 

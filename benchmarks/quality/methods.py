@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from benchmarks.quality.batches import Batch
 from benchmarks.quality.columns import ColumnSteps
 from benchmarks.quality.flat import FlatNoise
 from benchmarks.quality.loss import answer_loss, autocast
+from benchmarks.quality.one_level import config_of, flat
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.formulas import subnet_size
 
@@ -156,13 +156,13 @@ def losia(start: Start, *, eps: float = 1e-6, noise: float = 0.0, column_exponen
 
 def losia_config(settings: dict[str, Any], seed: int) -> LoSiAConfig:
     """The configuration of a run."""
-    return LoSiAConfig.from_dict({**settings, "seed": seed})
+    return config_of({**settings, "seed": seed})
 
 
 def _resolve_losia(options: dict[str, Any]) -> dict[str, Any]:
     own = {"eps": 1e-6, **{name: options[name] for name in ("eps", "noise", "column_exponent") if name in options}}
     settings = {name: value for name, value in options.items() if name not in own}
-    return {**losia_config(settings, seed=0).to_dict(), **own}
+    return {**flat(losia_config(settings, seed=0)), **own}
 
 
 def _adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -184,8 +184,7 @@ _PUBLISHED: dict[str, Any] = {
     "reset_bias_correction": False,
 }
 # What this project recommends for a run of this length: the quickstart's configuration.
-RECOMMENDED = Path(__file__).parents[2] / "configs" / "losia" / "smollm2-135m.yaml"
-_RECOMMENDED = LoSiAConfig.from_file(RECOMMENDED)
+_RECOMMENDED = LoSiAConfig.preset("short")
 _SHARE = _RECOMMENDED.row_factor * _RECOMMENDED.column_factor  # of each weight, that trains
 _RANDOM: dict[str, Any] = {"rank_factor": 0.125, "init": "random", "period": NEVER}
 
@@ -197,5 +196,5 @@ METHODS: dict[str, Method] = {
     "galore": Method("GaLore, rank 128", 2e-3, galore),
     "random": Method("random subnets, kept", 8e-3, losia, _RANDOM, _resolve_losia),
     "losia_published": Method("LoSiA as published, T = 2", 2e-3, losia, _PUBLISHED, _resolve_losia),
-    "losia": Method("LoSiA, this project's defaults", 2e-3, losia, _RECOMMENDED.to_dict(), _resolve_losia),
+    "losia": Method("LoSiA, this project's defaults", 2e-3, losia, flat(_RECOMMENDED), _resolve_losia),
 }

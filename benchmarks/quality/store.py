@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.one_level import flat
 from benchmarks.quality.setting import Setting
 from losia_dist.config import LoSiAConfig
 from losia_dist.removed import without_kept
@@ -18,7 +19,7 @@ def _setting(record: dict[str, Any]) -> Setting:
     setting = Setting(**record["setting"])
     if "rank_factor" not in setting.resolved:
         return setting  # another method's
-    return replace(setting, resolved={**LoSiAConfig().to_dict(), **without_kept(setting.resolved)})
+    return replace(setting, resolved={**flat(LoSiAConfig()), **without_kept(setting.resolved)})
 
 
 class Store:

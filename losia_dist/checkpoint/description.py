@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import warnings
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from losia_dist.errors import CheckpointError
 from losia_dist.removed import removed_setting
 from losia_dist.subnet.kinds import stores_transposed, whole_shape
 
-_FREE_TO_DIFFER = ("seed", "init")  # they decide about a run's first subnets only; where all are drawn, the seed about all
+_FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
 
 def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
@@ -104,25 +104,32 @@ def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None
             f"{path} was saved with a setting that is gone: {removed[0]} Resume with the version that saved it, or start a new "
             "run from an exported model."
         )
-    defaults = LoSiAConfig().to_dict()
-    free = _FREE_TO_DIFFER if config.collects_importance else ("init",)
-    for field in fields(LoSiAConfig):
-        here, there = config.to_dict()[field.name], saved.get(field.name, defaults[field.name])
-        if here != there and field.name not in free:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # an earlier version's form is not the user's to change here
+        here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, str(path)))
+    free = () if config.located is None else _FREE_TO_DIFFER
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name) and name not in free:
             raise CheckpointError(
-                f"{path} was saved with {field.name}={there!r}, and this run has {field.name}={here!r}: use the saved "
+                f"{path} was saved with {name}={there.get(name)!r}, and this run has {name}={here.get(name)!r}: use the saved "
                 "configuration, or start a new run from an exported model."
             )
+
+
+def _flat(config: LoSiAConfig) -> dict[str, Any]:
+    values = config.to_dict()
+    ((kind, options),) = values.pop("selection").items()
+    return {"selection": kind, **values, **options}
 
 
 def _check_place(losia: LoSiA, reader: Reader, world_size: int) -> None:
     step = reader.manifest["values"]["progress"]["clock"]["step"]
     ranks = reader.manifest["world_size"]
     inside = step % losia.config.period != 0
-    if losia.config.localization == "rank_parallel" and inside and ranks != world_size:
+    if losia.config.by_rank and inside and ranks != world_size:
         raise CheckpointError(
             f"{reader.path} lies inside a time slot in which each of {ranks} ranks localizes a layer of its own "
-            f"(rank_parallel), and this run has {world_size} ranks. Resume on {ranks} ranks, or "
+            f"(reduction='by_rank'), and this run has {world_size} ranks. Resume on {ranks} ranks, or "
             f"from a checkpoint whose step is a multiple of the period ({losia.config.period})."
         )
 

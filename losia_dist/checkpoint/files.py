@@ -1,14 +1,12 @@
 """Writing files so that a crash, a full disk or a cut wire leaves either the whole file or none: sync, then rename.
 
-Tensors are written by hand in the safetensors format (8 bytes of header length, a JSON header, raw data), a tensor at a time:
-the format's own library wants all tensors of a file in memory at once. torch.distributed.checkpoint is not used: its default
-format is pickle; its safetensors writer takes tensors only (no plain values), whole ones or DTensors (ZeRO's flat shards are
-neither), and one state dict that holds everything at once.
+Tensors are written in the safetensors format, a tensor at a time (`safetensors_io`). torch.distributed.checkpoint is not used:
+its default format is pickle; its safetensors writer takes tensors only (no plain values), whole ones or DTensors (ZeRO's flat
+shards are neither), and one state dict that holds everything at once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zlib
@@ -19,23 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losia_dist.checkpoint.safetensors_io import Entry, header_bytes, writing_order
 from losia_dist.errors import CheckpointError
 
 _CHUNK = 1 << 24
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -44,22 +29,6 @@ class FileRecord:
 
     size: int
     crc32: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Dtype and shape of a tensor that a file is to hold."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * self.dtype.itemsize
 
 
 class TensorWriter:
@@ -74,17 +43,9 @@ class TensorWriter:
     def __init__(self, path: Path, entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> None:
         self.order = writing_order(entries)
         self._entries, self._written, self.size, self._crc = entries, 0, 0, 0
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        end = 0
-        for name in self.order:
-            entry, begin = entries[name], end
-            end = begin + entry.size
-            header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         self._file = open(path, "xb")  # noqa: SIM115 (closed by close)
         try:
-            self._append(len(text).to_bytes(8, "little") + text)
+            self._append(header_bytes(entries, metadata))
         except BaseException:
             self._file.close()
             raise
@@ -114,11 +75,6 @@ class TensorWriter:
         self._file.write(data)
         self.size += len(data)
         self._crc = zlib.crc32(data, self._crc)
-
-
-def writing_order(entries: dict[str, Entry]) -> list[str]:
-    """The order of tensors in a file: readers view the data in place, so wider types come first and every one is aligned."""
-    return sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> FileRecord:

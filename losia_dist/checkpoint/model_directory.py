@@ -16,6 +16,7 @@ from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import files
 from losia_dist.checkpoint.beside import TEMPLATES, copy_beside
 from losia_dist.checkpoint.inference import TOKENIZERS, add_end_tokens, write_tokenizer
+from losia_dist.checkpoint.safetensors_io import writing_order
 from losia_dist.checkpoint.weight_files import INDEX, WEIGHTS, weight_map
 from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 
@@ -218,4 +219,4 @@ def _shards(entries: dict[str, files.Entry], limit: int) -> list[dict[str, files
             used = 0
         shards[-1][name] = entry
         used += entry.size
-    return [{name: shard[name] for name in files.writing_order(shard)} for shard in shards]
+    return [{name: shard[name] for name in writing_order(shard)} for shard in shards]

@@ -41,7 +41,7 @@ def run_allocate(options: argparse.Namespace) -> list[Path]:
     """
     from losia_dist.allocation import allocate, best_shapes, by_kind, measure, shapes_of
 
-    config = LoSiAConfig.from_file(options.losia_config) if options.losia_config else LoSiAConfig()
+    config = LoSiAConfig.read(options.losia_config) if options.losia_config else LoSiAConfig()
     target = Path(options.output)
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"--output {target}: its directory is not there; make it, or give another file.")

@@ -146,7 +146,7 @@ def _workload(options: argparse.Namespace) -> Workload:
 
 
 def _config(options: argparse.Namespace) -> LoSiAConfig:
-    values = LoSiAConfig.from_file(options.losia_config).to_dict() if options.losia_config else {}
+    values = LoSiAConfig.read(options.losia_config).to_dict() if options.losia_config else {}
     for name in ("output_rank_factor", "period", "layers_per_slot"):
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)

@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 def check_files(options: argparse.Namespace) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
     readers: dict[str, Callable[[str], Any]] = {
-        "losia_config": LoSiAConfig.from_file,
+        "losia_config": LoSiAConfig.read,
         "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
     }
     findings = []

@@ -144,7 +144,7 @@ class LoSiACallback(TrainerCallback):
             return {}
         rates = {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
         found = {**rates, "losia/peak_memory_gb": peak_memory(self._device) / GB}
-        if self.losia.config.collects_importance:
+        if self.losia.config.located is not None:
             found["losia/localizing"] = self.losia.clock.names.index(self._localized[0])
         return found
 

@@ -49,8 +49,9 @@ class LoSiATrainerMixin:
       is used as it is, and so is an "optimizer" in the DeepSpeed configuration. Any scheduler works; rewarming multiplies it.
     - Importance comes from the gradient that trains: the mean over ranks and micro-batches as the Trainer scales the loss,
       before clipping. `max_grad_norm` clips the subnets' gradients (and whatever else trains).
-    - `init="importance"`, `outlier_limit`: the first subnets are located, or drawn, from the first `calibration_batches`
-      batches of the training data, by the trainer's own loss; `layers_per_slot="auto"` follows `max_steps`.
+    - `Located(start="importance")`, `Drawn(outlier_limit=...)`: the first subnets are located, or drawn, from the first
+      `calibration_batches` batches of the training data, by the trainer's own loss; `layers_per_slot="auto"` follows
+      `max_steps`.
     - Logs carry each group's true learning rate and the localizing group (`LoSiACallback.metrics`).
     - `save_model` and checkpoints hold a plain Transformers model. `output_dir/_losia_state` holds what resuming needs
       besides, for all checkpoints of the run (the base once); it is rotated with them.

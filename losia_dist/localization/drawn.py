@@ -1,4 +1,4 @@
-"""selection="random": a slot ends with subnets drawn anew. No importance is collected, and nothing is sent."""
+"""`Drawn`: a slot ends with subnets drawn anew. No importance is collected, and nothing is sent."""
 
 from __future__ import annotations
 

@@ -86,19 +86,10 @@ class RankParallelLocalization:
         return group.place % self.collectives.world_size
 
 
-_MODES: dict[str, type[ReducedLocalization] | type[RankParallelLocalization]] = {
-    "reduced": ReducedLocalization,
-    "rank_parallel": RankParallelLocalization,
-}
-
-
 def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool) -> Localization:
     """What the configuration asks for, over the ranks of the collectives."""
-    if not config.collects_importance:
+    located = config.located
+    if located is None:
         return DrawnLocalization(config.seed)
-    return _MODES[config.localization](
-        collectives,
-        importance=config.importance,
-        betas=config.importance_betas,
-        weight_is_resident=weight_is_resident,
-    )
+    mode = RankParallelLocalization if config.by_rank else ReducedLocalization
+    return mode(collectives, importance=located.importance, betas=located.betas, weight_is_resident=weight_is_resident)

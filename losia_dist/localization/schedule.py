@@ -28,7 +28,7 @@ def resolve_layers_per_slot(config: LoSiAConfig, total_steps: int | None, num_gr
             f"layers_per_slot='auto': {total_steps} steps are too few for {config.cycles} cycle(s) of slots of {config.period} "
             f"steps (period): at least {config.period * config.cycles + 1} are needed. Lower period or cycles, or train longer."
         )
-    ranks = world_size if config.localization == "rank_parallel" else 1
+    ranks = world_size if config.by_rank else 1
     return replace(config, layers_per_slot=-(-groups // ranks))
 
 

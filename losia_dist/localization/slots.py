@@ -14,7 +14,7 @@ from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot
 
 @dataclass
 class SlotGroup:
-    """A group's place among those that localize in one slot; in "rank_parallel" it names the rank that works at it."""
+    """A group's place among those that localize in one slot; with reduction="by_rank" it names the rank that works at it."""
 
     name: str
     place: int

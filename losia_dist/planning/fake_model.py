@@ -142,7 +142,7 @@ def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:
     localization = make_localization(config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [layer for layer in layers if layer.group_name in names]
     for layer in localizing:
-        place = SlotGroup(layer.group_name, 0)  # in "rank_parallel" rank 0, which this is, works at its own groups
+        place = SlotGroup(layer.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
         layer.gradient_sink = localization.accumulator(place, whole_shape(access, layer), torch.device("cpu"))
     return FakeRun(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-4)), localization, localizing)
 

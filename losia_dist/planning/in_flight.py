@@ -44,4 +44,4 @@ def _rows(workload: Workload, elements: int, passes: int) -> int:
 
 
 def _ranks(workload: Workload) -> int:
-    return 1 if workload.config.localization == "rank_parallel" else workload.cluster.gpus
+    return 1 if workload.config.by_rank else workload.cluster.gpus

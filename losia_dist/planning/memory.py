@@ -99,7 +99,7 @@ def plan_memory(workload: Workload) -> Memory:
         steady |= dict.fromkeys(moved, 0)
     moments = _sharded_moments(workload, found) if workload.shards_weights else _whole_moments(workload, found)
     moments["update"] = _update(workload, found)
-    if workload.method == "losia" and workload.config.init == "importance":
+    if workload.method == "losia" and workload.config.located is not None and workload.config.needs_calibration:
         moments["loss, locating first subnets"] = _locating(workload, moments["loss"])
     parts, moment = max((({**steady, **_sum(steady, extra)}, name) for name, extra in moments.items()), key=_total)
     return Memory({name: parts.get(name, 0) for name in PARTS}, moment, host)
@@ -120,7 +120,7 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     weights = layers * found.layer_weights + found.outer_weights
     added = layers * found.layer_added + found.outer_added
     over = shards if workload.shards_weights else 1
-    parallel = workload.config.localization == "rank_parallel"
+    parallel = workload.config.by_rank
     steady = {
         "weights": BF16 * weights // over,
         "subnet": BF16 * added // over + INT64 * found.indices,

@@ -126,12 +126,12 @@ def _possible(workload: Workload, engine: str, checkpointing: bool, offload: str
 
 def _schedule(workload: Workload, steps: int | None) -> dict[str, Any]:
     config, groups = workload.config, workload.groups
-    ranks = workload.cluster.gpus if config.localization == "rank_parallel" else 1
+    ranks = workload.cluster.gpus if config.by_rank else 1
     cycle = cycle_steps(groups, config.period, workload.layers_per_slot * ranks)
     schedule: dict[str, Any] = {
         "groups": groups,
         "period": config.period,
-        "selection": config.selection,
+        "selection": "random" if config.located is None else "greedy",
         "layers_per_slot": workload.layers_per_slot,
         "cycle_steps": cycle,
     }

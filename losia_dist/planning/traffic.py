@@ -55,7 +55,7 @@ def plan_traffic(workload: Workload) -> Traffic:
     else:
         ring("gradients", BF16 * trained, gpus, passes if engine == "zero2" else 1)
         ring("weights", BF16 * trained, gpus)  # the updated values
-    if workload.config.localization == "reduced":
+    if not workload.config.by_rank:
         ring("localization", BF16 * found.localizing, gpus, passes)
     between = between if cluster.nodes > 1 else 0
     seconds = max(sum(inside.values()) / cluster.gpu_bandwidth, between / cluster.node_bandwidth) / cluster.link_efficiency

@@ -22,7 +22,7 @@ def plan_warm_start(workload: Workload) -> dict[str, Any] | None:
     config, shape = workload.config, workload.shape
     if workload.method != "losia" or not config.needs_calibration:
         return None
-    forward_only = not config.collects_importance
+    forward_only = config.located is None
     one_sided = forward_only or 1.0 in (config.row_factor, config.column_factor)
     passes = 1 if one_sided else 2
     sides = [(m, n) for m, n in shape.linears().values()]

@@ -180,7 +180,7 @@ class Workload:
     @property
     def localizing_layers(self) -> int:
         """Decoder layers whose importance one rank works at in a slot (the output layer takes its turn like a layer)."""
-        collects = self.method == "losia" and self.config.collects_importance
+        collects = self.method == "losia" and self.config.located is not None
         return min(self.layers_per_slot, self.groups) if collects else 0
 
     @property

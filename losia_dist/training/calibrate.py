@@ -26,7 +26,7 @@ def locate_first_subnets(run: Engine, loader: Any) -> str:
         mine = list(itertools.islice(loader, run.losia.config.calibration_batches))
     mine = [{name: value.to(run.device) for name, value in batch.items()} for batch in mine]
     passes = run.losia.locate(mine, _mean_loss)
-    did = "located" if run.losia.config.collects_importance else "drawn without outliers"
+    did = "located" if run.losia.config.located is not None else "drawn without outliers"
     return f"subnets {did} from {len(mine)} batches a rank, in {passes} pass(es), {time.perf_counter() - began:.0f} s"
 
 

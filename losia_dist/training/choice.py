@@ -111,7 +111,8 @@ def _deepspeed_settings(
         _fill(settings, name, option, value, where)
     if "optimizer" in settings:
         parameters = settings["optimizer"].setdefault("params", {})
-        _fill(parameters, "lr", "--learning_rate", options.learning_rate, where)
+        if options.learning_rate is not None:
+            _fill(parameters, "lr", "--learning_rate", options.learning_rate, where)
         _fill(parameters, "weight_decay", "--weight_decay", options.weight_decay, where)
     bf16 = settings.setdefault("bf16", {})
     bf16["enabled"] = bool(bf16.get("enabled", False)) if precision is None else precision == "bf16"

@@ -82,7 +82,7 @@ def train_steps(
             began = time.perf_counter()
             interruption.begin_step()
             micro_batches = list(itertools.islice(batches, options.gradient_accumulation))
-            localizing = run.losia.localizing if run.losia is not None and run.losia.config.collects_importance else None
+            localizing = run.losia.localizing if run.losia is not None and run.losia.config.located is not None else None
             rate = run.learning_rate()
             loss_sum += run.train_step(micro_batches)
             tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * _world_size()

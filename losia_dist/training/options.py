@@ -103,7 +103,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     train.add_argument("--gradient_accumulation", type=int, default=1, help="micro-batches per optimizer step (1)")
     train.add_argument("--epochs", type=float, default=3.0, help="passes over the data, if --max_steps is not given (3)")
     train.add_argument("--max_steps", type=int, help="optimizer steps; overrides --epochs")
-    train.add_argument("--learning_rate", type=float, default=5e-5, help="peak learning rate (5e-5)")
+    train.add_argument("--learning_rate", type=float, help="peak learning rate (2e-3 for the preset short, else 5e-5)")
     train.add_argument("--warmup_ratio", type=float, default=0.1, help="share of the steps with rising learning rate (0.1)")
     train.add_argument("--min_lr_ratio", type=float, default=0.1, help="share of the peak that the cosine ends at (0.1)")
     train.add_argument("--weight_decay", type=float, default=0.0, help="decoupled, of what trains (0)")
@@ -160,7 +160,7 @@ def _loss(name: str) -> str:
 
 
 def check(options: argparse.Namespace) -> LoSiAConfig | None:
-    """Refuse what cannot work, and read the LoSiA configuration; None without --losia.
+    """Refuse what cannot work, and read the LoSiA configuration; None without --losia, or where --losia stands alone.
 
     Raises:
         ConfigError: names the option, the rule and the fix.
@@ -174,7 +174,7 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     elif not 0 < options.epochs < float("inf"):
         raise ConfigError(f"--epochs {options.epochs}: a number above 0 is needed, or --max_steps.")
     for name in ("learning_rate", "timeout"):
-        if not 0 < getattr(options, name) < float("inf"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < float("inf"):
             raise ConfigError(f"--{name} {getattr(options, name)}: a number above 0 is needed.")
     for name in ("warmup_ratio", "min_lr_ratio"):
         if not 0 <= getattr(options, name) <= 1:
@@ -189,9 +189,7 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     _check_checkpoints(options)
     if options.losia_config and not options.losia:
         raise ConfigError("--losia_config has no effect without --losia; add --losia, or leave it out.")
-    if not options.losia:
-        return None
-    return LoSiAConfig.from_file(options.losia_config) if options.losia_config else LoSiAConfig()
+    return LoSiAConfig.read(options.losia_config) if options.losia_config else None
 
 
 def parse_columns(given: list[str] | None) -> dict[str, str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +40,7 @@ from losia_dist.training.logs import RunLog
 from losia_dist.training.loop import Reporter, train_steps
 from losia_dist.training.options import check
 from losia_dist.training.output_directory import OutputDirectory
+from losia_dist.training.preset import choose_preset, count_steps, learning_rate_for
 from losia_dist.training.trajectory import describe, warmup_steps
 from losia_dist.training.weights.empty import Where, find_holders, give_memory
 from losia_dist.training.weights.files import local_directory
@@ -66,6 +66,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     agreement.same("the options", _comparable(options))
     agreement.same("the LoSiA configuration", config.to_dict() if config else {})
     agreement.same("the engine's settings", asdict(choice))
+    ranks: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size}
     output = OutputDirectory(options)
     checkpoints = Checkpoints(options, output, agreement)
     checkpoints.choose()
@@ -73,14 +74,25 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     day = agreement.on_first(None, lambda: choose_template_date(options, saved))  # ranks may start on two sides of midnight
     agreement.on_first(None, lambda: check_writable(Path(options.output_dir)))
     data = load_data(options, agreement, day)
+
+    def decide() -> tuple[LoSiAConfig | None, EngineChoice, int]:
+        steps, chosen = count_steps(options, data, **ranks), config
+        if options.losia and chosen is None:
+            chosen, said = choose_preset(options, steps)
+            data.notes.append(said)
+        options.learning_rate, said = learning_rate_for(options, chosen)
+        data.notes += [said] if said else []
+        return chosen, choose_engine(options, process), steps
+
+    config, choice, steps = agreement.attempt(None, decide)
+    agreement.same("the LoSiA configuration", config.to_dict() if config else {})
     inputs = agreement.attempt(None, lambda: load(options, config, choice, process, data))
     agreement.same("the data", inputs.fingerprint())
     prints = agreement.attempt(None, inputs.weights_fingerprint)
     agreement.same("the model's files", prints)
 
-    where: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size, "flatten": inputs.flatten}
+    where = {**ranks, "flatten": inputs.flatten}
     loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
-    steps = options.max_steps or max(1, math.ceil(len(loader) * options.epochs / options.gradient_accumulation))
     followed = {"template_date": inputs.template_date, **inputs.fingerprint()}
     checkpoints.check(describe(options, choice.precision, followed, len(inputs.train), steps, process.world_size))
     run = _start(inputs.model, config, choice, options, process, steps, inputs.weights, agreement)

@@ -129,8 +129,9 @@ def test_a_checkpoint_that_names_removed_settings_with_the_values_that_were_kept
     close()
     other, _, close = runs.start("one", RUN)
     load_checkpoint(tmp_path, **runs.parts(other))
+    after = runs.everything(other)
     close()
-    assert other.steps == STEP and all(torch.equal(runs.everything(other)[name], tensor) for name, tensor in before.items())
+    assert other.steps == STEP and all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 OTHERS = {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from losia_dist import (
+    Located,
     LoSiA,
     LoSiAAdamW,
     LoSiAConfig,
@@ -108,7 +109,7 @@ def test_every_variant_resumes_bit_for_bit_and_exports_what_it_computes_with(tmp
     assert exported.keys() == live.keys() and all(torch.equal(exported[name], tensor) for name, tensor in live.items())
 
 
-RANK_PARALLEL = replace(runs.RUN, batch=12, config={**runs.RUN.config, "localization": "rank_parallel"})
+RANK_PARALLEL = replace(runs.RUN, batch=12, config={**runs.RUN.config, "selection": Located(reduction="by_rank")})
 
 
 def save_twice(directory):

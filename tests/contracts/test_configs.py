@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import losia_dist
 from losia_dist import LoSiAConfig, initialize
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.formulas import cycle_steps
@@ -19,7 +20,8 @@ from losia_dist.training.fsdp import Sharding
 from tests.support.models import tiny_llama
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-LOSIA, DEEPSPEED, ACCELERATE = (sorted((CONFIGS / kind).iterdir()) for kind in ("losia", "deepspeed", "accelerate"))
+PACKAGED = Path(losia_dist.__file__).parent / "configs"
+LOSIA, DEEPSPEED, ACCELERATE = (sorted(kind.iterdir()) for kind in (PACKAGED, CONFIGS / "deepspeed", CONFIGS / "accelerate"))
 
 
 def by_name(path: Path) -> str:
@@ -28,18 +30,19 @@ def by_name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", LOSIA, ids=by_name)
 def test_losia_recipes_load(path):
-    config = LoSiAConfig.from_file(path)
+    config = LoSiAConfig.preset(path.stem)
+    assert config == LoSiAConfig.read(path.stem) == LoSiAConfig.from_file(path)
     assert set(yaml.safe_load(path.read_text())) <= {field.name for field in dataclasses.fields(LoSiAConfig)}
     # As many values as the paper's 1/8 x 1/8; the short run's drawn subnets have four times as many (docs/quality.md).
-    assert config.row_factor * config.column_factor == (1 / 16 if config.selection == "random" else 1 / 64)
+    assert config.row_factor * config.column_factor == (1 / 16 if config.located is None else 1 / 64)
     assert path.read_text().startswith("#")
 
 
 @pytest.mark.parametrize("name, layers, steps", [("7b", 32, 2400), ("13b", 40, 2000), ("70b", 80, 1000)])
 def test_recipes_by_size_keep_what_their_comments_promise(name, layers, steps):
-    config = LoSiAConfig.from_file(CONFIGS / "losia" / f"{name}.yaml")
-    text = (CONFIGS / "losia" / f"{name}.yaml").read_text().replace("\n# ", " ")
-    assert (config.init, config.layers_per_slot, config.cycles) == ("importance", "auto", 1)
+    config = LoSiAConfig.from_file(PACKAGED / f"{name}.yaml")
+    text = (PACKAGED / f"{name}.yaml").read_text().replace("\n# ", " ")
+    assert (config.located.start, config.layers_per_slot, config.cycles) == ("importance", "auto", 1)
     chosen = resolve_layers_per_slot(config, steps, layers, 8).layers_per_slot
     slots = (steps - 1) // config.period
     assert f"{steps:,} steps give {slots} slots before the last: {chosen} of {layers} layers a slot" in text

@@ -1,14 +1,14 @@
-"""init="importance" and outlier_limit in the Trainer: the first batches are seen, and the data come in their usual order."""
+"""start="importance" and outlier_limit in the Trainer: the first batches are seen, and the data come in their usual order."""
 
 import pytest
 import torch
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist import Drawn, Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from tests.support.models import tiny_llama
 from tests.support.trainers import train_with_trainer
 from tests.support.training import Run, global_batches, variant
 
-CONFIG = {"rank_factor": 0.25, "period": 4, "init": "importance", "calibration_batches": 2}
+CONFIG = {"rank_factor": 0.25, "period": 4, "selection": Located(start="importance", calibration_batches=2)}
 RUN = Run(steps=6, config=CONFIG)
 
 
@@ -47,7 +47,7 @@ def outliers(trainer):
 
 
 def test_outliers_of_the_first_batches_are_left_out(tmp_path):
-    config = {"rank_factor": 0.25, "period": 2, "selection": "random", "outlier_limit": 1.3, "calibration_batches": 2}
+    config = {"rank_factor": 0.25, "period": 2, "selection": Drawn(outlier_limit=1.3, calibration_batches=2)}
     run = variant(RUN, steps=2, config=config)
     model = get_losia_model(tiny_llama(**run.model), LoSiAConfig(**config))
     losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), LoSiAConfig(**config))
@@ -58,9 +58,10 @@ def test_outliers_of_the_first_batches_are_left_out(tmp_path):
 
 def test_the_data_come_in_the_same_order_with_and_without_calibration(tmp_path):
     seen = []
-    for init in ("random", "importance"):
-        config = {**CONFIG, "init": init, "rank_factor": 1.0}  # whole weights train: where the subnets lie does not matter
+    for start in ("random", "importance"):
+        # Whole weights train: where the subnets lie does not matter.
+        config = {**CONFIG, "selection": Located(start=start, calibration_batches=2), "rank_factor": 1.0}
         run = variant(RUN, config=config)
-        result = train_with_trainer(str(tmp_path / init), "one", run, train_sampling_strategy="random")
+        result = train_with_trainer(str(tmp_path / start), "one", run, train_sampling_strategy="random")
         seen.append(torch.tensor(result["losses"]))
     assert torch.equal(*seen)

@@ -36,7 +36,7 @@ DATA = [
     (None, "bad.jsonl: no such file"),
     ("", "bad.jsonl: the data set is empty"),
     (f"{GOOD}\n{{oops\n", "bad.jsonl, line 2: malformed JSON"),
-    (f"{GOOD}\n\n[1]\n", "bad.jsonl, line 3: expected a JSON object, got a list"),
+    (f"{GOOD}\n\n[1]\n", "bad.jsonl, line 3: expected a JSON object, got list [1]"),
     (f'{GOOD}\n{{"instruction": "a"}}\n', "bad.jsonl, line 2: a record of the form 'instruction' needs"),
     (f"{GOOD}\n", "1 examples do not fill one batch on every rank: micro_batch=2 on 1 ranks"),
 ]

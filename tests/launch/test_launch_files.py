@@ -25,11 +25,6 @@ SHELL = [*sorted(LAUNCH.glob("*.sh")), SCRIPT]
 SKY = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 
 
-def manifests(name: str) -> dict[str, dict]:
-    """Documents of a Kubernetes file, by kind."""
-    return {document["kind"]: document for document in yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text())}
-
-
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
 def test_shell_scripts_pass_shellcheck_and_say_how_to_start_them(path):
     checked = subprocess.run([BIN / "shellcheck", "-x", "-P", ROOT, path], capture_output=True, text=True)
@@ -55,7 +50,8 @@ def test_the_train_job_is_what_kubeflow_trainer_reads():
     """The models of its API, which keep only the fields that they know."""
     from kubeflow_trainer_api import models
 
-    documents = manifests("trainjob.yaml")
+    text = (LAUNCH / "kubernetes" / "trainjob.yaml").read_text()
+    documents = {document["kind"]: document for document in yaml.safe_load_all(text)}
     for kind, reader in (
         ("TrainingRuntime", models.TrainerV1alpha1TrainingRuntime),
         ("TrainJob", models.TrainerV1alpha1TrainJob),
@@ -69,61 +65,16 @@ def test_the_train_job_is_what_kubeflow_trainer_reads():
     assert job["trainer"]["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"]
     assert job["trainer"]["numProcPerNode"] == job["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
     pod = replicated["template"]["spec"]["template"]["spec"]
-    check_pod(pod, job["trainer"]["command"], job["trainer"]["args"])
-
-
-# Fields of PyTorchJob, kubeflow.org/v1, by the name of the object that has them.
-PYTORCH_JOB = {
-    "spec": {"elasticPolicy", "nprocPerNode", "pytorchReplicaSpecs", "runPolicy"},
-    "elasticPolicy": {
-        "maxReplicas", "maxRestarts", "metrics", "minReplicas", "rdzvBackend", "rdzvConf", "rdzvHost", "rdzvId", "rdzvPort",
-    },
-    "runPolicy": {
-        "activeDeadlineSeconds", "backoffLimit", "cleanPodPolicy", "managedBy", "schedulingPolicy", "suspend",
-        "ttlSecondsAfterFinished",
-    },
-    "Worker": {"replicas", "restartPolicy", "template"},
-}  # fmt: skip
-
-
-def test_the_pytorch_job_has_the_operators_fields():
-    from kubeflow_trainer_api.models import IoK8sApiCoreV1PodTemplateSpec
-
-    job = manifests("pytorchjob.yaml")["PyTorchJob"]
-    assert (job["apiVersion"], set(job)) == ("kubeflow.org/v1", {"apiVersion", "kind", "metadata", "spec"})
-    spec = job["spec"]
-    worker = spec["pytorchReplicaSpecs"]["Worker"]
-    for name, there in {
-        "spec": spec,
-        "elasticPolicy": spec["elasticPolicy"],
-        "runPolicy": spec["runPolicy"],
-        "Worker": worker,
-    }.items():
-        assert set(there) <= PYTORCH_JOB[name], name
-    assert spec["elasticPolicy"]["minReplicas"] == spec["elasticPolicy"]["maxReplicas"] == worker["replicas"]
-    assert worker["restartPolicy"] in ("Always", "OnFailure", "Never", "ExitCode")
-    assert spec["runPolicy"]["cleanPodPolicy"] in ("None", "Running", "All")
-    assert json.loads(IoK8sApiCoreV1PodTemplateSpec.from_dict(worker["template"]).to_json()) == worker["template"]
-    (container,) = worker["template"]["spec"]["containers"]
-    assert container["name"] == "pytorch"
-    # Restarts by torchrun work with this only (tests/launch/test_two_hosts.py).
-    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
-    assert spec["nprocPerNode"] == str(container["resources"]["limits"]["nvidia.com/gpu"])
-    check_pod(worker["template"]["spec"], container["command"], container["args"])
-
-
-def check_pod(pod: dict, command: list[str], words: list[str]) -> None:
-    """What both files' pods have in common."""
     (container,) = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
-    program, limit, script = command
+    program, limit, script = job["trainer"]["command"]
     assert program == "torchrun" and (ROOT / script).is_file()
     from torch.distributed.run import parse_args
 
-    parsed = parse_args([limit, script, *words])
+    parsed = parse_args([limit, script, *job["trainer"]["args"]])
     assert parsed.shutdown_timeout < pod["terminationGracePeriodSeconds"]
-    accepted(words)
+    accepted(job["trainer"]["args"])
 
 
 # SkyPilot

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from losia_dist import LoSiAConfig
 from losia_dist.errors import DivergenceError
 from losia_dist.training import run as script
 from losia_dist.training.environment import find_process
 from losia_dist.training.options import add_training_arguments
+from losia_dist.training.preset import choose_preset, learning_rate_for
 from tests.launch.conftest import zero
 from tests.support.launching import arguments
 
@@ -121,7 +123,8 @@ def test_subnets_are_located_from_the_first_examples_whatever_the_ranks(ranks, m
     for name, each in {"alone": 4, "sharded": 2}.items():
         config = tmp_path / f"{name}.yaml"
         config.write_text(
-            f"rank_factor: [1, 0.25]\nperiod: 2\nlayers_per_slot: auto\ninit: importance\ncalibration_batches: {each}\n"
+            f"rank_factor: [1, 0.25]\nperiod: 2\nlayers_per_slot: auto\n"
+            f"selection: {{located: {{start: importance, calibration_batches: {each}}}}}\n"
         )
         options = {"losia_config": config, "micro_batch": 1, "gradient_accumulation": each, "max_steps": 5}
         if name == "alone":
@@ -193,3 +196,27 @@ def test_epochs_and_accumulation_give_the_number_of_steps(material, tmp_path):
     summary, _ = train(words)
     assert summary["steps"] == 5  # 40 examples, 10 batches an epoch, 15 in all, 3 a step
     assert "held_out_loss_after" not in summary
+
+
+@pytest.mark.parametrize("given", [None, 5e-5])
+def test_losia_alone_takes_the_preset_that_fits_the_run_and_says_so(material, tmp_path, given):
+    words = arguments(material, tmp_path / "run", losia_config=None, learning_rate=given, max_steps=4)
+    notes = train(words)[0]["notes"]
+    used = LoSiAConfig.from_file(tmp_path / "run" / "losia_config.json")
+    assert replace(used, layers_per_slot="auto", cycles=5) == LoSiAConfig.preset("short") and used.cycles == 1
+    assert "preset 'short', as 4 steps are less than 600, two cycles of the published schedule over 3 layers" in notes[0]
+    rate = json.loads((tmp_path / "run" / "losia_run.json").read_text())["options"]["learning_rate"]
+    if given is None:
+        assert rate == 2e-3 and notes[1] == "--learning_rate 0.002, as none was given"
+    else:
+        assert rate == given and notes[1] == "--learning_rate 5e-05: preset 'short' learned best with 0.002"
+
+
+def test_long_runs_take_the_published_preset(material):
+    options = add_training_arguments(argparse.ArgumentParser()).parse_args(
+        arguments(material, "unused", losia_config=None, learning_rate=None)
+    )
+    config, said = choose_preset(options, 600)
+    assert config == LoSiAConfig() and "preset 'published', as 600 steps are not less than 600" in said
+    assert choose_preset(options, 599)[0] == LoSiAConfig.preset("short") and choose_preset(options, 2)[0].layers_per_slot == 1
+    assert learning_rate_for(options, config) == (5e-5, "") and learning_rate_for(options, None) == (5e-5, "")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from losia_dist import LoSiAConfig, load_checkpoint, save_checkpoint
+from losia_dist import Drawn, LoSiAConfig, load_checkpoint, save_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
 from tests.support import resume as runs
 from tests.support.compare import assert_same_run
@@ -21,7 +21,7 @@ def test_drawn_subnets_equal_the_reference(ranks, engine):
 
 
 LIMIT = 1.3  # the tiny model's inputs are all alike: about one in ten is above
-LIMITED = variant(RUN, calibration=4, config={**DRAWN, "outlier_limit": LIMIT})
+LIMITED = variant(RUN, calibration=4, config={**DRAWN, "selection": Drawn(outlier_limit=LIMIT)})
 
 
 @pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
@@ -65,7 +65,7 @@ def test_the_input_neurons_of_a_transposed_weight_are_told_from_its_outputs():
         layer = next(layer for layer in losia.layers if layer.name == "transformer.h.1.attn.c_attn")
         assert layer.weight_is_transposed and 3 not in layer.col_index
 
-    config = {**DRAWN, "rank_factor": [1.0, 0.5], "outlier_limit": 20}
+    config = {**DRAWN, "rank_factor": [1.0, 0.5], "selection": Drawn(outlier_limit=20)}
     train("one", variant(LIMITED, family="gpt2", model={}, config=config), inspect, make_one_loud)
     assert found == {"transformer.h.1.attn.c_attn": [3]}
 
@@ -152,36 +152,21 @@ def test_another_seed_is_refused_on_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option, value",
-    [
-        ("init", "importance"),
-        ("localization", "rank_parallel"),
-        ("importance", "first_order"),
-        ("importance_betas", (0.5, 0.85)),
-    ],
-)
-def test_what_asks_for_importance_is_refused(option, value):
-    with pytest.raises(ConfigError, match=f"{option}=.*no meaning with selection='random'.*selection='greedy'"):
-        LoSiAConfig(selection="random", **{option: value})
-
-
-@pytest.mark.parametrize(
     "options, said",
     [
-        ({"selection": "greedy"}, "outlier_limit=4 is for subnets that are drawn.*selection='random'"),
-        ({"outlier_limit": 1}, "outlier_limit=1: a number above 1"),
-        ({"outlier_limit": "4"}, "outlier_limit='4': a number above 1"),
-        ({"rank_factor": (0.25, 1.0)}, "outlier_limit=4, but subnets take all columns"),
+        ({"selection": {"drawn": {"outlier_limit": 1}}}, "outlier_limit=1: a number above 1"),
+        ({"selection": {"drawn": {"outlier_limit": "4"}}}, "outlier_limit='4': a number above 1"),
+        ({"rank_factor": (0.25, 1.0), "selection": Drawn(outlier_limit=4)}, "outlier_limit=4, but subnets take all columns"),
     ],
 )
 def test_outlier_limits_that_mean_nothing_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
-        LoSiAConfig(**{"selection": "random", "outlier_limit": 4, **options})
+        LoSiAConfig(**options)
 
 
 def test_a_limit_that_leaves_too_few_names_the_layer():
     with pytest.raises(ConfigError, match=r"outlier_limit=1.0001: \d+ of 36 input neurons of model\.layers\.0.* takes 32"):
-        train("one", variant(LIMITED, config={**DRAWN, "rank_factor": (0.25, 0.9), "outlier_limit": 1.0001}))
+        train("one", variant(LIMITED, config={**DRAWN, "rank_factor": (0.25, 0.9), "selection": Drawn(outlier_limit=1.0001)}))
 
 
 def test_a_step_before_the_calibration_batches_is_refused():
@@ -191,7 +176,7 @@ def test_a_step_before_the_calibration_batches_is_refused():
 
 def test_locating_is_refused():
     def ask(stage, losia, _):
-        with pytest.raises(ConfigError, match="selection='random' draws subnets and locates none"):
+        with pytest.raises(ConfigError, match=r"Drawn\(\) draws subnets and locates none"):
             losia.locate([{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}])
 
     train("one", variant(RUN, steps=1), ask)

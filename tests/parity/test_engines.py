@@ -2,7 +2,7 @@
 
 import pytest
 
-from losia_dist import LoSiAConfig
+from losia_dist import Located, LoSiAConfig
 from losia_dist.formulas import cycle_steps
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
@@ -15,7 +15,7 @@ VARIANTS = {
         "period": 4,
         "layers_per_slot": 2,
         "rewarm_steps": 2,
-        "importance": "first_order",
+        "selection": Located("first_order"),
     },
     "norms and embeddings trained in full, bias correction kept": {
         "rank_factor": 0.3,
@@ -24,7 +24,7 @@ VARIANTS = {
         "train_embeddings": True,
         "full_lr_scale": 0.25,
         "reset_bias_correction": False,
-        "importance": "second_order",
+        "selection": Located("second_order"),
     },
     "all columns, no rewarming": {
         "rank_factor": (0.1, 1),

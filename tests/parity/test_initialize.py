@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from losia_dist import LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
+from losia_dist import Located, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
 from tests.support.models import tiny_llama
@@ -192,7 +192,7 @@ def start_ddp_with_another_configuration():
 
     from losia_dist import LoSiA
 
-    config = LoSiAConfig(rank_factor=0.25, importance=("param_mix", "first_order")[dist.get_rank()])
+    config = LoSiAConfig(rank_factor=0.25, selection=Located(("param_mix", "first_order")[dist.get_rank()]))
     model = DistributedDataParallel(get_losia_model(tiny_llama(), config))
     LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3)), config)
 

@@ -2,11 +2,12 @@
 
 import pytest
 
+from losia_dist import Located
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
 BASE = Run(steps=10, accumulation=2, max_grad_norm=0.5)
-RANK_PARALLEL = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "localization": "rank_parallel"}
+RANK_PARALLEL = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "selection": Located(reduction="by_rank")}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
@@ -33,11 +34,11 @@ def test_more_ranks_than_groups_is_no_error(ranks):
 
 def test_one_process_localizes_as_it_always_does():
     run = variant(BASE, steps=8, config=RANK_PARALLEL)
-    plain = variant(BASE, steps=8, config={**RANK_PARALLEL, "localization": "reduced"})
+    plain = variant(BASE, steps=8, config={**RANK_PARALLEL, "selection": "greedy"})
     assert_same_run(train("one", run), train("one", plain), tolerance=0.0)
 
 
-def count_gradient_traffic(localization: str) -> dict[str, int]:
+def count_gradient_traffic(reduction: str) -> dict[str, int]:
     """Largest transfers of a step in which groups localize: of localization's own collectives, in elements."""
     from losia_dist import compat
 
@@ -50,12 +51,12 @@ def count_gradient_traffic(localization: str) -> dict[str, int]:
 
     compat.reduce_scatter_flat = counted
     try:
-        train("ddp", Run(steps=2, config={"rank_factor": 0.25, "period": 2, "localization": localization}))
+        train("ddp", Run(steps=2, config={"rank_factor": 0.25, "period": 2, "selection": Located(reduction=reduction)}))
     finally:
         compat.reduce_scatter_flat = original
     return sent
 
 
 def test_no_gradient_is_communicated_where_every_rank_localizes_alone(ranks):
-    assert [sent["reduce_scatter"] for sent in ranks(2, count_gradient_traffic, "rank_parallel")] == [0, 0]
-    assert all(sent["reduce_scatter"] > 0 for sent in ranks(2, count_gradient_traffic, "reduced"))
+    assert [sent["reduce_scatter"] for sent in ranks(2, count_gradient_traffic, "by_rank")] == [0, 0]
+    assert all(sent["reduce_scatter"] > 0 for sent in ranks(2, count_gradient_traffic, "all"))

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
 from tests.support.training import Run, calibration_batches, reference, train, variant
 
-CONFIG = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "init": "importance"}
+CONFIG = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "selection": Located(start="importance")}
 BASE = Run(steps=6, calibration=4, accumulation=2, max_grad_norm=0.5, config=CONFIG)
 TIED = variant(BASE, model={"tie_word_embeddings": True})
 HSDP = pytest.param("hsdp", marks=pytest.mark.slow)  # four ranks on two cores
@@ -43,7 +43,7 @@ def run_everywhere(ranks, engine, run):
 
 @pytest.mark.parametrize("engine", ["one", *ENGINES])
 def test_every_engine_locates_what_the_reference_does_and_trains_on(ranks, engine):
-    random = expected_of(variant(BASE, config={**CONFIG, "init": "random"}, calibration=0))
+    random = expected_of(variant(BASE, config={**CONFIG, "selection": Located()}, calibration=0))
     expected = expected_of(BASE)
     assert any(expected["first"][n][0].tolist() != random["first"][n][0].tolist() for n in expected["first"])
     run_everywhere(ranks, engine, BASE)
@@ -72,7 +72,9 @@ def located(config: LoSiAConfig, count: int = 3, **model):
 
 def test_nothing_but_the_place_of_the_subnets_changes_and_no_gradient_is_left():
     before = {name: value.clone() for name, value in tiny_llama().state_dict().items()}
-    model, _, losia, moves, passes = located(LoSiAConfig(rank_factor=0.25, init="importance"), attention_dropout=0.1)
+    model, _, losia, moves, passes = located(
+        LoSiAConfig(rank_factor=0.25, selection=Located(start="importance")), attention_dropout=0.1
+    )
     assert passes == 2 and losia.steps == 0
     assert all(p.grad is None for p in model.parameters())
     losia.consolidate()
@@ -84,7 +86,7 @@ def test_nothing_but_the_place_of_the_subnets_changes_and_no_gradient_is_left():
 
 
 def test_calibration_uses_up_no_random_numbers():
-    config = LoSiAConfig(rank_factor=0.25, init="importance")
+    config = LoSiAConfig(rank_factor=0.25, selection=Located(start="importance"))
     model = get_losia_model(tiny_llama(attention_dropout=0.1), config)
     losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
     before = torch.get_rng_state()
@@ -93,7 +95,7 @@ def test_calibration_uses_up_no_random_numbers():
 
 
 def test_reentrant_checkpointing_is_refused():
-    config = LoSiAConfig(rank_factor=0.25, init="importance")
+    config = LoSiAConfig(rank_factor=0.25, selection=Located(start="importance"))
     model = get_losia_model(tiny_llama(), config)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
@@ -102,7 +104,7 @@ def test_reentrant_checkpointing_is_refused():
 
 
 def test_a_compiled_model_is_located_as_it_is_without():
-    config = LoSiAConfig(rank_factor=0.25, init="importance")
+    config = LoSiAConfig(rank_factor=0.25, selection=Located(start="importance"))
     *_, plain, _ = located(config)
     torch.manual_seed(0)
     model = get_losia_model(tiny_llama(), config)
@@ -120,24 +122,24 @@ def test_a_compiled_model_is_located_as_it_is_without():
 
 
 def test_all_rows_kept_takes_one_pass():
-    *_, passes = located(LoSiAConfig(rank_factor=(1.0, 0.25), init="importance"))
+    *_, passes = located(LoSiAConfig(rank_factor=(1.0, 0.25), selection=Located(start="importance")))
     assert passes == 1
 
 
 def test_a_step_before_locating_is_refused_and_changes_nothing():
-    config = LoSiAConfig(rank_factor=0.25, init="importance")
+    config = LoSiAConfig(rank_factor=0.25, selection=Located(start="importance"))
     model = get_losia_model(tiny_llama(), config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     LoSiA(model, optimizer, config)
     before = [p.clone() for p in model.parameters()]
     model(**calibration_batches(Run(calibration=1))[0]).loss.backward()
-    with pytest.raises(ConfigError, match=r"init='importance'.*losia.locate\(batches\).*init='random'"):
+    with pytest.raises(ConfigError, match=r"start='importance'.*losia.locate\(batches\).*start='random'"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_locating_after_the_first_step_is_refused():
-    model, optimizer, losia, *_ = located(LoSiAConfig(rank_factor=0.25, init="importance"))
+    model, optimizer, losia, *_ = located(LoSiAConfig(rank_factor=0.25, selection=Located(start="importance")))
     batch = calibration_batches(Run(calibration=1))
     model(**batch[0]).loss.backward()
     optimizer.step()
@@ -147,7 +149,7 @@ def test_locating_after_the_first_step_is_refused():
 
 
 def test_no_batches_and_batches_without_labels_are_refused():
-    config = LoSiAConfig(rank_factor=0.25, init="importance")
+    config = LoSiAConfig(rank_factor=0.25, selection=Located(start="importance"))
     model = get_losia_model(tiny_llama(), config)
     losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
     with pytest.raises(ConfigError, match="at least one"):
@@ -168,7 +170,7 @@ def unequal(config):
 
 
 def test_unequal_counts_are_refused_on_every_rank(ranks):
-    for message in ranks(2, unequal, {"rank_factor": 0.25, "init": "importance"}):
+    for message in ranks(2, unequal, {"rank_factor": 0.25, "selection": Located(start="importance")}):
         assert "[1, 2]" in message and "equally many" in message
 
 

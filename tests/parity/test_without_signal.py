@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from losia_dist import Located
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -45,7 +46,7 @@ def test_a_step_with_one_micro_batch_without_signal_counts_as_any_other(ranks):
 
 @pytest.mark.parametrize("engine", ["one", "ddp"])
 def test_each_rank_with_layers_of_its_own_too(ranks, engine):
-    run = variant(RUN, config={**CONFIG, "localization": "rank_parallel"})
+    run = variant(RUN, config={**CONFIG, "selection": Located(reduction="by_rank")})
     world = 1 if engine == "one" else 2
     expected = reference(run, world)
     for result in [train(engine, run)] if engine == "one" else ranks(2, train, engine, run):
@@ -54,7 +55,7 @@ def test_each_rank_with_layers_of_its_own_too(ranks, engine):
 
 def test_a_layer_that_calibration_shows_nothing_of_keeps_its_subnet():
     silent = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
-    run = variant(RUN, quiet=(), calibration=2, config={**CONFIG, "init": "importance"})
+    run = variant(RUN, quiet=(), calibration=2, config={**CONFIG, "selection": Located(start="importance")})
     result, expected, drawn = train("one", run), reference(run), reference(variant(run, config=CONFIG, calibration=0))
     assert_same_run(result, expected)
     for name in silent:

@@ -34,7 +34,7 @@ def parts(losia: LoSiA) -> dict[str, Any]:
 def start(engine: str, run: Run, *, other_weights: bool = False) -> tuple[LoSiA, Any, Callable[[], None]]:
     """A run before its first step; with `other_weights` neither weights nor subnets are those of the usual start."""
     model, config = prepared_model(run), LoSiAConfig(**run.config)
-    if config.selection != "random":  # whose draws are the seed's
+    if config.located is not None:  # whose draws are the seed's
         config.seed = 1 if other_weights else 0
     if other_weights:
         torch.manual_seed(5)

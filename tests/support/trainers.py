@@ -71,7 +71,7 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         losia = self.trainer.losia
-        located = self.trainer.losia_config.collects_importance
+        located = self.trainer.losia_config.located is not None
         if located and state.global_step % self.trainer.losia_config.period == 0:
             name = losia.clock.names[self.trainer.losia_callback.metrics()["losia/localizing"]]
             layers = [layer for layer in losia.layers if layer.group_name == name]

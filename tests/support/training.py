@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
+from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.checkpoint.export import _gather
 from losia_dist.checkpoint.names import unwrap
 from losia_dist.subnet.convert import subnet_layers
@@ -42,7 +42,7 @@ class Run:
     optimizer: str = ""  # of torch.optim; none: LoSiAAdamW, whose arithmetic the reference has
     quiet: tuple[tuple[int, int], ...] = ()  # (step, micro-batch) whose loss, and so all gradients, are exactly zero
     silenced: str | None = None  # a weight that starts at zero
-    calibration: int = 0  # micro-batches over all ranks that init="importance" locates the first subnets from
+    calibration: int = 0  # micro-batches over all ranks that start="importance" locates the first subnets from
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -111,8 +111,9 @@ def prepared_model(run: Run) -> torch.nn.Module:
 
 
 def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
-    """The dense reference's losses, whole weights and selections. `ranks` matters to localization="rank_parallel" alone."""
+    """The dense reference's losses, whole weights and selections. `ranks` matters to reduction="by_rank" alone."""
     config = LoSiAConfig(**run.config)
+    located = config.located or Located()
     converted = get_losia_model(build(run), config)
     layers = subnet_layers(converted)
     groups: dict[str, list[str]] = {}
@@ -130,15 +131,15 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         _swapped(subnets, transposed),
         period=config.period,
         layers_per_slot=config.layers_per_slot,
-        importance=config.importance,
-        importance_betas=config.importance_betas,
+        importance=located.importance,
+        importance_betas=located.betas,
         lr_schedule=lambda step: rate_at(step, run.steps),
         rewarm_steps=config.rewarm_steps,
         reset_bias_correction=config.reset_bias_correction,
         max_grad_norm=run.max_grad_norm or None,
         trainable_names=trained,
-        localization_ranks=ranks if config.localization == "rank_parallel" else None,
-        selection=config.selection,
+        localization_ranks=ranks if config.by_rank else None,
+        selection="random" if config.located is None else "greedy",
         seed=config.seed,
         outlier_limit=config.outlier_limit,
         full_lr_scale=config.full_lr_scale,

@@ -1,10 +1,11 @@
 """What a user can set, and what each wrong value is answered with."""
 
 import json
+import warnings
 
 import pytest
 
-from losia_dist import LoSiAConfig
+from losia_dist import Drawn, Located, LoSiAConfig
 from losia_dist.errors import ConfigError
 
 
@@ -23,18 +24,13 @@ def test_a_rank_factor_outside_0_to_1_is_refused_with_the_value_and_the_rule(fac
         ("layers_per_slot", 0),
         ("layers_per_slot", "all"),
         ("cycles", 0),
-        ("calibration_batches", 0),
         ("rank_pattern", {}),
         ("rewarm_steps", -1),
         ("output_rank_factor", 0),
         ("output_rank_factor", 2),
-        ("importance", "magnitude"),
-        ("importance_betas", (0.85, 1.0)),
-        ("importance_betas", 0.85),
-        ("importance_betas", (0.0, 0.85)),
         ("selection", "exhaustive"),
-        ("init", "located"),
-        ("localization", "layerwise"),
+        ("selection", {"located": {}, "drawn": {}}),
+        ("selection", {"chosen": {}}),
         ("target_modules", []),
         ("target_modules", ""),
         ("modules_to_save", "norm"),
@@ -47,6 +43,104 @@ def test_a_value_that_cannot_work_is_refused_by_name(field, value):
         LoSiAConfig(**{field: value})
     assert field in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind, field, value",
+    [
+        (Located, "calibration_batches", 0),
+        (Located, "importance", "magnitude"),
+        (Located, "betas", (0.85, 1.0)),
+        (Located, "betas", 0.85),
+        (Located, "betas", (0.0, 0.85)),
+        (Located, "start", "located"),
+        (Located, "reduction", "layerwise"),
+        (Drawn, "calibration_batches", 0),
+        (Drawn, "outlier_limit", 1),
+    ],
+)
+def test_a_value_of_a_selection_that_cannot_work_is_refused_by_name(kind, field, value):
+    for make in (lambda: kind(**{field: value}), lambda: LoSiAConfig(selection={kind.__name__.lower(): {field: value}})):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert f"{field}={value!r}" in str(caught.value)
+
+
+def test_a_selection_has_short_forms_and_nests_in_files(tmp_path):
+    assert LoSiAConfig().selection == LoSiAConfig(selection="greedy").selection == Located()
+    assert LoSiAConfig(selection="random").selection == Drawn()
+    file = tmp_path / "losia.yaml"
+    for text, selection in {
+        "selection: random": Drawn(),
+        "selection: {drawn: }": Drawn(),
+        "selection:\n  located: {start: importance, betas: [0.8, 0.9]}": Located(start="importance", betas=(0.8, 0.9)),
+    }.items():
+        file.write_text(text)
+        config = LoSiAConfig.from_file(file)
+        assert config.selection == selection
+        config.save_pretrained(tmp_path)
+        assert LoSiAConfig.from_pretrained(tmp_path) == config
+    file.write_text("selection: {located: {start_: importance}}")
+    with pytest.raises(ConfigError, match="selection: located: unknown option 'start_'. Did you mean start"):
+        LoSiAConfig.from_file(file)
+
+
+@pytest.mark.parametrize(
+    "text, selection, line",
+    [
+        ("init: importance", Located(start="importance"), "selection: {located: {start: importance}}"),
+        (
+            "selection: random\noutlier_limit: 4\ncalibration_batches: 2",
+            Drawn(outlier_limit=4, calibration_batches=2),
+            "selection: {drawn: {outlier_limit: 4, calibration_batches: 2}}",
+        ),
+        (
+            "localization: rank_parallel\nimportance: first_order\nimportance_betas: [0.5, 0.85]\noutlier_limit:",
+            Located("first_order", (0.5, 0.85), reduction="by_rank"),
+            "selection: {located: {reduction: by_rank, importance: first_order, betas: [0.5, 0.85]}}",
+        ),
+    ],
+)
+def test_a_file_of_the_flat_form_loads_with_one_warning_that_names_the_line(tmp_path, text, selection, line):
+    file = tmp_path / "old.yaml"
+    file.write_text(text)
+    with pytest.warns(FutureWarning) as told:
+        config = LoSiAConfig.from_file(file)
+    assert len(told) == 1 and f"Write: {line}" in str(told[0].message) and "old.yaml" in str(told[0].message)
+    assert config.selection == selection
+    file.write_text(line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LoSiAConfig.from_file(file) == config
+
+
+def test_the_flat_form_is_refused_where_it_contradicts_itself_and_in_programs(tmp_path):
+    file = tmp_path / "old.yaml"
+    for text, said in {
+        "selection: random\ninit: importance": "init='importance' has no meaning with selection='random'.*take 'greedy'",
+        "outlier_limit: 4": "outlier_limit=4 has no meaning with selection='greedy'.*take 'random'",
+        "selection: {drawn: {}}\noutlier_limit: 4": "outlier_limit stand beside selection=.*move them into it",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"old.yaml: {said}"):
+            LoSiAConfig.from_file(file)
+    with pytest.raises(ConfigError, match=r"no init any more: give selection=Located\(start=...\)"):
+        LoSiAConfig(init="importance")
+    with pytest.raises(ConfigError, match=r"no outlier_limit any more: give selection=Drawn\(outlier_limit=...\)"):
+        LoSiAConfig(selection="random", outlier_limit=4)
+
+
+def test_presets_go_by_name_and_files_by_path(tmp_path, monkeypatch):
+    assert LoSiAConfig.preset("published") == LoSiAConfig()
+    assert LoSiAConfig.preset("short").selection == Drawn(outlier_limit=4, calibration_batches=2)
+    monkeypatch.chdir(tmp_path)
+    assert LoSiAConfig.read("7b") == LoSiAConfig.preset("7b")
+    (tmp_path / "7b").write_text("period: 3")  # a file of that name is meant
+    assert LoSiAConfig.read("7b").period == 3
+    with pytest.raises(ConfigError, match="no preset 'tiny'; there are 13b, 70b, 7b, .*published, short"):
+        LoSiAConfig.preset("tiny")
+    with pytest.raises(ConfigError, match="absent.yaml cannot be read"):
+        LoSiAConfig.read("absent.yaml")
 
 
 @pytest.mark.parametrize("factor", [2.0, [1, 0.5, 0.25], [1, 0]])

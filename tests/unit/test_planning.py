@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from losia_dist import LoSiAConfig, get_losia_model
+from losia_dist import Drawn, Located, LoSiAConfig, get_losia_model
 from losia_dist.cli.main import main
 from losia_dist.formulas import cycle_steps, layers_per_slot_for
 from losia_dist.planning.memory import plan_memory, sizes
@@ -33,6 +33,8 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
 }
+
+START = Located(start="importance")
 
 
 def workload(model: str = "llama-2-70b", gpus: int = 4, **settings) -> Workload:
@@ -93,7 +95,7 @@ def test_memory_falls_with_ranks_where_the_engine_shards_and_grows_with_what_is_
     four = parts(config=LoSiAConfig(layers_per_slot=4))["importance"]
     assert 3.5 * parts()["importance"] < four < 4 * parts()["importance"]  # one whole gradient under way, of any number
     assert parts(method="lora", accumulation=2)["importance"] == 0
-    located = LoSiAConfig(init="importance")
+    located = LoSiAConfig(selection=START)
     assert parts(config=located) == parts()
     assert parts(config=located, checkpointing=False)["activations"] > 1.2 * parts(checkpointing=False)["activations"]
     offloaded = plan_memory(workload("llama-2-7b", engine="zero3", offload="all"))
@@ -255,8 +257,8 @@ def test_a_hub_name_without_a_network_is_said_in_one_line(capsys, monkeypatch):
 
 def test_a_warm_start_keeps_and_sends_sums_alone():
     shape = find_shape("llama-2-70b")
-    square = make_plan(workload(config=LoSiAConfig(init="importance"))).record()["warm_start"]
-    tall = make_plan(workload(config=LoSiAConfig(init="importance", rank_factor=[1.0, 1 / 64]))).record()["warm_start"]
+    square = make_plan(workload(config=LoSiAConfig(selection=START))).record()["warm_start"]
+    tall = make_plan(workload(config=LoSiAConfig(selection=START, rank_factor=[1.0, 1 / 64]))).record()["warm_start"]
     assert make_plan(workload(config=LoSiAConfig())).record()["warm_start"] is None
     assert (square["passes"], tall["passes"]) == (2, 1)
     assert square["sums_bytes"] == 8 * 80 * sum(m + n for m, n in shape.linears().values())
@@ -267,11 +269,11 @@ def test_a_warm_start_keeps_and_sends_sums_alone():
 
 def test_finding_outliers_is_one_forward_pass():
     shape = find_shape("llama-2-70b")
-    drawn = LoSiAConfig(selection="random", outlier_limit=4)
+    drawn = LoSiAConfig(selection=Drawn(outlier_limit=4))
     plan = make_plan(workload(config=drawn))
     found, located = (
         plan.record()["warm_start"],
-        make_plan(workload(config=LoSiAConfig(init="importance"))).record()["warm_start"],
+        make_plan(workload(config=LoSiAConfig(selection=START))).record()["warm_start"],
     )
     assert found["passes"] == 1 and found["largest_gradient_bytes"] == 0
     assert found["sums_bytes"] == 8 * 80 * sum(n for _, n in shape.linears().values())

@@ -6,7 +6,6 @@ Files are read, not mapped: what was read can be counted as the process's own me
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,21 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losia_dist.checkpoint.safetensors_io import DTYPES, read_header
 from losia_dist.errors import ConfigError
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _PIECE = 16 << 20  # bytes read at a time where they are cast or go to another device
 _SAMPLES, _SAMPLE = 32, 4096  # pieces and bytes of a file that tell it from another of the same shape
 _AGAIN = "Download or copy it again."
@@ -84,25 +71,17 @@ class StoredFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as opened:
-                self.size = opened.seek(0, 2)
-                opened.seek(0)
-                length = int.from_bytes(opened.read(8), "little")
-                if self.size < 8 or length > min(self.size - 8, _LARGEST_HEADER):
-                    raise self._truncated(8 + length)
-                text = opened.read(length)
+            self.size, self._header_print, places = read_header(self.path)
         except OSError as error:
             raise self._unreadable(error) from error
+        except ValueError as error:
+            raise ConfigError(f"{self.path} {error}. {_AGAIN}") from error
         self._opened: Any = None
-        self.header_print = zlib.crc32(text)
-        try:
-            header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-            self.tensors = {name: self._entry(name, entry, 8 + length) for name, entry in header.items()}
-            end = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=8 + length)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ConfigError(f"{self.path} is not a safetensors file, or is damaged ({error}). {_AGAIN}") from error
-        if end > self.size:
-            raise self._truncated(end)
+        # 8-bit floats need a scale that is not in the tensor: none that is read here.
+        dtypes = {name: dtype for name, dtype in DTYPES.items() if not name.startswith("F8")}
+        self.tensors = {
+            name: StoredTensor(self, dtypes.get(dtype), shape, begin) for name, (dtype, shape, begin) in places.items()
+        }
 
     def read(self, begin: int, target: Tensor) -> None:
         """Bytes from `begin` on, into a contiguous CPU tensor, until it is full. Raises: ConfigError."""
@@ -125,23 +104,13 @@ class StoredFile:
         for place in range(_SAMPLES if self.size > _SAMPLE else 0):
             self.read((self.size - _SAMPLE) * place // (_SAMPLES - 1), sample)
             found = zlib.crc32(_bytes_of(sample), found)
-        return [self.size, self.header_print, found]
+        return [self.size, self._header_print, found]
 
     def close(self) -> None:
         """Let go of the file; a later read opens it again."""
         if self._opened is not None:
             self._opened.close()
             self._opened = None
-
-    def _entry(self, name: str, entry: dict[str, Any], begin: int) -> StoredTensor:
-        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-        start, stop = entry["data_offsets"]
-        if not 0 <= start <= stop or (dtype is not None and stop - start != math.prod(shape) * dtype.itemsize):
-            raise ValueError(f"{name} has {stop - start} bytes, not those of {list(shape)} {entry['dtype']}")
-        return StoredTensor(self, dtype, shape, begin + start)
-
-    def _truncated(self, needed: int) -> ConfigError:
-        return ConfigError(f"{self.path} has {self.size} bytes of at least {needed}: it is truncated or damaged. {_AGAIN}")
 
     def _unreadable(self, error: OSError) -> ConfigError:
         return ConfigError(

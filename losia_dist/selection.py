@@ -1,0 +1,127 @@
+"""How subnets are chosen: `Located` by gradient importance, or `Drawn` at random. The value of `LoSiAConfig.selection`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from losia_dist.errors import ConfigError
+
+IMPORTANCES = ("param_mix", "first_order", "second_order")
+STARTS = ("random", "importance")
+REDUCTIONS = ("all", "by_rank")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Subnets where importance is largest: the best of the paper's candidates (algorithm 1), group by group as slots end.
+
+    Args:
+        importance: I of one weight element w with gradient g: "param_mix" |wg - (wg)^2 / 2| (paper, eq. 3),
+            "first_order" |wg|, "second_order" (wg)^2.
+        betas: (b1, b2) of the averages of I and of its deviation, b1 in (0, 1), b2 in [0, 1). Paper: 0.85, 0.85.
+        start: first subnets: "random" (seeded, the paper's), or "importance": located before the first step by
+            `LoSiA.locate` from calibration batches (Trainer and training script take them from the training data).
+        calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
+        reduction: "all": importance comes from the gradient of the global batch, reduce-scattered by rows. "by_rank": each
+            rank localizes other groups (`layers_per_slot` of them) from its own batches, with no gradient communicated: N
+            ranks re-localize N times as many groups per slot at the same cost per rank.
+    """
+
+    importance: str = "param_mix"
+    betas: tuple[float, float] = (0.85, 0.85)
+    start: str = "random"
+    calibration_batches: int = 8
+    reduction: str = "all"
+
+    def __post_init__(self) -> None:
+        for name, available in (("importance", IMPORTANCES), ("start", STARTS), ("reduction", REDUCTIONS)):
+            value = getattr(self, name)
+            if value not in available:
+                raise ConfigError(
+                    f"selection: located: {name}={value!r} is not available in this version; available: "
+                    f"{', '.join(map(repr, available))}."
+                )
+        betas = self.betas
+        if not isinstance(betas, list | tuple) or len(betas) != 2 or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            raise ConfigError(f"selection: located: betas={betas!r}: two numbers in [0, 1) are needed, such as (0.85, 0.85).")
+        if betas[0] == 0:
+            raise ConfigError(
+                f"selection: located: betas={betas!r}: with a first number of 0 no importance ever differs from its average, "
+                "and every score would be 0: give one above 0, for example 0.85."
+            )
+        object.__setattr__(self, "betas", (float(betas[0]), float(betas[1])))
+        check_count("selection: located: calibration_batches", self.calibration_batches, minimum=1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Subnets drawn anew by seed, layer and step: no importance is collected, nothing is sent for it, and a slot costs no more
+    than other steps.
+
+    Args:
+        outlier_limit: input neurons whose root mean square over calibration batches (`LoSiA.locate`, forward passes alone) is
+            above this multiple of their layer's median are never drawn. Above 1. None: all may be drawn, no batch is needed.
+        calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
+    """
+
+    outlier_limit: float | None = None
+    calibration_batches: int = 8
+
+    def __post_init__(self) -> None:
+        limit = self.outlier_limit
+        if limit is not None and (not is_number(limit) or not 1 < limit < float("inf")):
+            raise ConfigError(f"outlier_limit={limit!r}: a number above 1 is needed, for example 4, or null to draw from all.")
+        check_count("selection: drawn: calibration_batches", self.calibration_batches, minimum=1)
+
+
+Selection = Located | Drawn
+KINDS: dict[str, type[Located] | type[Drawn]] = {"located": Located, "drawn": Drawn}
+SHORT_FORMS: dict[str, type[Located] | type[Drawn]] = {"greedy": Located, "random": Drawn}
+
+
+def read_selection(value: Any) -> Selection:
+    """A selection from itself, a short form, or plain values: {"located": {...}} or {"drawn": {...}}. Raises: ConfigError."""
+    if isinstance(value, Located | Drawn):
+        return value
+    if isinstance(value, str) and value in SHORT_FORMS | KINDS:
+        return (SHORT_FORMS | KINDS)[value]()
+    if isinstance(value, Mapping) and len(value) == 1 and next(iter(value)) in KINDS:
+        (kind, options), *_ = value.items()
+        return _read(KINDS[kind], kind, options or {})
+    raise ConfigError(
+        f"selection={value!r} is not available in this version; give Located(...), Drawn(...), 'greedy' (Located()) or "
+        "'random' (Drawn()), in a file 'located: {...}' or 'drawn: {...}' under selection."
+    )
+
+
+def plain_selection(selection: Selection) -> dict[str, Any]:
+    """Plain values (JSON, YAML) that `read_selection` takes back."""
+    kind = next(name for name, cls in KINDS.items() if isinstance(selection, cls))
+    return {kind: {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(selection).items()}}
+
+
+def _read(cls: type[Located] | type[Drawn], kind: str, options: Any) -> Selection:
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"selection: {kind}: {options!r}: 'name: value' lines are needed.")
+    known = [field.name for field in fields(cls)]
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=2, cutoff=0.4)
+            hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Known: {', '.join(known)}."
+            raise ConfigError(f"selection: {kind}: unknown option {name!r}. {hint}")
+    return cls(**options)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any, minimum: int, also: str = "") -> None:
+    """Raises: ConfigError unless it is a whole number of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigError(
+            f"{name}={value!r}: a whole number of at least {minimum} is needed{f', or {also!r}' if also else ''}."
+        )
