@@ -43,10 +43,10 @@ quickstart-full: venv
 		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-full
 
 test: venv
-	$(RUN) python -m pytest -q -n $(WORKERS) -m "not slow and not gpu"
+	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-full: venv
-	$(RUN) python -m pytest -q -n $(WORKERS) -m "not gpu"
+	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu"
 
 lint: venv
 	$(BIN)/ruff check .
