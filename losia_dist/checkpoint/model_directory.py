@@ -141,13 +141,13 @@ class _DirectoryWriter:
             )
         if isinstance(tokenizer, str | Path):
             raise ConfigError(
-                f"tokenizer={str(tokenizer)!r} is a name: pass the tokenizer itself (AutoTokenizer.from_pretrained(...)), or the "
-                "model's directory as base_model."
+                f"tokenizer={str(tokenizer)!r} is a name: pass the tokenizer itself (AutoTokenizer.from_pretrained(...)), or "
+                "the model's directory as base_model."
             )
         if (self._directory / _ADAPTER).exists():
             raise ConfigError(
-                f"{self._directory} holds a PEFT adapter ({_ADAPTER}), which Transformers would load on top of this model: give "
-                "another directory, or move the adapter away."
+                f"{self._directory} holds a PEFT adapter ({_ADAPTER}), which Transformers would load on top of this model: "
+                "give another directory, or move the adapter away."
             )
         files.remove(self._beside)
         self._beside.mkdir(parents=True)
