@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.sharding.accelerated import refuse_plain_saving
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.sharding.whole import WholeParameters
@@ -72,7 +71,6 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
     else:
         raise UnsupportedError(f"{kind} is not an optimizer that LoSiA can reach into; pass a torch.optim.Optimizer.")
     _check_groups(model, state.optimizer, own_parameters=state.optimizer is optimizer)
-    refuse_plain_saving()
     return state
 
 
