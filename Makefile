@@ -8,6 +8,8 @@ BIN := $(abspath $(VENV))/bin
 # Deferred: DeepSpeed looks for ninja on the PATH, and runs on the CPU only if told so.
 RUN = PATH="$(BIN):$$PATH" $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() else "env DS_ACCELERATOR=cpu OMP_NUM_THREADS=1")')
 RANKS ?= 2
+# Processes that run tests; each has ranks of its own.
+WORKERS ?= 2
 # bf16 is several times slower than fp32 on a CPU without units for it.
 PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "--precision fp32")')
 
@@ -41,10 +43,10 @@ quickstart-full: venv
 		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-full
 
 test: venv
-	$(RUN) python -m pytest -q -m "not slow and not gpu"
+	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-full: venv
-	$(RUN) python -m pytest -q -m "not gpu"
+	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu"
 
 lint: venv
 	$(BIN)/ruff check .

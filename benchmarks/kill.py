@@ -175,13 +175,7 @@ def work(engine: str, directory: Path) -> None:
         beside.write_text(f"{phase} {losia.steps}")
         beside.replace(directory / f"phase-{rank}")
 
-    relocalize = losia._relocalize
-
-    def watched(*details: Any) -> None:
-        mark("re-localization")
-        relocalize(*details)
-
-    losia._relocalize = watched
+    losia.on_relocalize.append(lambda group: mark("re-localization"))
     began = time.monotonic()
     while losia.steps < STEPS:
         mark("step")

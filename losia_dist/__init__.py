@@ -12,9 +12,10 @@ from losia_dist.checkpoint.load import load_checkpoint
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.checkpoint.session import wait_for_saving
 from losia_dist.cli.arguments import add_config_arguments
-from losia_dist.conductor import LoSiA
+from losia_dist.conductor import WHEN_MADE, LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import LoSiAError
+from losia_dist.integrations.accelerate_saving import refuse_plain_saving
 from losia_dist.integrations.build_locks import guard_builds
 from losia_dist.integrations.deepspeed import initialize
 from losia_dist.model import get_losia_model, print_trainable_parameters
@@ -58,6 +59,7 @@ _WHEN_ASKED_FOR = {
 }
 
 guard_builds()  # here, as DeepSpeed, Accelerate or TrainingArguments may build before anything of this package is called
+WHEN_MADE.append(refuse_plain_saving)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.backward import Batch
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.modes import Localization, make_localization
-from losia_dist.localization.moves import SubnetMove
+from losia_dist.localization.moves import Reason, SubnetMove, describe_moves
 from losia_dist.localization.schedule import layers_per_slot, resolve_layers_per_slot
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotClock, SlotGroup
@@ -48,6 +48,8 @@ from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.subnet.operator import make_findable
 from losia_dist.warm_start import find_outliers, locate_all
 
+WHEN_MADE: list[Callable[[], None]] = []  # what integrations do in a process that gets a conductor
+
 
 class LoSiA:
     """Drives localization for a converted model and its optimizer, whatever engine holds them.
@@ -61,6 +63,8 @@ class LoSiA:
         config: the configuration the model was converted with.
         process_group: ranks that see different data; None: all ranks, if torch.distributed is initialized.
         total_steps: optimizer steps of the whole run, which layers_per_slot="auto" is chosen for.
+        watch: whether ranks watch each other, so that one that is lost ends the others with its name (`liveness`): a thread, a
+            port on the first rank, and `sys.excepthook`. The script, the Trainer and `initialize` turn it on.
 
     Raises:
         ConfigError: the model has no subnets, or lost some since it was converted; the optimizer does not hold them by decoder
@@ -76,6 +80,7 @@ class LoSiA:
         *,
         process_group: dist.ProcessGroup | None = None,
         total_steps: int | None = None,
+        watch: bool = False,
     ) -> None:
         self.model, self.config = model, config
         self.layers = subnet_layers(model)
@@ -84,17 +89,17 @@ class LoSiA:
         refuse_unusable(self.layers)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
-        agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps})
+        agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})
         self.collectives = RowCollectives(group)
         groups = len(group_names(self.layers))
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
         agreement.same("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers})
         agreement.same("the environment", {**liveness_settings(), **removed_variables()})
         refuse_removed_variables()
-        self._watch = join_watch(group)
-        self._watch_hook = None
-        if self._watch is not None:  # before the engine's own hook, which may wait for other ranks already
-            self._watch_hook = model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
+        self._watch = join_watch(group) if watch else None
+        # Before the engine's own hook, which may wait for other ranks already.
+        hook = None if self._watch is None else model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
+        self._watch_hook = hook
         self.parameters = resolve_parameters(model)
         check_intact(model, self.layers, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
@@ -127,13 +132,17 @@ class LoSiA:
         self._engagement: EngagementCheck | None = EngagementCheck(self.parts)
         self._drift: DriftCheck | None = DriftCheck(self.parts)
         self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
-        # Called, on all ranks, of every layer whose subnet is about to move, and the values [r, c] it leaves in the weight.
+        # Called, on all ranks, for a group that is about to be re-localized.
+        self.on_relocalize: list[Callable[[SlotGroup], None]] = []
+        # Called, on all ranks, for every layer whose subnet is about to move, with the values [r, c] it leaves in the weight.
         self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
-        # Called, on all ranks, of every layer that got another subnet, once the whole group has.
+        # Called, on all ranks, for every layer that got another subnet, once the whole group has.
         self.on_move: list[Callable[[SubnetMove], None]] = []
         # Further objects (state_dict, load_state_dict; plain values) that checkpoints carry: an engine's own counters.
         self.carried: dict[str, Any] = {}
         self._open_slot()
+        for prepare in WHEN_MADE:
+            prepare()
 
     @property
     def steps(self) -> int:
@@ -350,6 +359,8 @@ class LoSiA:
     @torch.no_grad()
     def _relocalize(self, group: SlotGroup, layers: list[SubnetLinear]) -> list[Choice]:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
+        for told in self.on_relocalize:
+            told(group)
         choices: list[Choice] = []
         for layer in layers:
             wanted = self.placement.wanted(layer, self.steps + 1, self.outliers)
@@ -371,26 +382,14 @@ class LoSiA:
         self._first_move.after(layers)
         return choices
 
-    def _tell(self, reason: Literal["located", "relocalized"], layers: list[SubnetLinear], choices: list[Choice]) -> None:
+    def _tell(self, reason: Reason, layers: list[SubnetLinear], choices: list[Choice]) -> None:
         """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
         if not self.on_move:
             return
-        parts = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
-        for layer, choice, (inside, total) in zip(layers, choices, parts, strict=True):
-            (m, n), (r, c) = self.placement.shape(layer), (choice.rows.numel(), choice.columns.numel())
-            move = SubnetMove(
-                step=self.steps,
-                reason=reason,
-                layer=layer.name,
-                group=layer.group_name,
-                shape=(m, n),
-                rows=choice.rows,
-                columns=choice.columns,
-                captured=inside / total if total > 0 else None,
-                random_share=r * c / (m * n),
-            )
-            for listener in self.on_move:
-                listener(move)
+        shapes = [self.placement.shape(layer) for layer in layers]
+        for move in describe_moves(self.steps, reason, layers, shapes, choices):
+            for told in self.on_move:
+                told(move)
 
     def _check_located(self) -> None:  # an optimizer step is about to be made
         if not self.located:

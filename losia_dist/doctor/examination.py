@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import secrets
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,23 @@ from losia_dist.errors import ConfigError
 Value = TypeVar("Value")
 
 
-def run(options: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Options:
+    """What is examined, and how long ranks wait for each other.
+
+    output_dir, model, losia_config, deepspeed: the run's, as the training script takes them; None: not looked at.
+    seconds: before those that did not come are named. json: findings as one object instead of lines.
+    """
+
+    output_dir: str | None = None
+    model: str | None = None
+    losia_config: str | None = None
+    deepspeed: str | None = None
+    seconds: float = 60.0
+    json: bool = False
+
+
+def run(options: Options) -> int:
     """Examine, and print: the first rank for all, every rank for itself where they do not meet. Called by all ranks.
 
     Returns:
@@ -65,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(one.finding.level == ERROR for one in placed) else 0
 
 
-def check_files(options: argparse.Namespace) -> list[Finding]:
+def check_files(options: Options) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
     readers: dict[str, Callable[[str], Any]] = {
         "losia_config": LoSiAConfig.read,
@@ -86,7 +102,7 @@ def check_files(options: argparse.Namespace) -> list[Finding]:
 
 
 def _together(
-    options: argparse.Namespace, process: LaunchedProcess, facts: Facts, own: list[Finding]
+    options: Options, process: LaunchedProcess, facts: Facts, own: list[Finding]
 ) -> tuple[list[Placed], dict[str, Any]]:
     """All ranks' findings, those about differences, and the links; the same on all ranks."""
     with until(4 * options.seconds, f"rank {process.rank} (host {facts.host}): comparing the ranks did not end"):
@@ -94,7 +110,7 @@ def _together(
         local_ranks = _gather(process.local_rank, process)
         common = ranks.compare(answers, local_ranks)
         if options.output_dir:
-            common += _check_shared(options, process)
+            common += _check_shared(options.output_dir, process)
         hosts = len({answer[0].host for answer in answers})
         measured = {"gloo": links.measure(torch.device("cpu"), dist.group.WORLD)}
         each_has_a_gpu = all(local < len(answer[0].gpus) for answer, local in zip(answers, local_ranks, strict=True))
@@ -109,9 +125,9 @@ def _together(
     return merge([[*findings, *common] for findings in everyone]), measured
 
 
-def _check_shared(options: argparse.Namespace, process: LaunchedProcess) -> list[Finding]:
+def _check_shared(output_dir: str, process: LaunchedProcess) -> list[Finding]:
     """Whether all ranks see what the first one writes."""
-    mark = storage.leave_mark(options.output_dir, secrets.token_hex(8)) if process.rank == 0 else None
+    mark = storage.leave_mark(output_dir, secrets.token_hex(8)) if process.rank == 0 else None
     shown = [None if mark is None else str(mark)]
     dist.broadcast_object_list(shown, src=0)
     if shown[0] is None:
@@ -119,10 +135,10 @@ def _check_shared(options: argparse.Namespace, process: LaunchedProcess) -> list
     seen = _gather(storage.sees_mark(shown[0]), process)
     if mark is not None:
         mark.unlink(missing_ok=True)
-    return storage.check_shared(options.output_dir, seen)
+    return storage.check_shared(output_dir, seen)
 
 
-def _hashes(options: argparse.Namespace) -> dict[str, str]:
+def _hashes(options: Options) -> dict[str, str]:
     found = {}
     for name in ("losia_config", "deepspeed"):
         path = getattr(options, name)
@@ -137,7 +153,7 @@ def _gather(value: Value, process: LaunchedProcess) -> list[Value]:
     return everyone
 
 
-def _show(options: argparse.Namespace, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
+def _show(options: Options, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
     if options.json:
         print(json.dumps(to_json(placed, world_size, measured), indent=2), flush=True)
     else:

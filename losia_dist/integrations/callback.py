@@ -102,7 +102,7 @@ class LoSiACallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config, total_steps=state.max_steps)
+        self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config, total_steps=state.max_steps, watch=True)
         self._localized, self._device = [], args.device
         if state.is_world_process_zero:
             self._subnets = SubnetLog(self.losia)

@@ -42,6 +42,7 @@ def initialize(
     lr: float = 5e-5,
     lr_scheduler: Any | Callable[[Optimizer], Any] | None = None,
     total_steps: int | None = None,
+    watch: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Convert the model if it is not yet, and start a DeepSpeed engine whose `step()` drives LoSiA.
@@ -56,6 +57,7 @@ def initialize(
         lr: learning rate where neither an optimizer nor the configuration gives one.
         lr_scheduler: as for deepspeed.initialize: a scheduler, or a callable that takes the optimizer.
         total_steps: optimizer steps of the whole run, for layers_per_slot="auto".
+        watch: whether ranks watch each other; see `LoSiA`.
         kwargs: passed on to deepspeed.initialize: args, training_data, collate_fn, distributed_port, dist_init_required.
 
     Returns:
@@ -98,7 +100,7 @@ def initialize(
     engine, wrapped, loader, scheduler = _start(model=model, config=settings, lr_scheduler=lr_scheduler, **arguments)
     _check_stage(engine, settings)
     engine.losia = LoSiA(
-        engine.module, wrapped, losia_config, process_group=engine.seq_data_parallel_group, total_steps=total_steps
+        engine.module, wrapped, losia_config, process_group=engine.seq_data_parallel_group, total_steps=total_steps, watch=watch
     )
     _drive(engine)
     return engine, wrapped, loader, scheduler

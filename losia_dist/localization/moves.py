@@ -1,9 +1,18 @@
 """What happened when a layer got another subnet: handed to `losia.on_move` listeners."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from losia_dist.localization.search import Choice
+from losia_dist.subnet.linear import SubnetLinear
+
+Reason = Literal["located", "relocalized"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class SubnetMove:
     """
 
     step: int
-    reason: Literal["located", "relocalized"]
+    reason: Reason
     layer: str
     group: str
     shape: tuple[int, int]
@@ -31,3 +40,22 @@ class SubnetMove:
     columns: Tensor
     captured: float | None
     random_share: float
+
+
+def describe_moves(
+    step: int, reason: Reason, layers: Sequence[SubnetLinear], shapes: Sequence[tuple[int, int]], choices: Sequence[Choice]
+) -> Iterator[SubnetMove]:
+    """The moves of layers with whole weights of these shapes (m, n). Waits for the device."""
+    parts = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
+    for layer, (m, n), choice, (inside, total) in zip(layers, shapes, choices, parts, strict=True):
+        yield SubnetMove(
+            step=step,
+            reason=reason,
+            layer=layer.name,
+            group=layer.group_name,
+            shape=(m, n),
+            rows=choice.rows,
+            columns=choice.columns,
+            captured=inside / total if total > 0 else None,
+            random_share=choice.rows.numel() * choice.columns.numel() / (m * n),
+        )

@@ -1,4 +1,4 @@
-"""The loss over a large vocabulary without its logits: in chunks of tokens, or by a fused kernel."""
+"""The loss over a large vocabulary without its logits: in chunks of tokens."""
 
 from losia_dist.loss.model import use_chunked_loss
 

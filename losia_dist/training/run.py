@@ -230,7 +230,7 @@ def _start(
             devices = [process.device.index] if process.device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, **DDP_KEEPS_BUFFERS)
     optimizer = make_optimizer(model)
-    losia = LoSiA(model, optimizer, config, total_steps=steps) if config is not None else None
+    losia = LoSiA(model, optimizer, config, total_steps=steps, watch=True) if config is not None else None
     return PlainRun(
         name, model, optimizer, schedule(optimizer), losia, max_grad_norm=options.max_grad_norm, device=process.device
     )

@@ -15,7 +15,20 @@ PACKAGE = Path(losia_dist.__file__).parent
 
 # Lower layers never import upper ones.
 LAYERS = [
-    ["_version", "compat", "errors", "agreement", "digits", "formulas", "fingerprint", "config", "config_file", "removed"],
+    [
+        "_version",
+        "compat",
+        "errors",
+        "agreement",
+        "digits",
+        "formulas",
+        "fingerprint",
+        "config",
+        "config_file",
+        "config_before",
+        "selection",
+        "removed",
+    ],
     ["subnet"],
     ["localization", "optim", "sharding"],
     [

@@ -153,30 +153,28 @@ def count_selection(engine_name: str) -> dict[str, int]:
 
         setattr(module, name, call)
 
+    def begin(group):
+        counted(dist, "all_reduce", lambda t, *_: t.numel())
+        counted(compat, "all_gather_flat", lambda out, *_: out.numel())
+        counted(compat, "reduce_scatter_flat", lambda out, whole, *_: whole.numel())
+
+    def end(move):  # once the whole group has moved
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
+
     def inspect(stage, losia, engine):
-        if losia.steps != 0:
+        if losia.steps != 0 or stage != "before":
             return
-        if stage == "before":
-            relocalize = losia._relocalize
-
-            def watched(group, layers):
-                counted(dist, "all_reduce", lambda t, *_: t.numel())
-                counted(compat, "all_gather_flat", lambda out, *_: out.numel())
-                counted(compat, "reduce_scatter_flat", lambda out, whole, *_: whole.numel())
-                try:
-                    relocalize(group, layers)
-                finally:
-                    for (module, name), original in originals.items():
-                        setattr(module, name, original)
-                shapes = [losia.parameters.shape(layer.weight) for layer in layers]
-                sent["m_plus_n"] = sum(m + n for m, n in shapes)
-                sent["smallest_weight"] = min(m * n for m, n in shapes)
-                sent["subnets"] = sum(
-                    layer.subnet.ds_numel if hasattr(layer.subnet, "ds_numel") else layer.subnet.numel() for layer in layers
-                )
-                sent["layers"] = len(layers)
-
-            losia._relocalize = watched
+        losia.on_relocalize.append(begin)
+        losia.on_move.append(end)
+        layers = [layer for layer in losia.layers if layer.group_name in losia.localizing]
+        shapes = [losia.parameters.shape(layer.weight) for layer in layers]
+        sent["m_plus_n"] = sum(m + n for m, n in shapes)
+        sent["smallest_weight"] = min(m * n for m, n in shapes)
+        sent["subnets"] = sum(
+            layer.subnet.ds_numel if hasattr(layer.subnet, "ds_numel") else layer.subnet.numel() for layer in layers
+        )
+        sent["layers"] = len(layers)
 
     config = {"rank_factor": 0.125, "period": 1}
     train(

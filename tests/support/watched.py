@@ -105,7 +105,7 @@ def main(engine: str, trouble: str) -> None:
         get_losia_model(model, config)
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = LoSiAAdamW(losia_parameter_groups(wrapped, lr=1e-3), lr=1e-3)
-        losia = LoSiA(wrapped, optimizer, config)
+        losia = LoSiA(wrapped, optimizer, config, watch=True)
     else:
         stage = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": int(engine[-1])}}
         wrapped, optimizer, _, _ = initialize(model=model, losia_config=config, config=stage, lr=1e-3)

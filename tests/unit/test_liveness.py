@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import sys
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -124,7 +125,7 @@ def test_a_bad_value_is_refused_with_its_rule(name, value):
 def conductor():
     model, config = tiny_llama(), LoSiAConfig(rank_factor=0.25)
     get_losia_model(model, config)
-    return LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
+    return LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config, watch=True)
 
 
 def differ_in_patience():
@@ -171,6 +172,29 @@ def several_conductors():
 def test_conductors_share_one_thread_which_ends_with_the_last_of_them(ranks):
     for result in ranks.fresh(2, several_conductors):  # no conductor of another test is left there
         assert result == (True, 1, True, True, False, True)
+
+
+def unwatched():
+    before = sys.excepthook, threading.active_count()
+    model, config = tiny_llama(), LoSiAConfig(rank_factor=0.25)
+    get_losia_model(model, config)
+    losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
+    return before == (sys.excepthook, threading.active_count()), len(model._forward_pre_hooks), losia.steps
+
+
+def test_a_loop_that_does_not_ask_is_not_watched(ranks):
+    assert ranks(2, unwatched) == [(True, 0, 0)] * 2
+
+
+def only_one_asks():
+    model, config = tiny_llama(), LoSiAConfig(rank_factor=0.25)
+    get_losia_model(model, config)
+    LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config, watch=dist.get_rank() == 0)
+
+
+def test_one_rank_that_asks_alone_stops_them_all(ranks):
+    for kind, message in ranks.errors(2, only_one_asks):
+        assert kind == "ConfigError" and "watch is True on rank 0 and False on rank 1" in message
 
 
 def test_one_rank_alone_has_nothing_to_watch():

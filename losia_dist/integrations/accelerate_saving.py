@@ -15,7 +15,7 @@ from losia_dist.errors import UnsupportedError
 from losia_dist.subnet.convert import subnet_layers
 
 _STATE = (
-    "call losia_dist.integrations.accelerate_state.carry_state(accelerator, losia) once, after which it works, or use "
+    "call losia_dist.carry_state(accelerator, losia) once, after which it works, or use "
     "losia_dist.save_checkpoint and load_checkpoint"
 )
 _MODEL = "use losia_dist.export_model(losia, directory)"
@@ -26,7 +26,7 @@ _MARK = "__losia_refuses__"
 def refuse_plain_saving() -> None:
     """From here on these methods of `accelerate.Accelerator` raise UnsupportedError for a model with subnets.
 
-    Called by every conductor that is made, on its own rank; there is nothing to do where Accelerate is not loaded.
+    Called where a conductor is made (`conductor.WHEN_MADE`); there is nothing to do where Accelerate is not loaded.
     """
     accelerator = getattr(sys.modules.get("accelerate"), "Accelerator", None)
     for name, instead in _INSTEAD.items() if accelerator is not None else ():
