@@ -1,5 +1,7 @@
 """Every error the package raises on purpose; each message names the value, the rule and the fix."""
 
+from collections.abc import Iterable
+
 
 class LoSiAError(Exception):
     """Base class: `except LoSiAError` catches everything this package refuses."""
@@ -27,3 +29,9 @@ class DivergenceError(LoSiAError, RuntimeError):
 
 class CheckpointError(LoSiAError, RuntimeError):
     """A checkpoint that cannot be written, or that is damaged, incomplete or not this run's."""
+
+
+def some(things: Iterable[object], most: int = 5) -> str:
+    """The first few of the things that a message is about, and how many more there are: "a, b and 7 more"."""
+    shown = [str(thing) for thing in things]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from losia_dist.config import LoSiAConfig
-from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
+from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError, some
 from losia_dist.fingerprint import fingerprint, loading_print
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice
@@ -120,7 +120,7 @@ def check_choices(choices: list[Choice], layers: list[SubnetLinear], collectives
     bad = [layer.name for layer, (inside, _) in zip(layers, scores, strict=True) if not math.isfinite(inside)]
     if bad:
         raise DivergenceError(
-            f"the importance of {_some(bad)} is not finite: a gradient in this slot was infinite or not a number. "
+            f"the importance of {some(bad)} is not finite: a gradient in this slot was infinite or not a number. "
             "Lower the learning rate or set gradient clipping, and resume from an earlier checkpoint."
         )
     silent = [layer.name for layer, (_, total) in zip(layers, scores, strict=True) if total == 0]
@@ -128,7 +128,7 @@ def check_choices(choices: list[Choice], layers: list[SubnetLinear], collectives
         logger.warning(
             "%s had no gradient other than zero to choose a subnet by, and keep the one they have. Causes seen: batches "
             "without a label or an advantage; a part of the model that starts at zero; a layer the loss does not depend on.",
-            _some(silent),
+            some(silent),
         )
 
 
@@ -167,14 +167,14 @@ class EngagementCheck:
         never = [layer.name for layer, ok in zip(self.layers, came, strict=True) if not ok]
         if never:
             raise EngagementError(
-                f"no gradient reached the subnets of {_some(never)} in the first step. Causes seen: a layer that the forward "
+                f"no gradient reached the subnets of {some(never)} in the first step. Causes seen: a layer that the forward "
                 "pass never calls, or whose output the loss does not use (leave it out of target_modules); a forward pass "
                 "under torch.no_grad(); reentrant gradient checkpointing without model.enable_input_require_grads()."
             )
         still = [layer.name for layer, got, ok in zip(self.layers, signal, changed, strict=True) if got and not ok]
         if still:
             raise EngagementError(
-                f"the subnets of {_some(still)} received a gradient but did not change. Causes seen: an "
+                f"the subnets of {some(still)} received a gradient but did not change. Causes seen: an "
                 "optimizer that does not hold them; a learning rate too small for the dtype (use LoSiAAdamW, which keeps "
                 "fp32 master values)."
             )
@@ -188,7 +188,7 @@ class EngagementCheck:
                 "looked at again after step %d.",
                 self._steps,
                 len(self.layers),
-                _some([layer.name for layer in self.layers]),
+                some([layer.name for layer in self.layers]),
                 self._due,
             )
         return not self.layers
@@ -251,7 +251,7 @@ def check_agreement(layers: list[SubnetLinear], prints: Tensor, parts: tuple[str
             for part, one, other in zip(parts, mine, theirs, strict=True):
                 if one != other:
                     found.setdefault(part, []).append(layer.name)
-        what = "; ".join(f"{part} of {_some(names)}" for part, names in found.items())
+        what = "; ".join(f"{part} of {some(names)}" for part, names in found.items())
         findings.append(f"{_ranks(camp, ranks)}: {what}")
     raise DivergenceError(
         f"ranks hold different subnets. Differing from {against}, {'. '.join(findings)}. Different data on each rank is fine; "
@@ -262,8 +262,4 @@ def check_agreement(layers: list[SubnetLinear], prints: Tensor, parts: tuple[str
 
 def _ranks(places: list[int], ranks: list[int]) -> str:
     names = [str(ranks[place]) for place in places]
-    return f"rank {names[0]}" if len(names) == 1 else f"ranks {_some(names)}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {some(names)}"

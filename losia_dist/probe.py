@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losia_dist.errors import UnsupportedError
-from losia_dist.guard import _some
+from losia_dist.errors import UnsupportedError, some
 from losia_dist.parts import RunParts
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.subnet.linear import SubnetLinear
@@ -38,21 +37,21 @@ def check_masters(parts: RunParts) -> None:
     unstepped = [layer.name for layer, count, size in zip(layers, kept, sizes, strict=True) if count < size]
     if unstepped:
         raise UnsupportedError(
-            f"no optimizer steps {_some(unstepped)}, or not all of it: its values lie in none of the vectors that the engine's "
+            f"no optimizer steps {some(unstepped)}, or not all of it: its values lie in none of the vectors that the engine's "
             "step changes. Build the optimizer and the engine from the model that is trained, after get_losia_model."
         )
     # First: a value that got lost has made other masters stale.
     lost = [layer.name for layer, count in zip(layers, missed, strict=True) if count]
     if lost:
         raise UnsupportedError(
-            f"values written for {_some(lost)} do not reach the masters that the engine steps (in {sum(missed)} places): it "
+            f"values written for {some(lost)} do not reach the masters that the engine steps (in {sum(missed)} places): it "
             "keeps them in another order, or a second time. Leave out settings of the engine or the optimizer that change "
             "where master weights are kept (docs/support-matrix.md lists those that work)."
         )
     old = [layer.name for layer, count in zip(layers, stale, strict=True) if count]
     if old:
         raise UnsupportedError(
-            f"the master values of {_some(old)} are not the model's (in {sum(stale)} places): the first step would write "
+            f"the master values of {some(old)} are not the model's (in {sum(stale)} places): the first step would write "
             "them over the weights. Load weights before the engine and the optimizer are made, or resume with load_checkpoint."
         )
 
@@ -127,14 +126,14 @@ class FirstMove:
         apart = [layer.name for layer, (differing, _, _) in zip(layers, everyone, strict=True) if differing]
         if apart:
             raise UnsupportedError(
-                f"after the first step in its new place {_some(apart)} does not hold its rounded master values: the engine or "
+                f"after the first step in its new place {some(apart)} does not hold its rounded master values: the engine or "
                 "the optimizer steps another copy of them. Leave out settings that keep master weights a second time."
             )
         # Far nearer to what was there before than to where it was moved: no step does that.
         back = [layer.name for layer, (_, new, old) in zip(layers, everyone, strict=True) if new > 16 * old]
         if back:
             raise UnsupportedError(
-                f"the first step after {_some(back)} got another subnet put the old subnet's values in the new place: the "
+                f"the first step after {some(back)} got another subnet put the old subnet's values in the new place: the "
                 "optimizer keeps master values of its own that cannot be reached. Use LoSiAAdamW, or an optimizer without them."
             )
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from losia_dist.errors import some
 from losia_dist.heartbeat import Hub, Invitation, Message, Spoke
 
 EXIT_CODE = 75  # "temporary failure": a scheduler may start the run again from its last checkpoint
@@ -264,15 +265,15 @@ class Watch:
         ended = [peer for peer in self._peers.values() if peer.ended]
         if ended and now - min(peer.seen for peer in ended) >= _GATHER:
             self._end_all(
-                f"{_some(ended)} ended without a word, last heard of {_place(ended[0].progress)}: killed (out of memory? the "
+                f"{some(ended, 4)} ended without a word, last heard of {_place(ended[0].progress)}: killed (out of memory? the "
                 "kernel's log on that host tells) or crashed (see its log)."
             )
         silent = [peer for peer in self._peers.values() if not peer.left and now - peer.seen > self.limits.patience]
         if silent:
             waited = now - silent[0].seen
             self._end_all(
-                f"{_some(silent)} has been silent for {waited:.0f} s, last heard of {_place(silent[0].progress)}: its process "
-                "is stopped, or its host or network is down. LOSIA_LIVENESS_PATIENCE=120 would wait for two minutes."
+                f"{some(silent, 4)} has been silent for {waited:.0f} s, last heard of {_place(silent[0].progress)}: its "
+                "process is stopped, or its host or network is down. LOSIA_LIVENESS_PATIENCE=120 would wait for two minutes."
             )
         if isinstance(self._lines, Hub):
             self._judge_progress(now)
@@ -290,7 +291,7 @@ class Watch:
         if not front[1] or waited <= (stall or _NOTICE * self.limits.patience):
             return
         behind = [peer for peer in present if peer.progress < front]
-        who = f"{_some(behind)}, still {_place(behind[0].progress)}" if behind else "nobody in particular: all are as far"
+        who = f"{some(behind, 4)}, still {_place(behind[0].progress)}" if behind else "nobody in particular: all are as far"
         text = f"no rank has moved on for {waited:.0f} s. The ranks {_place(front)} wait for {who}."
         if stall:
             self._end_all(f"{text} LOSIA_LIVENESS_STALL={stall:g} s is the limit.")
@@ -340,10 +341,6 @@ def tell(text: str) -> None:
     """A line on stderr, at once."""
     with contextlib.suppress(Exception):  # a closed stderr must not keep a process from ending
         print(f"losia_dist: {text}", file=sys.stderr, flush=True)
-
-
-def _some(peers: list[Peer]) -> str:
-    return ", ".join(map(str, peers[:4])) + (f" and {len(peers) - 4} more" if len(peers) > 4 else "")
 
 
 def _progress(pair: Any) -> Progress:

@@ -21,6 +21,7 @@ from losia_dist.checkpoint.weight_files import INDEX, WEIGHTS, weight_map
 from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 
 SHARD_BYTES = 5_000_000_000
+_ADAPTER = "adapter_config.json"  # from_pretrained takes it for PEFT's, and loads it on top
 # What from_pretrained looks for, in one file or several; no other name (model_ema.safetensors) is touched.
 _WEIGHTS = tuple(
     pattern
@@ -137,6 +138,16 @@ class _DirectoryWriter:
         if base_model is not None and not Path(base_model).is_dir():
             raise CheckpointError(
                 f"base_model={str(base_model)!r} is not a directory: give a local model directory, or leave it out."
+            )
+        if isinstance(tokenizer, str | Path):
+            raise ConfigError(
+                f"tokenizer={str(tokenizer)!r} is a name: pass the tokenizer itself (AutoTokenizer.from_pretrained(...)), or "
+                "the model's directory as base_model."
+            )
+        if (self._directory / _ADAPTER).exists():
+            raise ConfigError(
+                f"{self._directory} holds a PEFT adapter ({_ADAPTER}), which Transformers would load on top of this model: "
+                "give another directory, or move the adapter away."
             )
         files.remove(self._beside)
         self._beside.mkdir(parents=True)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.errors import ConfigError, UnsupportedError, some
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.sharding.whole import WholeParameters
@@ -133,8 +133,7 @@ def _check_groups(model: nn.Module, optimizer: Optimizer, own_parameters: bool) 
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lost = [layer.name for layer in subnet_layers(model) if id(layer.subnet) not in held]
         if lost:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise ConfigError(
-                f"the optimizer does not hold the subnets of this model ({lost[0]}{more}): it was built from another model, or "
+                f"the optimizer does not hold the subnets of this model ({some(lost, 1)}): it was built from another model, or "
                 "before the engine replaced the parameters. Build it after wrapping."
             )

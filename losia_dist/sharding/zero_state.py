@@ -9,7 +9,7 @@ and `grad_position`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +82,7 @@ class ZeroState:
 
     @torch.no_grad()
     def read_state(self, parameter: Any) -> dict[str, Tensor]:
-        flat = self._flat(parameter)
-        read: dict[str, Tensor] = {}
-        for key, value in {"value": flat, **self.optimizer.state.get(flat, {})}.items():
-            tensor = as_tensor(value)
-            if tensor is None:
-                continue
-            read[key] = self._whole(parameter, tensor) if tensor.shape == flat.shape else tensor.detach().clone()
-        return read
+        return _read_entries(self.optimizer, self._flat(parameter), lambda vector: self._whole(parameter, vector))
 
     @torch.no_grad()
     def write_state(self, parameter: Any, state: dict[str, Tensor]) -> None:
@@ -175,20 +168,15 @@ class Zero3State:
     @torch.no_grad()
     def read_state(self, parameter: Any) -> dict[str, Tensor]:
         flat, start, count = self._place(parameter)
-        read: dict[str, Tensor] = {}
-        for key, value in {"value": flat, **self.optimizer.state.get(flat, {})}.items():
-            tensor = as_tensor(value)
-            if tensor is None:
-                continue
-            if tensor.shape != flat.shape:
-                read[key] = tensor.detach().clone()
-                continue
-            shard = tensor.detach().narrow(0, start, count).to(parameter.device)
-            group = parameter.ds_process_group
+        group = parameter.ds_process_group
+
+        def gather(vector: Tensor) -> Tensor:
+            shard = vector.detach().narrow(0, start, count).to(parameter.device)
             whole = shard.new_empty(torch.distributed.get_world_size(group) * count)
             compat.all_gather_flat(whole, shard, group=group)
-            read[key] = whole[: parameter.ds_numel].view(parameter.ds_shape)
-        return read
+            return whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+        return _read_entries(self.optimizer, flat, gather)
 
     @torch.no_grad()
     def write_state(self, parameter: Any, state: dict[str, Tensor]) -> None:
@@ -237,6 +225,12 @@ def _part(zero: Any, group: int, offset: int, numel: int, length: int) -> _Part:
     if start >= stop:
         return _Part(group, 0, 0, 0)
     return _Part(group, start - offset, start - first, stop - start)
+
+
+def _read_entries(optimizer: Optimizer, flat: Tensor, whole: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """`StateAccess.read_state` of a parameter in a flat vector; whole: its part of a vector of that length, whole."""
+    found = {key: as_tensor(value) for key, value in {"value": flat, **optimizer.state.get(flat, {})}.items()}
+    return {k: whole(t) if t.shape == flat.shape else t.detach().clone() for k, t in found.items() if t is not None}
 
 
 def _refuse_low_precision(zero: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, some
 from losia_dist.subnet.kinds import is_linear, why_unusable
 from losia_dist.subnet.reach import unreached
 
@@ -137,7 +137,7 @@ def _refuse_experts(model: nn.Module, part: str, names: list[str], linears: dict
     share = frozen / (frozen + rest)
     raise ConfigError(
         f"target_modules='all-linear' would leave the experts of {type(model).__name__} frozen, {share:.0%} of the weights it "
-        f"stands for: experts get no subnet in this version ({_some(experts)}). {fix}".rstrip()
+        f"stands for: experts get no subnet in this version ({some(experts, 3)}). {fix}".rstrip()
     )
 
 
@@ -183,7 +183,7 @@ def _refuse_heads(model: Any, names: list[str]) -> None:
     if heads:
         saved = sorted({name.split(".")[0] for name in heads})
         raise ConfigError(
-            f"target_modules='all-linear' stands for the layers of the model's body ({prefix}), and {_some(heads)} lies "
+            f"target_modules='all-linear' stands for the layers of the model's body ({prefix}), and {some(heads, 3)} lies "
             f"outside: a head, often new, that has to train as a whole. Add modules_to_save={saved}, or name target_modules to "
             "leave it frozen."
         )
@@ -229,9 +229,4 @@ def _product(size: tuple[int, ...]) -> int:
 
 def _kinds(names: Any) -> str:
     """Full names, those that differ by numbers alone once: "model.layers.*.mlp.wq"."""
-    return _some(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return some(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names), 3)

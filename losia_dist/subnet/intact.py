@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, some
 from losia_dist.subnet.kinds import BlockAccess, whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
 
@@ -31,7 +31,7 @@ def check_intact(model: nn.Module, layers: Sequence[SubnetLinear], access: Block
     lost = [name for name in layers[0].converted_with if name not in found]
     if lost:
         raise ConfigError(
-            f"{_some(lost)}: made to train by a subnet in get_losia_model, and the model has other modules in their place now "
+            f"{some(lost)}: made to train by a subnet in get_losia_model, and the model has other modules in their place now "
             "(resize_token_embeddings, set_output_embeddings, an adapter or a quantizer put them there), which would stay as "
             f"they are. {_FIX}."
         )
@@ -55,7 +55,3 @@ def check_intact(model: nn.Module, layers: Sequence[SubnetLinear], access: Block
             raise ConfigError(
                 f"{layer.name}: {frozen} since get_losia_model (adapters do that, and loops over requires_grad). {_FIX}."
             )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from losia_dist.config import LoSiAConfig
 from losia_dist.data import prepare_for_packing
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, some
 from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.training.choice import EngineChoice
@@ -120,7 +120,7 @@ def load_model(
                 raise ReadWhole
             model, weights = _in_parts(options.model, arguments, choice)
             if weights.left_over:
-                notes.append(f"not in {type(model).__name__}, and left out: {_some(weights.left_over)}")
+                notes.append(f"not in {type(model).__name__}, and left out: {some(weights.left_over, 3)}")
         except ReadWhole as reason:
             if reason.args:
                 reader = "rank 0 reads" if choice.sharding is not None else "every rank reads"
@@ -165,10 +165,6 @@ def _whole(name: str, arguments: dict[str, Any]) -> Any:
     if lost:
         raise ConfigError(missing_message(model, lost))
     return model
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _without_weights(name: str, arguments: dict[str, Any]) -> Any:

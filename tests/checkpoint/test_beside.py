@@ -14,6 +14,7 @@ from losia_dist.agreement import Agreement
 from losia_dist.checkpoint import beside
 from losia_dist.checkpoint.model_directory import ModelDirectory
 from losia_dist.checkpoint.weight_files import INDEX, WEIGHTS
+from losia_dist.errors import ConfigError
 from losia_dist.integrations.best_model import load_plain_weights
 from tests.support.models import tiny_llama
 from tests.support.trl_models import save_tiny_model
@@ -186,3 +187,15 @@ def test_an_index_beside_a_whole_file_is_not_read(tmp_path, left_over):
         assert torch.equal(stored.tensor(name), tensor) and torch.equal(loaded[name], tensor), name
         assert torch.equal(losia.model.get_parameter(name), tensor), name
     shutil.rmtree(tmp_path / "best")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "a tokenizer's name"])
+def test_what_would_be_loaded_on_top_or_is_no_tokenizer_is_refused_and_nothing_changes(tmp_path, name):
+    losia, target = conductor(), tmp_path / "exported"
+    target.mkdir()
+    (target / "adapter_config.json").write_text("{}") if name.endswith("json") else (target / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in target.iterdir())
+    said = "holds a PEFT adapter" if name.endswith("json") else "tokenizer='some/model' is a name: pass the tokenizer itself"
+    with pytest.raises(ConfigError, match=said):
+        export_model(losia, target, tokenizer=None if name.endswith("json") else "some/model")
+    assert sorted(path.name for path in target.iterdir()) == before

@@ -5,11 +5,13 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_dist import LoSiAConfig
 from tests.support import deepspeed_keys
+from tests.support.documents import PAGES
 from tests.support.matrix import render
 from tests.support.models import batches, tiny_llama
 from tests.support.trl_models import save_tiny_model
@@ -40,6 +42,41 @@ def test_the_table_of_deepspeeds_keys_in_the_documentation_is_the_tested_one():
     table = deepspeed_keys.render()
     assert table in (ROOT / "docs" / "support-matrix.md").read_text(), "run python -m tests.support.deepspeed_keys and paste it"
     assert len({key.name for key in (*deepspeed_keys.SAME, *deepspeed_keys.REFUSED)}) >= 40
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in _anchors(there), target
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"\]\((\w[\w-]*\.md)", index))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "quality.md"], ids=lambda page: page.name)
+def test_a_page_that_is_read_at_once_stays_short(page):
+    assert len(page.read_text().splitlines()) <= 120
+
+
+def test_the_glossary_has_ten_terms_at_most():
+    terms = re.findall(r"^\| \*\*(.*?)\*\* \|", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
+    assert 0 < len(terms) <= 10
 
 
 def test_every_option_of_the_configuration_is_explained():

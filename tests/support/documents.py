@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "benchmarks" / "quality" / "NOTES.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), NOTEBOOK]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PROGRAMS = ("python", "torchrun", "deepspeed", "accelerate", "losia-dist", "launch/", "sbatch", "make", "pip", "benchmarks/")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.checkpoint.safetensors_io import DTYPES, read_header
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, some
 
 _PIECE = 16 << 20  # bytes read at a time where they are cast or go to another device
 _SAMPLES, _SAMPLE = 32, 4096  # pieces and bytes of a file that tell it from another of the same shape
@@ -146,11 +146,7 @@ def open_files(files: list[Path], index: Path | None, find: Callable[[str], Path
     lost = [name for name, file in where.items() if name not in opened[file].tensors]
     if lost:
         raise ConfigError(
-            f"{index} places {lost[0]!r}{_more(lost)} in {where[lost[0]]}, which has no such tensor: the index and the files "
+            f"{index} places {some(map(repr, lost), 1)} in {where[lost[0]]}, which has no such tensor: the index and the files "
             f"are not of one model. {_AGAIN}"
         )
     return {name: opened[file].tensors[name] for name, file in where.items()}
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

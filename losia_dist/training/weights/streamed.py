@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, some
 from losia_dist.training.weights.empty import Where
 from losia_dist.training.weights.files import ReadWhole
 from losia_dist.training.weights.names import Conversion, match_names
@@ -142,9 +142,8 @@ class StreamedWeights:
 
 def missing_message(model: Any, lost: list[str]) -> str:
     """What is said of parameters that no file holds, however a model is loaded."""
-    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     return (
-        f"the model's files hold no values for {lost[0]}{more} of {type(model).__name__}: it would train from random numbers. "
+        f"the model's files hold no values for {some(lost, 1)} of {type(model).__name__}: it would train from random numbers. "
         "Give files of the whole model, or a configuration that fits them."
     )
 
