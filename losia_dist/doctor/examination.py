@@ -24,6 +24,11 @@ from losia_dist.doctor.meeting import LaunchedProcess, RendezvousFailed, connect
 from losia_dist.errors import ConfigError
 
 Value = TypeVar("Value")
+# The configuration files that may be named, and what reads them.
+_READERS: dict[str, Callable[[str], Any]] = {
+    "losia_config": LoSiAConfig.read,
+    "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
+}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,15 +45,14 @@ def run(options: argparse.Namespace) -> int:
         _show(options, merge([[problem.finding]]), 1, {})
         return 1
     own = examine(facts, process.local_rank, process.local_world_size, options.deepspeed is not None)
-    own += check_files(options)
+    own += _check_files(options)
     if options.output_dir:
         own += storage.check_storage(options.output_dir, options.model)
     if process.world_size == 1:
         placed, measured = merge([own]), dict[str, Any]()
     else:
         try:
-            store = rendezvous(process, facts.host, options.seconds)
-            connect(process, facts.host, store, options.seconds)
+            connect(process, rendezvous(process, options.seconds), options.seconds)
         except RendezvousFailed as problem:
             # Nobody speaks for all: the first rank says what it found, every other one what keeps it from the others.
             if process.rank == 0:
@@ -65,23 +69,18 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(one.finding.level == ERROR for one in placed) else 0
 
 
-def check_files(options: argparse.Namespace) -> list[Finding]:
+def _check_files(options: argparse.Namespace) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
-    readers: dict[str, Callable[[str], Any]] = {
-        "losia_config": LoSiAConfig.read,
-        "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
-    }
     findings = []
-    for name, read in readers.items():
+    for name, read in _READERS.items():
         path = getattr(options, name)
         if path is None:
             continue
         try:
             read(path)
+            findings.append(ok("files", f"--{name} {path} can be read"))
         except (ConfigError, OSError, ValueError) as problem:
             findings.append(error("files", f"--{name} {path}: {problem}", "correct the file, or its path on this host"))
-        else:
-            findings.append(ok("files", f"--{name} {path} can be read"))
     return findings
 
 
@@ -89,24 +88,23 @@ def _together(
     options: argparse.Namespace, process: LaunchedProcess, facts: Facts, own: list[Finding]
 ) -> tuple[list[Placed], dict[str, Any]]:
     """All ranks' findings, those about differences, and the links; the same on all ranks."""
-    with until(4 * options.seconds, f"rank {process.rank} (host {facts.host}): comparing the ranks did not end"):
+    with until(4 * options.seconds, f"{process}: comparing the ranks did not end"):
         answers = _gather((facts, _hashes(options)), process)
         local_ranks = _gather(process.local_rank, process)
         common = ranks.compare(answers, local_ranks)
         if options.output_dir:
             common += _check_shared(options, process)
-        hosts = len({answer[0].host for answer in answers})
         measured = {"gloo": links.measure(torch.device("cpu"), dist.group.WORLD)}
-        each_has_a_gpu = all(local < len(answer[0].gpus) for answer, local in zip(answers, local_ranks, strict=True))
-        distinct = len({(a[0].host, local) for a, local in zip(answers, local_ranks, strict=True)}) == process.world_size
-        if each_has_a_gpu and distinct and "nccl" in facts.backends:
+        everyone = [answer[0] for answer in answers]
+        places = [(one.host, local) for one, local in zip(everyone, local_ranks, strict=True) if local < len(one.gpus)]
+        if len(set(places)) == process.world_size and "nccl" in facts.backends:  # each rank has a GPU of its own
             device = torch.device("cuda", process.local_rank)
             torch.cuda.set_device(device)
             group = dist.new_group(backend="nccl", timeout=timedelta(seconds=options.seconds), device_id=device)
             measured["nccl"] = links.measure(device, group)
+        hosts = len({one.host for one in everyone})
         common += [links.about(backend, values, hosts) for backend, values in measured.items()]
-        everyone = _gather(own, process)
-    return merge([[*findings, *common] for findings in everyone]), measured
+        return merge([[*findings, *common] for findings in _gather(own, process)]), measured
 
 
 def _check_shared(options: argparse.Namespace, process: LaunchedProcess) -> list[Finding]:
@@ -123,12 +121,8 @@ def _check_shared(options: argparse.Namespace, process: LaunchedProcess) -> list
 
 
 def _hashes(options: argparse.Namespace) -> dict[str, str]:
-    found = {}
-    for name in ("losia_config", "deepspeed"):
-        path = getattr(options, name)
-        if path is not None and Path(path).is_file():
-            found[f"--{name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return found
+    paths = {f"--{name}": Path(getattr(options, name) or "") for name in _READERS}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path.is_file()}
 
 
 def _gather(value: Value, process: LaunchedProcess) -> list[Value]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -22,16 +23,9 @@ class Finding:
     fix: str = ""
 
 
-def ok(subject: str, text: str) -> Finding:
-    return Finding(OK, subject, text)
-
-
-def warning(subject: str, text: str, fix: str) -> Finding:
-    return Finding(WARNING, subject, text, fix)
-
-
-def error(subject: str, text: str, fix: str) -> Finding:
-    return Finding(ERROR, subject, text, fix)
+ok = partial(Finding, OK)
+warning = partial(Finding, WARNING)
+error = partial(Finding, ERROR)
 
 
 @dataclass(frozen=True)
@@ -57,9 +51,8 @@ def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
     subjects = max((len(one.finding.subject) for one in placed), default=0)
     lines = []
     for one in placed:
-        finding, where = one.finding, ""
-        if len(one.ranks) < world_size:
-            where = f" [{who(one.ranks)}]"
+        finding = one.finding
+        where = f" [{who(one.ranks)}]" if len(one.ranks) < world_size else ""
         fix = f" Fix: {finding.fix}" if finding.fix else ""
         lines.append(f"{finding.level:<8} {finding.subject:<{subjects}}  {finding.text}{where}{fix}")
     counts = {level: sum(one.finding.level == level for one in placed) for level in _ORDER}
