@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +56,7 @@ def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
         where = f" [{who(one.ranks)}]" if len(one.ranks) < world_size else ""
         fix = f" Fix: {finding.fix}" if finding.fix else ""
         lines.append(f"{finding.level:<8} {finding.subject:<{subjects}}  {finding.text}{where}{fix}")
-    counts = {level: sum(one.finding.level == level for one in placed) for level in _ORDER}
+    counts = Counter(one.finding.level for one in placed)
     on = on or ("this machine" if world_size == 1 else f"{world_size} ranks")
     lines.append(f"{on}: errors {counts[ERROR]}, warnings {counts[WARNING]}, ok {counts[OK]}")
     return lines
@@ -63,15 +64,10 @@ def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
 
 def to_json(placed: list[Placed], world_size: int, measured: dict[str, Any]) -> dict[str, Any]:
     """The same as plain values. measured: what `losia_dist.doctor.links` returns, by backend."""
+    counts = Counter(one.finding.level for one in placed)
     findings = [{**asdict(one.finding), "ranks": one.ranks} for one in placed]
-    levels = [one.finding.level for one in placed]
-    return {
-        "errors": levels.count(ERROR),
-        "warnings": levels.count(WARNING),
-        "ranks": world_size,
-        "links": measured,
-        "findings": findings,
-    }
+    numbers = {"errors": counts[ERROR], "warnings": counts[WARNING], "ranks": world_size}
+    return {**numbers, "links": measured, "findings": findings}
 
 
 def who(ranks: list[int]) -> str:
