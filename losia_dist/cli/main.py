@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from losia_dist.errors import LoSiAError
 
@@ -35,37 +36,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from losia_dist.cli.report import add_report_arguments, run_report
     from losia_dist.training.options import add_training_arguments
 
-    add_training_arguments(commands.add_parser("train", help="fine-tune a causal language model"))
-    add_export_arguments(commands.add_parser("export", help="write a checkpoint's model as a plain directory, or as a delta"))
-    add_apply_arguments(commands.add_parser("apply", help="rebuild a model from its base model and a delta"))
-    add_doctor_arguments(commands.add_parser("doctor", help="examine this machine, or under a launcher the cluster"))
-    add_plan_arguments(commands.add_parser("plan", help="memory, traffic and time of a run on a cluster, before it is rented"))
-    add_allocate_arguments(commands.add_parser("allocate", help="what subnets of each shape capture, and a configuration"))
-    add_data_arguments(commands.add_parser("data", help="what will be learned of a source: records, lengths, what is dropped"))
-    add_cache_arguments(commands.add_parser("cache", help="tokenized data that is kept on this machine; delete what is unused"))
-    add_report_arguments(commands.add_parser("report", help="a page about a run, from the logs in its directory"))
+    table: list[tuple[str, str, Callable[[Any], object], Callable[[argparse.Namespace], int | Path | list[Path]]]] = [
+        ("train", "fine-tune a causal language model", add_training_arguments, run_training),
+        ("export", "write a checkpoint's model as a plain directory, or as a delta", add_export_arguments, run_export),
+        ("apply", "rebuild a model from its base model and a delta", add_apply_arguments, run_apply),
+        ("doctor", "examine this machine, or under a launcher the cluster", add_doctor_arguments, run_doctor),
+        ("plan", "memory, traffic and time of a run on a cluster, before it is rented", add_plan_arguments, run_plan),
+        ("allocate", "what subnets of each shape capture, and a configuration", add_allocate_arguments, run_allocate),
+        ("data", "what will be learned of a source: records, lengths, what is dropped", add_data_arguments, run_data),
+        ("cache", "tokenized data that is kept on this machine; delete what is unused", add_cache_arguments, run_cache),
+        ("report", "a page about a run, from the logs in its directory", add_report_arguments, run_report),
+    ]
+    for name, help, add_arguments, _ in table:
+        add_arguments(commands.add_parser(name, help=help))
     options = parser.parse_args(arguments)
-    if options.command == "train":
-        return run_training(options)
-    if options.command == "doctor":
-        return run_doctor(options)
     try:
-        if options.command == "plan":
-            return run_plan(options)
-        if options.command == "data":
-            return run_data(options)
-        if options.command == "cache":
-            return run_cache(options)
-        if options.command == "allocate":
-            written = run_allocate(options)
-        elif options.command == "report":
-            written = run_report(options)
-        else:
-            written = [run_export(options) if options.command == "export" else run_apply(options)]
+        done = {name: run for name, _, _, run in table}[options.command](options)
     except LoSiAError as error:
         _print_error(str(error))
         return REFUSED
-    for path in written:
+    if isinstance(done, int):
+        return done
+    for path in done if isinstance(done, list) else [done]:
         print(f"written: {path}")
     return 0
 

@@ -62,23 +62,24 @@ def run_plan(options: argparse.Namespace) -> int:
     """
     from losia_dist.planning.launch import write_launch
     from losia_dist.planning.plan import make_plan, recommend
-    from losia_dist.planning.tables import describe
+    from losia_dist.planning.tables import describe, draw
 
     if options.steps is not None and options.steps < 1:
         raise ConfigError(f"--steps {options.steps}: at least 1 is needed.")
     workload = _workload(options)
     advised = recommend(workload)
-    chosen = options.engine is None and advised is not None and _agrees(advised.workload, options)
-    plan = advised if advised is not None and chosen else make_plan(workload)
+    if options.engine is None and advised is not None:
+        # The recommended run, if it keeps what was asked for by name.
+        keeps = options.checkpointing in (None, "on" if advised.workload.checkpointing else "off")
+        workload = advised.workload if keeps and options.offload in ("none", advised.workload.offload) else workload
     methods = [options.method, *(m for m in METHODS if options.compare and m != options.method)]
-    plans = [_planned(replace(plan.workload, method=method), options.simulate) for method in methods]
+    workloads = [replace(workload, method=method) for method in methods]
+    plans = [make_plan(one, _simulated_peak(one) if options.simulate else None) for one in workloads]
     record: dict[str, Any] = plans[0].record(options.steps)
     record["recommended"] = None if advised is None else _choice(advised)
     if options.compare:
         record["compared"] = {p.workload.method: p.record(options.steps) for p in plans[1:]}
     if options.figure:
-        from losia_dist.planning.figure import draw
-
         draw(plans, Path(options.figure))
     written = write_launch(plans[0].workload, Path(options.output)) if options.output else []
     if options.json:
@@ -91,22 +92,12 @@ def run_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _agrees(workload: Workload, options: argparse.Namespace) -> bool:
-    """Whether a recommended run keeps what was asked for by name."""
-    checkpointing = options.checkpointing is None or workload.checkpointing == (options.checkpointing == "on")
-    return checkpointing and options.offload in ("none", workload.offload)
-
-
-def _planned(workload: Workload, simulated: bool) -> Any:
-    from losia_dist.planning.plan import make_plan
-
-    if not simulated:
-        return make_plan(workload)
+def _simulated_peak(workload: Workload) -> int:
     from losia_dist.planning.simulation import simulate
 
     if sys.stderr.isatty():
         print(f"simulating {workload.shape.layers} layers, {workload.method} ...", file=sys.stderr)
-    return make_plan(workload, simulate(workload).peak_bytes)
+    return simulate(workload)
 
 
 def _workload(options: argparse.Namespace) -> Workload:
@@ -124,7 +115,6 @@ def _workload(options: argparse.Namespace) -> Workload:
         link_efficiency=options.link_efficiency,
         reserve=_bytes("--reserve", options.reserve),
     )
-    engine = options.engine or ("fsdp2" if cluster.gpus > 1 else "ddp")
     config = _config(options)
     if config.layers_per_slot == "auto" and options.steps is not None:
         groups = shape.layers + (config.output_rank_factor is not None)
@@ -132,27 +122,25 @@ def _workload(options: argparse.Namespace) -> Workload:
     return Workload(
         shape,
         cluster,
-        engine,
-        options.method,
-        min(2048, shape.context) if options.sequence_length is None else options.sequence_length,
-        options.micro_batch,
-        options.gradient_accumulation,
-        options.checkpointing != "off",
-        options.offload,
-        options.shard_ranks,
-        config,
-        min(64, shape.narrowest) if options.lora_rank is None else options.lora_rank,
+        engine=options.engine or ("fsdp2" if cluster.gpus > 1 else "ddp"),
+        method=options.method,
+        sequence=min(2048, shape.context) if options.sequence_length is None else options.sequence_length,
+        micro_batch=options.micro_batch,
+        accumulation=options.gradient_accumulation,
+        checkpointing=options.checkpointing != "off",
+        offload=options.offload,
+        shard_ranks=options.shard_ranks,
+        config=config,
+        lora_rank=min(64, shape.narrowest) if options.lora_rank is None else options.lora_rank,
     )
 
 
 def _config(options: argparse.Namespace) -> LoSiAConfig:
     values = LoSiAConfig.read(options.losia_config).to_dict() if options.losia_config else {}
-    for name in ("output_rank_factor", "period", "layers_per_slot"):
-        if getattr(options, name) is not None:
-            values[name] = getattr(options, name)
-    factors = options.rank_factor
-    if factors is not None:
-        values["rank_factor"] = factors[0] if len(factors) == 1 else factors
+    given = {name: getattr(options, name) for name in ("rank_factor", "output_rank_factor", "period", "layers_per_slot")}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if options.rank_factor is not None and len(options.rank_factor) == 1:
+        (values["rank_factor"],) = options.rank_factor
     return LoSiAConfig.from_dict(values)
 
 
@@ -163,14 +151,8 @@ def _bytes(option: str, value: float) -> int:
 
 
 def _choice(plan: Any) -> dict[str, Any]:
-    workload = plan.workload
-    return {
-        "engine": workload.engine,
-        "checkpointing": workload.checkpointing,
-        "offload": workload.offload,
-        "peak_bytes_per_gpu": plan.peak,
-        "seconds_per_step": plan.seconds,
-    }
+    chosen = {name: getattr(plan.workload, name) for name in ("engine", "checkpointing", "offload")}
+    return {**chosen, "peak_bytes_per_gpu": plan.peak, "seconds_per_step": plan.seconds}
 
 
 def _advice(plan: Any, advised: Any) -> str:
@@ -180,9 +162,8 @@ def _advice(plan: Any, advised: Any) -> str:
             "or another --method may."
         )
     chosen = advised.workload
-    words = (
-        f"{chosen.engine}, checkpointing {'on' if chosen.checkpointing else 'off'}, offload {chosen.offload}: "
-        f"{short(advised.memory.total / GB)} GB and {short(advised.seconds)} s a step"
+    return (
+        f"Recommended: {'this, ' if plan.workload == chosen else ''}{chosen.engine}, checkpointing "
+        f"{'on' if chosen.checkpointing else 'off'}, offload {chosen.offload}: {short(advised.memory.total / GB)} GB and "
+        f"{short(advised.seconds)} s a step."
     )
-    same = plan.workload == chosen
-    return f"Recommended: {'this, ' if same else ''}{words}."

@@ -24,6 +24,11 @@ from losia_dist.doctor.meeting import LaunchedProcess, RendezvousFailed, connect
 from losia_dist.errors import ConfigError
 
 Value = TypeVar("Value")
+# The configuration files that may be named, and what reads them.
+_READERS: dict[str, Callable[[str], Any]] = {
+    "losia_config": LoSiAConfig.read,
+    "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,7 @@ def run(options: Options) -> int:
         placed, measured = merge([own]), dict[str, Any]()
     else:
         try:
-            store = rendezvous(process, facts.host, options.seconds)
-            connect(process, facts.host, store, options.seconds)
+            connect(process, rendezvous(process, options.seconds), options.seconds)
         except RendezvousFailed as problem:
             # Nobody speaks for all: the first rank says what it found, every other one what keeps it from the others.
             if process.rank == 0:
@@ -83,21 +87,16 @@ def run(options: Options) -> int:
 
 def check_files(options: Options) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
-    readers: dict[str, Callable[[str], Any]] = {
-        "losia_config": LoSiAConfig.read,
-        "deepspeed": lambda path: json.loads(Path(path).read_text(encoding="utf-8")),
-    }
     findings = []
-    for name, read in readers.items():
+    for name, read in _READERS.items():
         path = getattr(options, name)
         if path is None:
             continue
         try:
             read(path)
+            findings.append(ok("files", f"--{name} {path} can be read"))
         except (ConfigError, OSError, ValueError) as problem:
             findings.append(error("files", f"--{name} {path}: {problem}", "correct the file, or its path on this host"))
-        else:
-            findings.append(ok("files", f"--{name} {path} can be read"))
     return findings
 
 
@@ -105,24 +104,23 @@ def _together(
     options: Options, process: LaunchedProcess, facts: Facts, own: list[Finding]
 ) -> tuple[list[Placed], dict[str, Any]]:
     """All ranks' findings, those about differences, and the links; the same on all ranks."""
-    with until(4 * options.seconds, f"rank {process.rank} (host {facts.host}): comparing the ranks did not end"):
+    with until(4 * options.seconds, f"{process}: comparing the ranks did not end"):
         answers = _gather((facts, _hashes(options)), process)
         local_ranks = _gather(process.local_rank, process)
         common = ranks.compare(answers, local_ranks)
         if options.output_dir:
             common += _check_shared(options.output_dir, process)
-        hosts = len({answer[0].host for answer in answers})
         measured = {"gloo": links.measure(torch.device("cpu"), dist.group.WORLD)}
-        each_has_a_gpu = all(local < len(answer[0].gpus) for answer, local in zip(answers, local_ranks, strict=True))
-        distinct = len({(a[0].host, local) for a, local in zip(answers, local_ranks, strict=True)}) == process.world_size
-        if each_has_a_gpu and distinct and "nccl" in facts.backends:
+        everyone = [answer[0] for answer in answers]
+        places = [(one.host, local) for one, local in zip(everyone, local_ranks, strict=True) if local < len(one.gpus)]
+        if len(set(places)) == process.world_size and "nccl" in facts.backends:  # each rank has a GPU of its own
             device = torch.device("cuda", process.local_rank)
             torch.cuda.set_device(device)
             group = dist.new_group(backend="nccl", timeout=timedelta(seconds=options.seconds), device_id=device)
             measured["nccl"] = links.measure(device, group)
+        hosts = len({one.host for one in everyone})
         common += [links.about(backend, values, hosts) for backend, values in measured.items()]
-        everyone = _gather(own, process)
-    return merge([[*findings, *common] for findings in everyone]), measured
+        return merge([[*findings, *common] for findings in _gather(own, process)]), measured
 
 
 def _check_shared(output_dir: str, process: LaunchedProcess) -> list[Finding]:
@@ -139,12 +137,8 @@ def _check_shared(output_dir: str, process: LaunchedProcess) -> list[Finding]:
 
 
 def _hashes(options: Options) -> dict[str, str]:
-    found = {}
-    for name in ("losia_config", "deepspeed"):
-        path = getattr(options, name)
-        if path is not None and Path(path).is_file():
-            found[f"--{name}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-    return found
+    paths = {f"--{name}": Path(getattr(options, name) or "") for name in _READERS}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path.is_file()}
 
 
 def _gather(value: Value, process: LaunchedProcess) -> list[Value]:

@@ -69,8 +69,9 @@ class Facts:
 def collect(environment: Mapping[str, str] = os.environ) -> Facts:
     """Look at this machine through this process's eyes."""
     requirements = _requirements()
-    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    shared = Path("/dev/shm")
+    locked, shared = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], Path("/dev/shm")
+    extensions = environment.get("TORCH_EXTENSIONS_DIR")
+    backends = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available} if dist.is_available() else {}
     return Facts(
         host=socket.gethostname(),
         python=platform.python_version(),
@@ -78,13 +79,15 @@ def collect(environment: Mapping[str, str] = os.environ) -> Facts:
         requirements=requirements,
         code=code_hash(),
         has_distributed=dist.is_available(),
-        backends=_backends(),
+        backends=[name for name, is_there in backends.items() if is_there()],
         cuda_build=str(getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None) or ""),
         gpus=_gpus(),
         has_gpu_device_file=any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd")),
         programs=[name for name in ("c++", "ninja", "nvcc") if shutil.which(name)],
         has_cuda_home=bool(environment.get("CUDA_HOME")) or Path("/usr/local/cuda").is_dir(),
-        stale_locks=_stale_locks(environment),
+        stale_locks=stale_locks(
+            Path(extensions or Path(environment.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")).expanduser()
+        ),
         interfaces=[name for _, name in socket.if_nameindex()],
         has_infiniband=any(Path("/sys/class/infiniband").glob("*")),
         locked_memory=None if locked == resource.RLIM_INFINITY else locked,
@@ -131,20 +134,6 @@ def _versions(names: set[str]) -> dict[str, str]:
             continue
     found["python"] = ".".join(map(str, sys.version_info[:2]))
     return found
-
-
-def _stale_locks(environment: Mapping[str, str]) -> list[str]:
-    """Locks of torch's extension loader (torch.utils.cpp_extension) behind which nobody builds."""
-    root = Path(
-        environment.get("TORCH_EXTENSIONS_DIR") or Path(environment.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")
-    )
-    return stale_locks(root.expanduser())
-
-
-def _backends() -> list[str]:
-    if not dist.is_available():
-        return []
-    return [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there]
 
 
 def _gpus() -> list[Gpu]:

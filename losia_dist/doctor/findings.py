@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -22,16 +24,9 @@ class Finding:
     fix: str = ""
 
 
-def ok(subject: str, text: str) -> Finding:
-    return Finding(OK, subject, text)
-
-
-def warning(subject: str, text: str, fix: str) -> Finding:
-    return Finding(WARNING, subject, text, fix)
-
-
-def error(subject: str, text: str, fix: str) -> Finding:
-    return Finding(ERROR, subject, text, fix)
+ok = partial(Finding, OK)
+warning = partial(Finding, WARNING)
+error = partial(Finding, ERROR)
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,11 @@ def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
     subjects = max((len(one.finding.subject) for one in placed), default=0)
     lines = []
     for one in placed:
-        finding, where = one.finding, ""
-        if len(one.ranks) < world_size:
-            where = f" [{who(one.ranks)}]"
+        finding = one.finding
+        where = f" [{who(one.ranks)}]" if len(one.ranks) < world_size else ""
         fix = f" Fix: {finding.fix}" if finding.fix else ""
         lines.append(f"{finding.level:<8} {finding.subject:<{subjects}}  {finding.text}{where}{fix}")
-    counts = {level: sum(one.finding.level == level for one in placed) for level in _ORDER}
+    counts = Counter(one.finding.level for one in placed)
     on = on or ("this machine" if world_size == 1 else f"{world_size} ranks")
     lines.append(f"{on}: errors {counts[ERROR]}, warnings {counts[WARNING]}, ok {counts[OK]}")
     return lines
@@ -70,15 +64,10 @@ def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
 
 def to_json(placed: list[Placed], world_size: int, measured: dict[str, Any]) -> dict[str, Any]:
     """The same as plain values. measured: what `losia_dist.doctor.links` returns, by backend."""
+    counts = Counter(one.finding.level for one in placed)
     findings = [{**asdict(one.finding), "ranks": one.ranks} for one in placed]
-    levels = [one.finding.level for one in placed]
-    return {
-        "errors": levels.count(ERROR),
-        "warnings": levels.count(WARNING),
-        "ranks": world_size,
-        "links": measured,
-        "findings": findings,
-    }
+    numbers = {"errors": counts[ERROR], "warnings": counts[WARNING], "ranks": world_size}
+    return {**numbers, "links": measured, "findings": findings}
 
 
 def who(ranks: list[int]) -> str:

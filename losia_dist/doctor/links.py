@@ -43,10 +43,8 @@ def about(backend: str, measured: dict[str, float], hosts: int) -> Finding:
     where = f"{hosts} hosts" if hosts > 1 else "one host"
     if measured["correct"] != 1.0:
         return error(backend, "all-reduce gives wrong sums.", "end the run on these hosts: a GPU, a link or a driver is broken")
-    return ok(
-        backend,
-        f"all-reduce over {where}: {measured['latency_us']:.0f} us for 4 bytes, {measured['bandwidth_gb_s']:.2f} GB/s",
-    )
+    rates = f"{measured['latency_us']:.0f} us for 4 bytes, {measured['bandwidth_gb_s']:.2f} GB/s"
+    return ok(backend, f"all-reduce over {where}: {rates}")
 
 
 def _all_reduce(tensor: torch.Tensor, group: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 from losia_dist.doctor.facts import Facts
 from losia_dist.doctor.findings import Finding, error, ok, warning
@@ -12,6 +12,7 @@ from losia_dist.liveness import read_limits
 GB = 1e9
 _FREE_SHARE = 0.9  # of a GPU's memory that should be free before a run; a driver's own context takes less than the rest
 _SHARED_MEMORY = 1 << 30  # bytes of /dev/shm that NCCL and data workers of a node's ranks get along with
+_FROM_PYPI = "install a build of torch from PyPI"
 
 # (variable, the value that hurts or "" for any, what it does, fix)
 _SETTINGS = [
@@ -28,180 +29,132 @@ _SETTINGS = [
 
 def examine(facts: Facts, local_rank: int, local_world_size: int, needs_deepspeed: bool) -> list[Finding]:
     """All findings about one machine, as the rank with this number on it sees it. Pure; every rank calls it."""
-    findings = [ok("python", f"{facts.python}, losia_dist {facts.code}")]
-    findings += check_versions(facts, needs_deepspeed)
-    findings += check_build(facts)
-    findings += [
-        warning(
-            "operators",
-            f"{lock} was left by a start that was killed: losia_dist removes it, a program without it waits for ever.",
-            f"rm {lock}",
-        )
-        for lock in facts.stale_locks
+    return [
+        ok("python", f"{facts.python}, losia_dist {facts.code}"),
+        *_versions(facts, needs_deepspeed),
+        *_build(facts),
+        *_deepspeed_tools(facts, needs_deepspeed),
+        *_gpus(facts, local_rank, local_world_size),
+        *_limits(facts, local_world_size),
+        *check_settings(facts),
     ]
-    findings += check_deepspeed_tools(facts, needs_deepspeed)
-    findings += check_gpus(facts, local_rank, local_world_size)
-    findings += check_limits(facts, local_world_size)
-    findings += check_settings(facts)
-    return findings
 
 
-def check_versions(facts: Facts, needs_deepspeed: bool) -> list[Finding]:
+def _versions(facts: Facts, needs_deepspeed: bool) -> Iterator[Finding]:
     """Installed packages against the bounds of setup.cfg."""
     from packaging.specifiers import SpecifierSet
 
-    findings, fine = [], []
+    fine = []
     for name, bounds, extra in facts.requirements:
-        version = facts.versions.get(name)
+        version, fix = facts.versions.get(name), f"pip install '{name}{bounds}'"
         needed = not extra or (name == "deepspeed" and needs_deepspeed)
         if version is None:
             if needed:
-                findings.append(error("versions", f"{name} is not installed.", f"pip install '{name}{bounds}'"))
+                yield error("versions", f"{name} is not installed.", fix)
         elif not SpecifierSet(bounds).contains(version, prereleases=True):
-            kind: Callable[[str, str, str], Finding] = error if needed else warning
-            where = "" if not extra else f" (used by the extra {extra})"
-            findings.append(kind("versions", f"{name} {version} is outside {bounds}{where}.", f"pip install '{name}{bounds}'"))
+            where = f" (used by the extra {extra})" if extra else ""
+            yield (error if needed else warning)("versions", f"{name} {version} is outside {bounds}{where}.", fix)
         elif extra != "dev":
             fine.append(f"{name} {version}")
     if not facts.requirements:
-        findings.append(warning("versions", "the package is not installed, so no bounds are known.", "pip install -e ."))
+        yield warning("versions", "the package is not installed, so no bounds are known.", "pip install -e .")
     if fine:
-        findings.append(ok("versions", ", ".join(dict.fromkeys(fine))))
-    return findings
+        yield ok("versions", ", ".join(dict.fromkeys(fine)))
 
 
-def check_build(facts: Facts) -> list[Finding]:
-    """torch's build against what it is to do here."""
-    findings = []
+def _build(facts: Facts) -> Iterator[Finding]:
+    """torch's build against what it is to do here, and what a killed start left of its operators."""
     if not facts.has_distributed or "gloo" not in facts.backends:
-        what = "without torch.distributed" if not facts.has_distributed else "without gloo"
-        findings.append(error("torch", f"this build is {what}: one process only.", "install a build of torch from PyPI"))
+        what = "gloo" if facts.has_distributed else "torch.distributed"
+        yield error("torch", f"this build is without {what}: one process only.", _FROM_PYPI)
     if facts.cuda_build and "nccl" not in facts.backends and facts.has_distributed:
-        findings.append(
-            error("torch", "this GPU build is without NCCL: several GPUs cannot train.", "install a build of torch from PyPI")
-        )
+        yield error("torch", "this GPU build is without NCCL: several GPUs cannot train.", _FROM_PYPI)
     if facts.has_gpu_device_file and not facts.cuda_build:
-        findings.append(
-            error("torch", "this machine has GPUs, and torch is a build for CPUs.", "install the build for your CUDA version")
-        )
-    on = facts.environment
-    if not facts.gpus and on.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        findings.append(
-            warning(
-                "accelerate",
-                "on a CPU Accelerate drops FSDP without a word: what it prepares trains unsharded (not losia-dist train).",
-                "torchrun with --sharding fsdp2, or the plain PyTorch loop with fully_shard",
-            )
-        )
-    return findings
+        text = "this machine has GPUs, and torch is a build for CPUs."
+        yield error("torch", text, "install the build for your CUDA version")
+    if not facts.gpus and facts.environment.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        text = "on a CPU Accelerate drops FSDP without a word: what it prepares trains unsharded (not losia-dist train)."
+        yield warning("accelerate", text, "torchrun with --sharding fsdp2, or the plain PyTorch loop with fully_shard")
+    for lock in facts.stale_locks:
+        text = "was left by a start that was killed: losia_dist removes it, a program without it waits for ever."
+        yield warning("operators", f"{lock} {text}", f"rm {lock}")
 
 
-def check_deepspeed_tools(facts: Facts, needs_deepspeed: bool) -> list[Finding]:
+def _deepspeed_tools(facts: Facts, needs_deepspeed: bool) -> Iterator[Finding]:
     """DeepSpeed compiles operators when they are first used."""
     if "deepspeed" not in facts.versions:
-        return []
+        return
     absent = [name for name in ("c++", "ninja") if name not in facts.programs]
     if facts.gpus and "nvcc" not in facts.programs and not facts.has_cuda_home:
         absent.append("nvcc")
     if not absent:
-        return [ok("deepspeed", f"{facts.versions['deepspeed']}, with what it compiles its operators by")]
-    text = (
-        f"{', '.join(absent)} not found: DeepSpeed cannot compile its operators (its communication on CPUs, fused optimizers)."
-    )
+        yield ok("deepspeed", f"{facts.versions['deepspeed']}, with what it compiles its operators by")
+        return
+    text = "DeepSpeed cannot compile its operators (its communication on CPUs, fused optimizers)."
     fix = "apt-get install g++, pip install ninja, and for nvcc a CUDA toolkit, on the PATH that the ranks have"
-    return [(error if needs_deepspeed and not facts.gpus else warning)("deepspeed", text, fix)]
+    make = error if needs_deepspeed and not facts.gpus else warning
+    yield make("deepspeed", f"{', '.join(absent)} not found: {text}", fix)
 
 
-def check_gpus(facts: Facts, local_rank: int, local_world_size: int) -> list[Finding]:
+def _gpus(facts: Facts, local_rank: int, local_world_size: int) -> Iterator[Finding]:
     """Visibility and free memory of the GPU of this rank; alone, of all."""
-    if not facts.gpus:
-        if facts.cuda_build:
-            return [
-                warning(
-                    "gpus",
-                    f"torch is built for CUDA/ROCm {facts.cuda_build} and sees no GPU: training would run on the CPU.",
-                    "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES, and what the container is given (--gpus all)",
-                )
-            ]
-        return [ok("gpus", "none; training runs on the CPU")]
     count = len(facts.gpus)
-    if local_rank >= count or local_world_size > count:
-        return [
-            error(
-                "gpus",
-                f"{local_world_size} ranks on {facts.host}, which shows {count} GPU(s) to rank {local_rank} of them.",
-                "one rank per GPU (--nproc_per_node, slots=, --ntasks-per-node), and every rank sees all GPUs of its node",
-            )
-        ]
-    findings = []
-    seen = facts.gpus if local_world_size == 1 else [facts.gpus[local_rank]]
-    for gpu in seen:
-        if gpu.free < _FREE_SHARE * gpu.total:
-            findings.append(
-                warning(
-                    "gpus",
-                    f"{gpu.name}: {gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free; something else uses it.",
-                    "nvidia-smi lists the processes on it; end those of earlier runs",
-                )
-            )
-        if not gpu.has_bf16:
-            findings.append(warning("gpus", f"{gpu.name} has no bf16, the default on GPUs.", "--precision fp32"))
-    if not findings:
+    if not count and facts.cuda_build:
+        text = f"torch is built for CUDA/ROCm {facts.cuda_build} and sees no GPU: training would run on the CPU."
+        fix = "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES, and what the container is given (--gpus all)"
+        yield warning("gpus", text, fix)
+    elif not count:
+        yield ok("gpus", "none; training runs on the CPU")
+    elif local_rank >= count or local_world_size > count:
+        text = f"{local_world_size} ranks on {facts.host}, which shows {count} GPU(s) to rank {local_rank} of them."
+        fix = "one rank per GPU (--nproc_per_node, slots=, --ntasks-per-node), and every rank sees all GPUs of its node"
+        yield error("gpus", text, fix)
+    else:
+        seen = facts.gpus if local_world_size == 1 else [facts.gpus[local_rank]]
+        wrong = []
+        for gpu in seen:
+            if gpu.free < _FREE_SHARE * gpu.total:
+                text = f"{gpu.name}: {gpu.free / GB:.1f} of {gpu.total / GB:.1f} GB free; something else uses it."
+                wrong.append(warning("gpus", text, "nvidia-smi lists the processes on it; end those of earlier runs"))
+            if not gpu.has_bf16:
+                wrong.append(warning("gpus", f"{gpu.name} has no bf16, the default on GPUs.", "--precision fp32"))
         least = min(gpu.free for gpu in seen)
-        findings.append(ok("gpus", f"{count} x {facts.gpus[0].name} on {facts.host}, {least / GB:.0f} GB free"))
-    return findings
+        yield from wrong or [ok("gpus", f"{count} x {facts.gpus[0].name} on {facts.host}, {least / GB:.0f} GB free")]
 
 
-def check_limits(facts: Facts, local_world_size: int) -> list[Finding]:
+def _limits(facts: Facts, local_world_size: int) -> Iterator[Finding]:
     """Limits that containers and schedulers set."""
-    findings = []
-    shared = facts.shared_memory
-    if shared is not None and shared < _SHARED_MEMORY and (len(facts.gpus) > 1 or local_world_size > 1):
-        findings.append(
-            warning(
-                "shared memory",
-                f"/dev/shm of {facts.host} has {shared / 1e6:.0f} MB, which NCCL and data workers fill.",
-                "docker run --shm-size 16g (or --ipc=host); in Kubernetes an emptyDir of medium Memory at /dev/shm",
-            )
-        )
+    shared, several = facts.shared_memory, len(facts.gpus) > 1 or local_world_size > 1
+    if shared is not None and shared < _SHARED_MEMORY and several:
+        text = f"/dev/shm of {facts.host} has {shared / 1e6:.0f} MB, which NCCL and data workers fill."
+        fix = "docker run --shm-size 16g (or --ipc=host); in Kubernetes an emptyDir of medium Memory at /dev/shm"
+        yield warning("shared memory", text, fix)
     if facts.has_infiniband and facts.locked_memory is not None:
-        findings.append(
-            warning(
-                "locked memory",
-                f"limited to {facts.locked_memory / 1e6:.0f} MB on {facts.host}, which has InfiniBand.",
-                "ulimit -l unlimited (docker run --ulimit memlock=-1; PropagateResourceLimits in SLURM)",
-            )
-        )
-    return findings
+        text = f"limited to {facts.locked_memory / 1e6:.0f} MB on {facts.host}, which has InfiniBand."
+        fix = "ulimit -l unlimited (docker run --ulimit memlock=-1; PropagateResourceLimits in SLURM)"
+        yield warning("locked memory", text, fix)
 
 
-def check_settings(facts: Facts) -> list[Finding]:
+def check_settings(facts: Facts) -> Iterator[Finding]:
     """The environment's variables."""
-    findings, on = [], facts.environment
+    on = facts.environment
     for name, bad, text, fix in _SETTINGS:
         if name in on and bad in ("", on[name]):
-            findings.append(warning("settings", f"{name}={on[name]}: {text}.", fix))
+            yield warning("settings", f"{name}={on[name]}: {text}.", fix)
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         if on.get(name) and not _names_interface(on[name], facts.interfaces, by_prefix=name.startswith("NCCL")):
-            findings.append(
-                error(
-                    "settings",
-                    f"{name}={on[name]} names no interface of {facts.host} ({', '.join(facts.interfaces)}).",
-                    "one of those; on clusters of unequal nodes, set it per node",
-                )
-            )
+            text = f"{name}={on[name]} names no interface of {facts.host} ({', '.join(facts.interfaces)})."
+            yield error("settings", text, "one of those; on clusters of unequal nodes, set it per node")
     if on.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and on.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         text = "ranks that torchrun starts again find the addresses of those before in its store (PyTorch issue 135712)."
-        findings.append(
-            warning("settings", text, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with --rdzv_backend c10d, or --max_restarts 0")
-        )
+        fix = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 with --rdzv_backend c10d, or --max_restarts 0"
+        yield warning("settings", text, fix)
     try:
         if read_limits(on) is None:
             text = "LOSIA_LIVENESS=0: a rank that is lost leaves the others waiting for the process group's time limit."
-            findings.append(warning("settings", text, "unset it"))
+            yield warning("settings", text, "unset it")
     except ConfigError as problem:
-        findings.append(error("settings", str(problem), "unset it for the default"))
-    return findings
+        yield error("settings", str(problem), "unset it for the default")
 
 
 def _names_interface(value: str, interfaces: list[str], by_prefix: bool) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from losia_dist.doctor.facts import Facts, compared
 from losia_dist.doctor.findings import Finding, error, ok, warning, who
@@ -15,7 +16,7 @@ def compare(answers: list[Answer], local_ranks: list[int]) -> list[Finding]:
     facts = [answer[0] for answer in answers]
     findings = []
     rows = [
-        ("code", "losia_dist's source", [{"hash": one.code} for one in facts], "install the same commit on all hosts"),
+        ("code", "losia_dist's source", [{"": one.code} for one in facts], "install the same commit on all hosts"),
         ("versions", "the version of", [one.versions for one in facts], "install the same requirements, or use one image"),
         ("files", "the file of", [answer[1] for answer in answers], "copy one file to all hosts, or keep it on a shared disk"),
         ("settings", "the environment's", [compared(one.environment) for one in facts], "set it alike on all hosts"),
@@ -25,20 +26,19 @@ def compare(answers: list[Answer], local_ranks: list[int]) -> list[Finding]:
         findings += [error(subject, text, fix) for text in differing]
         if not differing and any(values):
             findings.append(ok(subject, "the same on all ranks"))
-    findings += _check_gpus(facts, local_ranks)
-    return findings
+    return findings + _check_gpus(facts, local_ranks)
 
 
-def _differences(what: str, values: list[Mapping[str, str]] | list[dict[str, str]], hosts: list[str]) -> list[str]:
+def _differences(what: str, values: Sequence[Mapping[str, str]], hosts: list[str]) -> list[str]:
     """One sentence for each name whose value differs."""
     sentences = []
     for name in sorted({name for one in values for name in one}):
-        groups: dict[str, list[int]] = {}
+        groups: dict[str, list[int]] = defaultdict(list)
         for rank, one in enumerate(values):
-            groups.setdefault(one.get(name, "nothing"), []).append(rank)
+            groups[one.get(name, "nothing")].append(rank)
         if len(groups) > 1:
             shown = "; ".join(f"{value} on {_where(ranks, hosts)}" for value, ranks in list(groups.items())[:4])
-            sentences.append(f"{what} {name}".removesuffix(" hash") + f" differs: {shown}.")
+            sentences.append(f"{what} {name}".rstrip() + f" differs: {shown}.")
     return sentences
 
 
@@ -49,19 +49,17 @@ def _where(ranks: list[int], hosts: list[str]) -> str:
 
 def _check_gpus(facts: list[Facts], local_ranks: list[int]) -> list[Finding]:
     findings = []
-    used: dict[tuple[str, str], list[int]] = {}
-    kinds: dict[str, list[int]] = {}
+    used: dict[tuple[str, str], list[int]] = defaultdict(list)
+    kinds: dict[str, list[int]] = defaultdict(list)
     for rank, (one, local) in enumerate(zip(facts, local_ranks, strict=True)):
-        name = one.gpus[local].name if local < len(one.gpus) else "no GPU"
-        kinds.setdefault(name, []).append(rank)
-        if local < len(one.gpus):
-            used.setdefault((one.host, one.gpus[local].uuid), []).append(rank)
-    make: Callable[[str, str, str], Finding] = error if "no GPU" in kinds else warning
+        gpu = one.gpus[local] if local < len(one.gpus) else None
+        kinds[gpu.name if gpu else "no GPU"].append(rank)
+        if gpu:
+            used[one.host, gpu.uuid].append(rank)
     if len(kinds) > 1:
         shown = "; ".join(f"{name}: {who(ranks)}" for name, ranks in kinds.items())
+        make = error if "no GPU" in kinds else warning
         findings.append(make("gpus", f"the ranks differ in their GPUs ({shown}): all wait for the slowest.", "use equal nodes"))
-    for (host, _), ranks in used.items():
-        if len(ranks) > 1:
-            text = f"{who(ranks)} use one GPU of {host}."
-            findings.append(error("gpus", text, "LOCAL_RANK must number the ranks of a host from 0, one per GPU"))
-    return findings
+    fix = "LOCAL_RANK must number the ranks of a host from 0, one per GPU"
+    shared = {place: ranks for place, ranks in used.items() if len(ranks) > 1}
+    return findings + [error("gpus", f"{who(ranks)} use one GPU of {host}.", fix) for (host, _), ranks in shared.items()]

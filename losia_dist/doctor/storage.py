@@ -11,7 +11,6 @@ from losia_dist.digits import short
 from losia_dist.doctor.findings import Finding, error, ok, warning, who
 
 GB = 1e9
-_WEIGHTS = ("*.safetensors", "*.bin")
 # Of the model's size on disk, in bf16 and at rank factor 1/8: base 1, trained model 1, and four steps (three kept, one being
 # written) of 0.15: 12 bytes for 1/64 of the weights, and the localizing layers' importance. See docs/checkpoints.md.
 _TIMES_MODEL = 2.6
@@ -19,8 +18,7 @@ _TIMES_MODEL = 2.6
 
 def check_storage(output_dir: str, model: str | None) -> list[Finding]:
     """Write access and free space. Each rank by itself; leaves nothing behind, and makes no directory that was not there."""
-    target = Path(output_dir).absolute()
-    existing = next(path for path in (target, *target.parents) if path.exists())
+    existing = _existing(output_dir)
     if not existing.is_dir():
         return [error("output_dir", f"{output_dir} lies under {existing}, which is a file.", "give another --output_dir")]
     try:
@@ -30,15 +28,12 @@ def check_storage(output_dir: str, model: str | None) -> list[Finding]:
             os.fsync(probe.fileno())
     except OSError as problem:
         return [error("output_dir", f"{existing} cannot be written: {problem}.", "give another --output_dir, or its rights")]
-    free = shutil.disk_usage(existing).free
-    if model is None:
-        return [ok("output_dir", f"{target} can be written; {short(free / GB)} GB free")]
-    size = model_bytes(model)
-    if size is None:
-        return [
-            ok("output_dir", f"{target} can be written; {short(free / GB)} GB free"),
-            warning("model", f"{model} is no directory with weights here, so its size is not known.", "download it first"),
-        ]
+    target, free = Path(output_dir).absolute(), shutil.disk_usage(existing).free
+    size = sum(path.stat().st_size for path in _weights(Path(model))) if model else 0
+    if not size:
+        found = [ok("output_dir", f"{target} can be written; {short(free / GB)} GB free")]
+        unknown = f"{model} is no directory with weights here, so its size is not known."
+        return found + ([warning("model", unknown, "download it first")] if model else [])
     needed = _TIMES_MODEL * size
     text = f"{short(free / GB)} GB free at {target}; {short(needed / GB)} GB are needed for a model of {short(size / GB)} GB"
     if free < needed:
@@ -47,21 +42,20 @@ def check_storage(output_dir: str, model: str | None) -> list[Finding]:
     return [ok("output_dir", text)]
 
 
-def model_bytes(model: str) -> int | None:
-    """Bytes of a model directory's weights; None where there are none."""
-    directory = Path(model)
-    for pattern in _WEIGHTS:
-        sizes = [path.stat().st_size for path in directory.glob(pattern)] if directory.is_dir() else []
-        if sizes:
-            return sum(sizes)
-    return None
+def _weights(model: Path) -> list[Path]:
+    """A model directory's files of weights, in one format."""
+    return [*model.glob("*.safetensors")] or [*model.glob("*.bin")]
+
+
+def _existing(output_dir: str) -> Path:
+    """The directory itself, or the nearest above that is there."""
+    target = Path(output_dir).absolute()
+    return next(path for path in (target, *target.parents) if path.exists())
 
 
 def leave_mark(output_dir: str, token: str) -> Path | None:
     """A file in the nearest existing directory, for `sees_mark` on the other ranks; None: it cannot be written."""
-    target = Path(output_dir).absolute()
-    existing = next(path for path in (target, *target.parents) if path.exists())
-    mark = existing / f".losia-doctor-{token}"
+    mark = _existing(output_dir) / f".losia-doctor-{token}"
     try:
         mark.touch()
     except OSError:

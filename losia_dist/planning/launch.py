@@ -96,35 +96,31 @@ def accelerate_settings(workload: Workload) -> dict[str, Any]:
     return settings
 
 
-def training_options(workload: Workload) -> list[str]:
-    """The options of the training script that the plan decides; model, data and output are the user's."""
-    options = ["--precision", "bf16", "--max_length", str(workload.sequence), "--micro_batch", str(workload.micro_batch)]
-    options += ["--gradient_accumulation", str(workload.accumulation)]
-    options += ["--gradient_checkpointing", "non-reentrant" if workload.checkpointing else "off"]
-    return options
-
-
 def launch_script(workload: Workload, directory: Path) -> str:
     """A shell script to run on every node; MODEL, TRAIN_FILE and, on several nodes, MASTER_ADDR and NODE_RANK are set by
     the caller."""
-    cluster = workload.cluster
-    here = shlex.quote(str(directory))
-    several = ' --machine_rank "${NODE_RANK:?}" --main_process_ip "${MASTER_ADDR:?}"'
+    cluster, here = workload.cluster, shlex.quote(str(directory))
+    several = cluster.nodes > 1
     if workload.engine in _ZERO:
-        start = f"torchrun --nproc_per_node {cluster.gpus_per_node}"
-        if cluster.nodes > 1:
-            start += f' --nnodes {cluster.nodes} --node_rank "${{NODE_RANK:?}}" --master_addr "${{MASTER_ADDR:?}}"'
-        engine = f" --deepspeed {here}/deepspeed.json"
+        start, engine = f"torchrun --nproc_per_node {cluster.gpus_per_node}", f" --deepspeed {here}/deepspeed.json"
+        nodes = f' --nnodes {cluster.nodes} --node_rank "${{NODE_RANK:?}}" --master_addr "${{MASTER_ADDR:?}}"'
     else:
-        start = f"accelerate launch --config_file {here}/accelerate.yaml{several if cluster.nodes > 1 else ''}"
-        engine = ""
+        start, engine = f"accelerate launch --config_file {here}/accelerate.yaml", ""
+        nodes = ' --machine_rank "${NODE_RANK:?}" --main_process_ip "${MASTER_ADDR:?}"'
     method = f" --losia --losia_config {here}/losia.yaml" if workload.method == "losia" else ""
     model = shlex.quote(workload.shape.source) if workload.shape.source else '"${MODEL:?directory or hub name}"'
-    where = "every node, with MASTER_ADDR and its own NODE_RANK" if cluster.nodes > 1 else "the node"
+    where = "every node, with MASTER_ADDR and its own NODE_RANK" if several else "the node"
+    options = {
+        "precision": "bf16",
+        "max_length": workload.sequence,
+        "micro_batch": workload.micro_batch,
+        "gradient_accumulation": workload.accumulation,
+        "gradient_checkpointing": "non-reentrant" if workload.checkpointing else "off",
+    }
     return (
         f"#!/usr/bin/env bash\n# {workload.shape.name}, {workload.method}, {workload.engine} on {cluster.nodes} x "
         f"{cluster.gpus_per_node} GPUs. Run on {where}, from the project's directory.\nset -euo pipefail\n"
-        f"exec {start} launch/train.py{method}{engine} \\\n"
+        f"exec {start}{nodes if several else ''} launch/train.py{method}{engine} \\\n"
         f'  --model {model} --train_file "${{TRAIN_FILE:?}}" --output_dir "${{OUTPUT_DIR:-runs/planned}}" \\\n'
-        f'  {shlex.join(training_options(workload))} "$@"\n'
+        f'  {" ".join(f"--{name} {value}" for name, value in options.items())} "$@"\n'
     )

@@ -101,16 +101,8 @@ def plan_memory(workload: Workload) -> Memory:
     moments["update"] = _update(workload, found)
     if workload.method == "losia" and workload.config.located is not None and workload.config.needs_calibration:
         moments["loss, locating first subnets"] = _locating(workload, moments["loss"])
-    parts, moment = max((({**steady, **_sum(steady, extra)}, name) for name, extra in moments.items()), key=_total)
-    return Memory({name: parts.get(name, 0) for name in PARTS}, moment, host)
-
-
-def _total(candidate: tuple[dict[str, int], str]) -> int:
-    return sum(candidate[0].values())
-
-
-def _sum(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-    return {name: first.get(name, 0) + size for name, size in second.items()}
+    fullest = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory({name: steady.get(name, 0) + moments[fullest].get(name, 0) for name in PARTS}, fullest, host)
 
 
 def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
@@ -153,56 +145,41 @@ def _layer_activations(workload: Workload, layers: int, localizing: int) -> int:
 
 def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
     """Moments of an engine that gathers one layer at a time: the layer at work, the next one, and the outer parameters."""
-    layers, shards = workload.shape.layers, workload.shards
+    layers, shards, passes = workload.shape.layers, workload.shards, workload.accumulation
     unit = BF16 * (found.layer_weights + found.layer_added)
     outer = BF16 * (found.outer_weights + found.outer_added)
     live = BF16 * min(MAX_LIVE_PARAMETERS + found.layer_weights, layers * found.layer_weights + found.outer_weights)
     zero3 = workload.engine == "zero3"
     gathered = {count: live if zero3 else outer + count * unit for count in (1, 2, 3)}
-    localizing, passes = min(workload.localizing_layers, layers), workload.accumulation
-    moments: dict[str, dict[str, int]] = {}
+    localizing = min(workload.localizing_layers, layers)
     whole = found.all_trained(layers)
     # With accumulation, of earlier micro-batches: the sums of gradients, and what localizing layers keep.
     before = BF16 * whole // shards if passes > 1 else 0
-    flying = in_flight(workload, passes - 1, localizing)
-    # What was gathered for the layer before is let go when the next layer's weights are copied out of it.
-    moments["forward of layer 1"] = {
-        "gathered": live if zero3 else 2 * (outer + unit),
-        "gradients": before,
-        "importance": flying,
-        "activations": activations.checkpoint_bytes(workload),
-    }
-    moments["forward"] = {
-        "gathered": gathered[3 if layers > 1 else 2],
-        "gradients": before,
-        "importance": flying,
-        "activations": _layer_activations(workload, layers if workload.checkpointing else layers - 1, 0),
-    }
-    moments["loss"] = {
-        "gathered": gathered[1],
-        "gradients": before,
-        "importance": flying,
-        "activations": _layer_activations(workload, layers, localizing) + activations.head_bytes(workload),
-        "logits": activations.logits_bytes(workload),
+    earlier = {"gradients": before, "importance": in_flight(workload, passes - 1, localizing)}
+    moments = {
+        # What was gathered for the layer before is let go when the next layer's weights are copied out of it.
+        "forward of layer 1": {
+            "gathered": live if zero3 else 2 * (outer + unit),
+            "activations": activations.checkpoint_bytes(workload),
+            **earlier,
+        },
+        "forward": {
+            "gathered": gathered[3 if layers > 1 else 2],
+            "activations": _layer_activations(workload, layers if workload.checkpointing else layers - 1, 0),
+            **earlier,
+        },
+        "loss": {"gathered": gathered[1], **earlier, **_loss(workload)},
     }
     head = BF16 * workload.shape.vocabulary * workload.shape.hidden if workload.method == "full" else found.outer_trained * BF16
     largest = max(m * n for m, n in workload.shape.linears().values()) if workload.method == "full" else 0
     for done in range(layers):  # layers whose backward is over; the one at work comes next
         left = layers - done
-        at_work_localizes = done < localizing
-        saved = activations.saved_bytes(workload, at_work_localizes)
         reduced = max(before, BF16 * done * found.layer_trained // shards)
         sending = FP32 * found.layer_trained if done else 0
         waiting = gathered[2 if left > 1 else 1]
-        rest = left if workload.checkpointing else left - 1
-        here = _layer_activations(workload, rest, max(0, localizing - done - 1) if not workload.checkpointing else 0)
         common = {"gathered": waiting, "gradients": reduced + sending + head + BF16 * largest}
-        for name, linears, used in _inside_backward(workload, at_work_localizes):
-            moments[f"{name} of layer {left}"] = {
-                **common,
-                "importance": in_flight(workload, passes, min(done, localizing), linears),
-                "activations": here + saved + used,
-            }
+        moments |= {name: {**common, **taken} for name, taken in _backward(workload, done).items()}
+        rest = left if workload.checkpointing else left - 1
         moments[f"reduction of layer {left}"] = {
             "gathered": waiting - (0 if zero3 else unit),
             "gradients": reduced + head + (BF16 + FP32) * found.layer_trained + FP32 * found.layer_trained // shards,
@@ -216,42 +193,51 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
     return moments
 
 
-def _inside_backward(workload: Workload, localizes: bool) -> list[tuple[str, int, int]]:
-    """Moments of one layer's backward: (name, linear layers whose full gradients are there, bytes beyond what was saved)."""
-    fullest = ("backward", int(localizes), activations.backward_bytes(workload, localizes))
-    return [fullest, ("gradients", 2, activations.second_gradient_bytes(workload))] if localizes else [fullest]
-
-
 def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
     """Moments of an engine whose GPUs keep all weights: loss, and backward of every layer."""
     layers, passes = workload.shape.layers, workload.accumulation
     whole = BF16 * found.all_trained(layers)
-    localizing = min(workload.localizing_layers, layers)
     if workload.engine == "ddp":
         whole *= 2  # gradients, and the buckets they are reduced in
     elif workload.engine == "zero2":
         whole //= workload.shards
     before = whole if passes > 1 or workload.engine == "ddp" else 0
-    moments = {
-        "loss": {
-            "gradients": before,
-            "importance": in_flight(workload, passes - 1, localizing),
-            "activations": _layer_activations(workload, layers, localizing) + activations.head_bytes(workload),
-            "logits": activations.logits_bytes(workload),
-        }
-    }
+    flying = in_flight(workload, passes - 1, min(workload.localizing_layers, layers))
+    moments = {"loss": {"gradients": before, "importance": flying, **_loss(workload)}}
     for done in range(layers):
-        left = layers - done
-        rest = left if workload.checkpointing else left - 1
-        at_work_localizes = done < localizing
-        here = _layer_activations(workload, rest, max(0, localizing - done - 1))
-        for name, linears, used in _inside_backward(workload, at_work_localizes):
-            moments[f"{name} of layer {left}"] = {
-                "gradients": max(before, whole * (done + 1) // layers),
-                "importance": in_flight(workload, passes, min(done, localizing), linears),
-                "activations": here + activations.saved_bytes(workload, at_work_localizes) + used,
-            }
+        gradients = max(before, whole * (done + 1) // layers)
+        moments |= {name: {"gradients": gradients, **taken} for name, taken in _backward(workload, done).items()}
     return moments
+
+
+def _loss(workload: Workload) -> dict[str, int]:
+    """What the loss's backward finds of activations, on every engine."""
+    layers = workload.shape.layers
+    saved = _layer_activations(workload, layers, min(workload.localizing_layers, layers))
+    return {"activations": saved + activations.head_bytes(workload), "logits": activations.logits_bytes(workload)}
+
+
+def _backward(workload: Workload, done: int) -> dict[str, dict[str, int]]:
+    """Moments of one layer's backward on every engine, after those of `done` layers.
+
+    A localizing layer has a second one: two of its linear layers' full gradients are there.
+    """
+    left = workload.shape.layers - done
+    localizing = min(workload.localizing_layers, workload.shape.layers)
+    localizes = done < localizing
+    saved = activations.saved_bytes(workload, localizes)
+    saved += _layer_activations(workload, left if workload.checkpointing else left - 1, max(0, localizing - done - 1))
+    # Name: linear layers whose full gradients are there, bytes beyond what was saved.
+    inside = {"backward": (int(localizes), activations.backward_bytes(workload, localizes))}
+    if localizes:
+        inside["gradients"] = (2, activations.second_gradient_bytes(workload))
+    return {
+        f"{name} of layer {left}": {
+            "importance": in_flight(workload, workload.accumulation, min(done, localizing), linears),
+            "activations": saved + used,
+        }
+        for name, (linears, used) in inside.items()
+    }
 
 
 def _update(workload: Workload, found: _Sizes) -> dict[str, int]:

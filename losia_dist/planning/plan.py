@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from losia_dist.errors import ConfigError
@@ -14,11 +16,11 @@ from losia_dist.formulas import (
     layers_per_slot_for,
     step_checkpoint_bytes,
 )
-from losia_dist.planning.compute import Compute, plan_compute
+from losia_dist.planning.costs import Compute, Traffic, plan_compute, plan_traffic, plan_warm_start
 from losia_dist.planning.memory import BF16, Memory, plan_memory, sizes
-from losia_dist.planning.traffic import Traffic, plan_traffic
-from losia_dist.planning.warm_start import plan_warm_start
 from losia_dist.planning.workload import Workload
+
+_BY_PREFERENCE = ("fsdp2", "hsdp", "ddp", "zero2", "zero3", "zero1")
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,8 @@ class Plan:
             "fullest_moment": self.memory.moment,
             "memory": self.memory.parts,
             "host_bytes_per_node": self.memory.host,
-            "traffic_bytes": {
-                "weights": self.traffic.weights,
-                "gradients": self.traffic.gradients,
-                "localization": self.traffic.localization,
-                "between_nodes": self.traffic.between_nodes,
-            },
-            "flops": {
-                "forward": self.compute.forward,
-                "recomputed": self.compute.recomputed,
-                "inputs": self.compute.inputs,
-                "weights": self.compute.weights,
-                "total": self.compute.total,
-            },
+            "traffic_bytes": {name: size for name, size in vars(self.traffic).items() if name != "seconds"},
+            "flops": {name: count for name, count in vars(self.compute).items() if name != "seconds"},
             "seconds": {"compute": self.compute.seconds, "transfers": self.traffic.seconds, "step": self.seconds},
             "tokens_per_second": tokens / self.seconds,
             "disk_bytes": _disk(workload),
@@ -105,23 +96,15 @@ def recommend(workload: Workload) -> Plan | None:
     """
     for offloads in (("none",), ("optimizer", "all")):
         found = []
-        for engine in ("fsdp2", "hsdp", "ddp", "zero2", "zero3", "zero1"):
-            for checkpointing in (False, True):
-                for offload in offloads:
-                    found += _possible(workload, engine, checkpointing, offload)
-        if found:
-            return min(found, key=lambda plan: plan.seconds)
+        for engine, checkpointing, offload in product(_BY_PREFERENCE, (False, True), offloads):
+            ranks = workload.shard_ranks if engine == "hsdp" else None
+            with contextlib.suppress(ConfigError):  # not an engine for this cluster
+                other = replace(workload, engine=engine, checkpointing=checkpointing, offload=offload, shard_ranks=ranks)
+                found.append(make_plan(other))
+        fitting = [plan for plan in found if plan.fits]
+        if fitting:
+            return min(fitting, key=lambda plan: plan.seconds)
     return None
-
-
-def _possible(workload: Workload, engine: str, checkpointing: bool, offload: str) -> list[Plan]:
-    try:
-        ranks = workload.shard_ranks if engine == "hsdp" else None
-        other = replace(workload, engine=engine, checkpointing=checkpointing, offload=offload, shard_ranks=ranks)
-    except ConfigError:
-        return []  # not an engine for this cluster
-    plan = make_plan(other)
-    return [plan] if plan.fits else []
 
 
 def _schedule(workload: Workload, steps: int | None) -> dict[str, Any]:
@@ -153,15 +136,11 @@ def _disk(workload: Workload) -> dict[str, int]:
         return {"step": full_checkpoint_bytes(shape.parameters)}
     if workload.method == "lora":
         return {"step": full_checkpoint_bytes(trained)}
-    layer_indices = (found.indices - _outer_indices(workload)) // shape.layers
+    outer_indices = found.outer_added // shape.hidden + shape.hidden if found.outer_added else 0
+    layer_indices = (found.indices - outer_indices) // shape.layers
     return {
         "base_once": BF16 * shape.parameters,
         "step": step_checkpoint_bytes(trained, found.indices),
         "importance_inside_a_slot": importance_checkpoint_bytes(found.localizing),
         "journal_per_layer_moved": journal_bytes(found.layer_trained, layer_indices),
     }
-
-
-def _outer_indices(workload: Workload) -> int:
-    found = sizes(workload)
-    return 0 if not found.outer_added else found.outer_added // workload.shape.hidden + workload.shape.hidden

@@ -14,6 +14,16 @@ from losia_dist.errors import ConfigError
 
 # Transformers' model types whose decoder layer is attention with q, k, v, o and an MLP with gate, up, down.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_SETTINGS = {  # ModelShape's fields in a Transformers configuration
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "vocabulary": "vocab_size",
+    "context": "max_position_embeddings",
+}
 
 
 @dataclass(frozen=True)
@@ -92,21 +102,12 @@ class ModelShape:
 
         if self.settings is not None:
             return type(self.settings).from_dict(self.settings.to_dict())
-        sizes: dict[str, Any] = {
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": self.context,
-            "tie_word_embeddings": self.tied,
-        }
-        if self.family != "qwen2":  # whose heads always share the hidden size
-            sizes["head_dim"] = self.head_size
+        sizes: dict[str, Any] = {name: getattr(self, field) for field, name in _SETTINGS.items()}
+        if self.family == "qwen2":  # whose heads always share the hidden size
+            del sizes["head_dim"]
         if self.family == "mistral":
             sizes["sliding_window"] = None
-        return AutoConfig.for_model(self.family, **sizes)
+        return AutoConfig.for_model(self.family, **sizes, tie_word_embeddings=self.tied)
 
 
 # name: family, layers, H, I, heads, key-value heads, head size, vocabulary, context, tied. From the published files.
@@ -173,22 +174,14 @@ def shape_of(settings: Any, name: str) -> ModelShape:
             f"--model {name} is a {family!r} model; plans cover the dense decoders {', '.join(FAMILIES)}. Take the built-in "
             "shape that is nearest to it."
         )
-    sizes = {
-        "layers": settings.num_hidden_layers,
-        "hidden": settings.hidden_size,
-        "intermediate": settings.intermediate_size,
-        "heads": settings.num_attention_heads,
-        "kv_heads": getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads,
-        "head_size": getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads,
-        "vocabulary": settings.vocab_size,
-        "context": settings.max_position_embeddings,
-    }
+    sizes: dict[str, Any] = {field: getattr(settings, name, None) for field, name in _SETTINGS.items()}
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
+    sizes["head_size"] = sizes["head_size"] or settings.hidden_size // settings.num_attention_heads
     for option, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"--model {name}: its configuration says {option}: {size!r}; a whole number above 0 is needed.")
-    return ModelShape(
-        name, family, **sizes, tied=bool(getattr(settings, "tie_word_embeddings", False)), settings=settings, source=name
-    )
+    tied = bool(getattr(settings, "tie_word_embeddings", False))
+    return ModelShape(name, family, **sizes, tied=tied, settings=settings, source=name)
 
 
 def _read(name: str, path: Path) -> Any:

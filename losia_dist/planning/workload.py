@@ -12,6 +12,7 @@ from losia_dist.planning.shapes import ModelShape
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
 METHODS = ("losia", "full", "lora")
 OFFLOADS = ("none", "optimizer", "all")
+_POSSIBLE = {"ddp": ("none",), "zero1": ("none", "optimizer"), "zero2": ("none", "optimizer"), "zero3": OFFLOADS}  # of ENGINES
 GB = 10**9  # as GPUs are sold, and as this package's reports count
 
 # Peak dense bf16 TFLOP/s, and bytes per second and direction that one GPU exchanges inside its node: makers' data sheets.
@@ -129,12 +130,9 @@ class Workload:
                 f"--engine hsdp with {self.shards} ranks sharing one copy of the model on {gpus} GPUs: --shard-ranks must be "
                 "at least 2, less than the number of GPUs, and divide it. With one copy over all GPUs, use fsdp2."
             )
-        allowed = {"ddp": ("none",), "zero1": ("none", "optimizer"), "zero2": ("none", "optimizer"), "zero3": OFFLOADS}
-        if self.offload not in allowed.get(self.engine, ("none", "all")):
-            raise ConfigError(
-                f"--offload {self.offload} with --engine {self.engine}: possible are "
-                f"{', '.join(allowed.get(self.engine, ('none', 'all')))}."
-            )
+        possible = _POSSIBLE.get(self.engine, ("none", "all"))
+        if self.offload not in possible:
+            raise ConfigError(f"--offload {self.offload} with --engine {self.engine}: possible are {', '.join(possible)}.")
 
     def _check_losia(self) -> None:
         config = self.config

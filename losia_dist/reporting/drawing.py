@@ -50,16 +50,17 @@ class Picture:
 
     def svg(self) -> str:
         """As a data address for an <img>."""
-        return "data:image/svg+xml;base64," + base64.b64encode(self._saved("svg")).decode("ascii")
+        drawn = self._saved(format="svg", metadata={"Date": None})
+        return "data:image/svg+xml;base64," + base64.b64encode(drawn).decode("ascii")
 
     def png(self) -> bytes:
         """160 dots an inch."""
-        return self._saved("png", dpi=160)
+        return self._saved(format="png", dpi=160)
 
-    def _saved(self, format: str, **options: Any) -> bytes:
+    def _saved(self, **options: Any) -> bytes:
         target = io.BytesIO()
         with style():
-            self.figure.savefig(target, format=format, metadata={"Date": None} if format == "svg" else None, **options)
+            self.figure.savefig(target, **options)
         return target.getvalue()
 
 

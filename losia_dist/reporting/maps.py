@@ -53,11 +53,8 @@ def _captured_over_steps(moves: list[Move]) -> Picture:
     ):
         chosen = [move for move in moves if move.reason == reason]
         if chosen:
-            shares = [100 * (move.captured or 0.0) for move in chosen]
-            axis.plot([m.step for m in chosen], shares, marker, color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
-            steps = sorted({move.step for move in chosen})
-            means = [100 * (mean_captured([move for move in chosen if move.step == step]) or 0.0) for step in steps]
-            axis.plot(steps, means, f"{marker}-", color=colour, markersize=6, linewidth=1.2, label=f"{label}: mean of a step")
+            shares = np.array([100 * (move.captured or 0.0) for move in chosen])
+            _marks(axis, chosen, shares, (0.35, 4), marker=marker, color=colour, label=f"{label}: mean of a step")
     chance = 100 * float(np.mean([move.layer.random_share for move in moves]))
     axis.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.4, label=f"a random subnet: {short(chance, 2)} %")
     axis.set(xlabel="optimizer step", ylabel="% of the layer's importance", ylim=(0, None))
@@ -71,6 +68,14 @@ def _captured_over_steps(moves: list[Move]) -> Picture:
         f"Importance captured by chosen subnets: {mean:.1f} % on average, {short(chance, 2)} % by a random one.",
         figure,
     )
+
+
+def _marks(axis: Any, moves: list[Move], shares: NDArray[Any], small: tuple[float, float], **settings: Any) -> None:
+    """A small mark for each move, of this opacity and size, and a line of the steps' means."""
+    at, (alpha, size) = np.array([move.step for move in moves]), small
+    axis.plot(at, shares, linestyle="", alpha=alpha, markersize=size, markeredgewidth=0, **{**settings, "label": None})
+    steps = np.unique(at)
+    axis.plot(steps, [shares[at == step].mean() for step in steps], markersize=6, linewidth=1.2, **settings)
 
 
 def _captured_by_layer(movement: Movement) -> Picture:
@@ -107,10 +112,7 @@ def _overlap(moves: list[Move]) -> Picture:
             axis.text(0.5, 0.5, "all of them train", transform=axis.transAxes, ha="center", color=CHANCE)
             continue
         shares = np.array([100 * move.overlap[place] for move in partial if move.overlap is not None])
-        at = np.array([move.step for move in partial])
-        axis.plot(at, shares, "o", color=colour, alpha=0.25, markersize=3.5, markeredgewidth=0)
-        steps = np.unique(at)
-        axis.plot(steps, [shares[at == step].mean() for step in steps], "o-", color=colour, markersize=6, linewidth=1.2)
+        _marks(axis, partial, shares, (0.25, 3.5), marker="o", color=colour)
         chance = 100 * float(np.mean([len(m.layer.latest[place]) / m.layer.shape[place] for m in partial]))
         axis.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.4)
         means.append(f"{label}: {shares.mean():.0f} % stay on average, {short(chance, 2)} % by chance")
@@ -127,17 +129,13 @@ def _overlap(moves: list[Move]) -> Picture:
 
 def _map(movement: Movement, kind: str) -> Picture | None:
     layers, groups = movement.of_kind(kind), movement.groups()
-    sides = [
-        (place, name)
-        for place, name in ((0, "output neurons (rows)"), (1, "input neurons (columns)"))
-        if any(len(layer.latest[place]) < layer.shape[place] for layer in layers)
-    ]
+    names = ("output neurons (rows)", "input neurons (columns)")
+    sides = [place for place in (0, 1) if any(len(layer.latest[place]) < layer.shape[place] for layer in layers)]
     if not sides:
         return None
-    depth = max(len({layer.group for layer in layers}), 1)
-    figure, axes = new_figure(1.1 + len(sides) * (0.85 + min(2.2, 0.035 * depth)), nrows=len(sides), squeeze=False)
     shown = [group for group in groups if any(layer.group == group for layer in layers)]
-    for axis, (place, name) in zip(axes[:, 0], sides, strict=True):
+    figure, axes = new_figure(1.1 + len(sides) * (0.85 + min(2.2, 0.035 * len(shown))), nrows=len(sides), squeeze=False)
+    for axis, place in zip(axes[:, 0], sides, strict=True):
         width = max(layer.shape[place] for layer in layers)
         axis.grid(False)
         for spine in ("top", "right"):
@@ -146,7 +144,7 @@ def _map(movement: Movement, kind: str) -> Picture | None:
         for layer in layers:
             colours_GB[shown.index(layer.group)] = _strip(layer, place, width)
         axis.imshow(colours_GB, aspect="auto", extent=(0, width, len(shown) - 0.5, -0.5))
-        axis.set(xlabel=name, ylabel="depth")
+        axis.set(xlabel=names[place], ylabel="depth")
         axis.yaxis.get_major_locator().set_params(integer=True)
     (m, n), (r, c) = layers[-1].shape, map(len, layers[-1].latest)
     return Picture(

@@ -70,8 +70,7 @@ class Movement:
             kind = name.removeprefix(group).lstrip(".") or name
             layer = self.layers[name] = Layer(name, group, kind, (m, n), chosen, chosen)
         else:
-            shared = [_share_kept(old, new) for old, new in zip(layer.latest, chosen, strict=True)]
-            overlap = (shared[0], shared[1])
+            overlap = (_share_kept(layer.latest[0], rows), _share_kept(layer.latest[1], columns))
             layer.latest = chosen
         if captured is not None:
             layer.captured = captured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from losia_dist.config import CONFIG_NAME
 from losia_dist.errors import ConfigError
 from losia_dist.reporting.movement import Movement
 from losia_dist.reporting.records import FACTS, METRICS, SUBNETS, SUMMARY, read_records
-from losia_dist.reporting.series import Curves
-from losia_dist.reporting.sources import STATE, read_curves, unreadable
+from losia_dist.reporting.series import STATE, Curves, note_unreadable, read_curves
 
 
 @dataclass
@@ -57,14 +57,10 @@ def _read(directory: Path) -> Run:
     notes: list[str] = []
     facts, config, summary = (_object(directory / name, notes) for name in (FACTS, CONFIG_NAME, SUMMARY))
     groups = facts.get("groups")
-    curves, files, found = read_curves(directory, groups if isinstance(groups, list) else [])
-    notes += found
-    movement, broken = Movement(), 0
-    for record in read_records(directory / SUBNETS):
-        if record is None or not movement.add(record):
-            broken += 1
-    if broken:
-        notes.append(unreadable(SUBNETS, broken))
+    curves, files = read_curves(directory, groups if isinstance(groups, list) else [], notes)
+    movement = Movement()
+    broken = sum(record is None or not movement.add(record) for record in read_records(directory / SUBNETS))
+    note_unreadable(notes, SUBNETS, broken)
     if not curves and not movement.layers:
         if (directory / METRICS).is_file():
             raise ConfigError(
@@ -77,19 +73,16 @@ def _read(directory: Path) -> Run:
         )
     files += [name for name in (SUBNETS, FACTS, CONFIG_NAME, SUMMARY) if (directory / name).is_file()]
     run = Run(directory, directory.resolve().name, curves, movement, facts, config, summary, files, notes)
-    _note_what_is_missing(run)
+    steps = run.fact("steps")
+    if METRICS in files and isinstance(steps, int) and curves.reached < steps:  # a Trainer need not log its last step
+        reached = max(0, curves.reached)
+        notes.append(f"The logs end at step {reached} of {steps}: the run is still going on, or was ended before.")
+    bad = [step for step, loss in curves.loss.points.items() if not math.isfinite(loss)]
+    if bad:
+        notes.append(f"The training loss is not finite from step {min(bad)} on: the run has diverged.")
+    if run.fact("method") != "full" and not movement.layers:
+        notes.append(f"There is no {SUBNETS}: nothing is known of where the subnets lie.")
     return run
-
-
-def _note_what_is_missing(run: Run) -> None:
-    steps, reached = run.fact("steps"), max((max(curve.points) for _, curve in run.curves.named()), default=0)
-    if METRICS in run.files and isinstance(steps, int) and reached < steps:  # a Trainer need not log its last step
-        run.notes.append(f"The logs end at step {reached} of {steps}: the run is still going on, or was ended before.")
-    bad = run.curves.first_bad_step()
-    if bad is not None:
-        run.notes.append(f"The training loss is not finite from step {bad} on: the run has diverged.")
-    if run.fact("method") != "full" and not run.movement.layers:
-        run.notes.append(f"There is no {SUBNETS}: nothing is known of where the subnets lie.")
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class SubnetLog:
         self._losia = losia
         self._pending: list[SubnetMove] = []
         self._file: Any = None
-        losia.on_move.append(self._note)
+        losia.on_move.append(self._pending.append)
 
     def begin(self, directory: Path, continues: bool) -> None:
         """Open the file, and write where the subnets lie now.
@@ -59,18 +59,15 @@ class SubnetLog:
             return
         moves, self._pending[:] = list(self._pending), []
         for move in moves:
-            self._line(move.step, move.reason, move.layer, move.group, move.shape, move.rows, move.columns, move.captured)
+            self._line(vars(move))
 
     def close(self) -> None:
         """Write the rest and stop listening."""
         self.write()
-        self._losia.on_move.remove(self._note)
+        self._losia.on_move.remove(self._pending.append)
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _note(self, move: SubnetMove) -> None:
-        self._pending.append(move)
 
     def _write_first(self) -> None:
         losia = self._losia
@@ -78,35 +75,32 @@ class SubnetLog:
         moved = {move.layer for move in self._pending}  # what was there before is nobody's concern
         for layer in losia.layers:
             if layer.name not in moved:
-                shape = (layer.out_features, layer.in_features)
-                self._line(losia.steps, reason, layer.name, layer.group_name, shape, layer.row_index, layer.col_index, None)
+                self._line(
+                    {
+                        "step": losia.steps,
+                        "reason": reason,
+                        "layer": layer.name,
+                        "group": layer.group_name,
+                        "shape": (layer.out_features, layer.in_features),
+                        "rows": layer.row_index,
+                        "columns": layer.col_index,
+                        "captured": None,
+                    }
+                )
 
-    def _line(
-        self,
-        step: int,
-        reason: str,
-        layer: str,
-        group: str,
-        shape: tuple[int, int],
-        rows: Tensor,
-        columns: Tensor,
-        captured: float | None,
-    ) -> None:
+    def _line(self, move: dict[str, Any]) -> None:
+        """move: what a SubnetMove holds; its random_share is written anew."""
         if self._file is None:
             return
-        record = {
-            "step": step,
-            "reason": reason,
-            "layer": layer,
-            "group": group,
-            "shape": list(shape),
-            "rows": _indices(rows, shape[0]),
-            "columns": _indices(columns, shape[1]),
+        (m, n), rows, columns, captured = (move[name] for name in ("shape", "rows", "columns", "captured"))
+        written = {
+            "rows": _indices(rows, m),
+            "columns": _indices(columns, n),
             "captured": None if captured is None else round(captured, 6),
-            "random_share": round(rows.numel() * columns.numel() / (shape[0] * shape[1]), 9),
+            "random_share": round(rows.numel() * columns.numel() / (m * n), 9),
         }
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps({**move, **written}) + "\n")
             self._file.flush()
         except OSError as error:
             self._give_up(error)

@@ -115,7 +115,7 @@ def test_interfaces_are_named_as_nccl_and_gloo_read_them(here):
         ("NCCL", "eth", True), ("NCCL", "=eth0", True), ("NCCL", "^docker", True), ("NCCL", "ib0,eth", True),
         ("NCCL", "=eth", False), ("GLOO", "eth0", True), ("GLOO", "eth", False),
     ]:  # fmt: skip
-        findings = machine.check_settings(replace(facts, environment={f"{name}_SOCKET_IFNAME": value}))
+        findings = list(machine.check_settings(replace(facts, environment={f"{name}_SOCKET_IFNAME": value})))
         assert (findings == []) == fine, (name, value)
 
 

@@ -21,7 +21,7 @@ def compared(model: str, gpus: int, layers: int | None, **settings) -> tuple[int
     nodes = max(1, gpus // 8)
     cluster = Cluster(nodes=nodes, gpus_per_node=gpus // nodes)
     workload = Workload(shape if layers is None else replace(shape, layers=layers), cluster, **settings)
-    return plan_memory(workload).peak, simulate(workload).peak_bytes
+    return plan_memory(workload).peak, simulate(workload)
 
 
 CASES = [
