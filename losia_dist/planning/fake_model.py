@@ -28,10 +28,10 @@ from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.planning.workload import Workload
 from losia_dist.sharding.resolve import resolve_parameters
-from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.subnet.kinds import whole_shape
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 
 @dataclass
@@ -41,7 +41,7 @@ class FakeRun:
     model: Any
     optimizer: LoSiAAdamW
     localization: Localization | None
-    localizing: list[SubnetLinear]
+    localizing: list[Site]
 
     def step(self, tokens: Tensor, accumulation: int, before_each: Callable[[], None]) -> None:
         """One optimizer step over equal micro-batches, as the training loop makes it. `before_each` micro-batch is called."""
@@ -51,20 +51,20 @@ class FakeRun:
             loss.backward()
             del loss
         self.optimizer.step()
-        for layer in self.localizing:
-            assert layer.gradient_sink is not None
+        for site in self.localizing:
+            assert site.gradient_sink is not None
             # Lets go of what `end_step` lets go of; its arithmetic, in bands, never is the fullest moment.
-            layer.gradient_sink.discard_step()  # type: ignore[attr-defined]
+            site.gradient_sink.discard_step()  # type: ignore[attr-defined]
         self.optimizer.zero_grad(set_to_none=True)
 
     def relocalize(self) -> None:
         """The end of a slot: choose the subnets of the layers that localized."""
-        for layer in self.localizing:
-            accumulator, layer.gradient_sink = layer.gradient_sink, None
+        for site in self.localizing:
+            accumulator, site.gradient_sink = site.gradient_sink, None
             assert self.localization is not None
-            shape = (layer.out_features, layer.in_features)
-            wanted = Wanted(layer.name, 1, shape, (layer.row_index, layer.col_index))
-            self.localization.choose(SlotGroup(layer.group_name, 0), accumulator, wanted)  # type: ignore[arg-type]
+            shape = site.shape
+            wanted = Wanted(site.name, 1, shape, (site.row_index, site.col_index))
+            self.localization.choose(SlotGroup(site.group_name, 0), accumulator, wanted)  # type: ignore[arg-type]
             del accumulator
 
 
@@ -106,8 +106,8 @@ def make_run(workload: Workload, mesh: DeviceMesh, mode: FakeTensorMode) -> Fake
         "reshard_after_forward": True,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
-    for layer in [*model.model.layers, model]:
-        fully_shard(layer, **options)
+    for site in [*model.model.layers, model]:
+        fully_shard(site, **options)
     with mode:
         model.to_empty(device="cpu")
         run = _with_losia(model, workload) if workload.method == "losia" else _with_adamw(model)
@@ -137,13 +137,13 @@ def _with_adamw(model: nn.Module) -> FakeRun:
 
 def _with_losia(model: nn.Module, workload: Workload) -> FakeRun:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
-    layers, access, config = subnet_layers(model), resolve_parameters(model), workload.config
-    names = group_names([layer for layer in layers if not layer.is_output])[::-1][: workload.localizing_layers]
+    sites, access, config = find_sites(model), resolve_parameters(model), workload.config
+    names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_layers]
     localization = make_localization(config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
-    localizing = [layer for layer in layers if layer.group_name in names]
-    for layer in localizing:
-        place = SlotGroup(layer.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
-        layer.gradient_sink = localization.accumulator(place, whole_shape(access, layer), torch.device("cpu"))
+    localizing = [site for site in sites if site.group_name in names]
+    for site in localizing:
+        place = SlotGroup(site.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
+        site.gradient_sink = localization.accumulator(place, whole_shape(access, site), torch.device("cpu"))
     return FakeRun(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-4)), localization, localizing)
 
 

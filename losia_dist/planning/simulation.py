@@ -57,7 +57,7 @@ def simulate(workload: Workload) -> Simulation:
 
 def _importance(run: FakeRun) -> list[Tensor]:
     averages: list[Tensor] = []
-    for layer in run.localizing:
-        accumulator: Any = layer.gradient_sink
+    for site in run.localizing:
+        accumulator: Any = site.gradient_sink
         averages += [accumulator.mean, accumulator.deviation]
     return averages

@@ -76,10 +76,9 @@ class SubnetLog:
         losia = self._losia
         reason = "resumed" if losia.steps else "located" if losia.located and losia.config.needs_calibration else "random"
         moved = {move.layer for move in self._pending}  # what was there before is nobody's concern
-        for layer in losia.layers:
-            if layer.name not in moved:
-                shape = (layer.out_features, layer.in_features)
-                self._line(losia.steps, reason, layer.name, layer.group_name, shape, layer.row_index, layer.col_index, None)
+        for site in losia.sites:
+            if site.name not in moved:
+                self._line(losia.steps, reason, site.name, site.group_name, site.shape, site.row_index, site.col_index, None)
 
     def _line(
         self,
