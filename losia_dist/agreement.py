@@ -91,7 +91,7 @@ class Agreement:
         Raises:
             ConfigError: what differs, and who has which value.
         """
-        gathered = self.gather(json.loads(json.dumps(value)) if isinstance(value, dict) else {"": value})
+        gathered = self.gather(_flat(json.loads(json.dumps(value))) if isinstance(value, dict) else {"": value})
         for name in sorted(set().union(*gathered)):
             by_rank = [theirs.get(name) for theirs in gathered]
             odd = next((rank for rank, theirs in enumerate(by_rank) if theirs != by_rank[0]), None)
@@ -108,6 +108,14 @@ class Agreement:
     def _which(self, ranks: list[int]) -> str:
         names = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
         return f"rank{'s' if len(ranks) > 1 else ''} {names} of {self.world_size}"
+
+
+def _flat(settings: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, so that the innermost one that differs is named."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}": value}
+    return found
 
 
 def own_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -95,7 +95,7 @@ def test_the_sky_task_runs_torchrun_on_every_node(tmp_path):
         "cpus",
     }
     assert set(SKY["resources"]["job_recovery"]) <= {"strategy", "max_restarts_on_errors", "recover_on_exit_codes"}
-    assert (ROOT / SKY["envs"]["LOSIA_CONFIG"]).is_file() and LoSiAConfig.from_file(ROOT / SKY["envs"]["LOSIA_CONFIG"])
+    assert LoSiAConfig.read(SKY["envs"]["LOSIA_CONFIG"])
     asked = {name for name, value in SKY["envs"].items() if value is None}
     variables = {**{name: value for name, value in SKY["envs"].items() if value is not None}, **dict.fromkeys(asked, "given")}
     seen = record(tmp_path, "torchrun")
