@@ -32,7 +32,7 @@ class FlatNoise:
             noise = torch.randn(site.subnet.shape, generator=self.drawn)
             noise *= self.size * site.shape[1] ** -0.5 * norms[:, None]
             self.added.append((site, site.subnet.clone()))
-            site.subnet += noise
+            site.subnet.add_(noise)
 
     @torch.no_grad()
     def remove(self) -> None:

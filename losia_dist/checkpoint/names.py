@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from losia_dist.conductor import LoSiA
+from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.site import Site
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-_INDICES = ("row_index", "col_index")
-_OWN = ("subnet", *_INDICES)
+_OWN = ("subnet", "row_index", "col_index")
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    buffers, seen = {}, set()
+    indices = {id(index) for site in find_sites(model) for index in (site.row_index, site.col_index)}
+    buffers, seen = {}, indices
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             kept = buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen
-            if kept and not (isinstance(module, Site) and name in _INDICES):
+            if kept:
                 assert buffer is not None
                 seen.add(id(buffer))
                 buffers[plain_name(f"{path}.{name}" if path else name)] = buffer
