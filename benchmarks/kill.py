@@ -189,7 +189,7 @@ def work(engine: str, directory: Path) -> None:
     (directory / "seconds").write_text(str(time.monotonic() - began))
     losia.consolidate()
     end = {name: losia.parameters.read_whole(p).clone() for name, p in unwrap(losia.model).named_parameters()}
-    for layer in losia.layers:
+    for layer in losia.sites:
         end |= {f"{layer.name} {key}": t.clone() for key, t in losia.state.read_state(layer.subnet).items()}
     if rank == 0:
         torch.save(end, directory / "end.pt")

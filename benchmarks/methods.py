@@ -122,7 +122,7 @@ def losia(shape: Shape, *, localizing: bool, rank_factor: Any = RANK_FACTOR, per
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-5), lr=1e-5)
     conductor = LoSiA(model, optimizer, config)
     if not localizing:
-        for layer in conductor.layers:
+        for layer in conductor.sites:
             layer.gradient_sink = None
 
     def step(tokens: Tensor) -> bool:

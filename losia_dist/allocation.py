@@ -16,7 +16,7 @@ from losia_dist.formulas import subnet_size
 from losia_dist.localization.search import Choice, Query, Sums, greedy, together
 from losia_dist.selection import Located
 from losia_dist.subnet.kinds import whole_shape
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 from losia_dist.warm_start import Batches, Loss, run_searches
 
 Factors = tuple[float, float]
@@ -64,18 +64,18 @@ def measure(
             )
         return possible
 
-    def search_of(layer: SubnetLinear) -> Generator[Query, Sums, list[Choice]]:
-        shape = whole_shape(losia.parameters, layer)
+    def search_of(site: Site) -> Generator[Query, Sums, list[Choice]]:
+        shape = whole_shape(losia.parameters, site)
         return together([greedy(shape, size) for _, size in sizes(shape)])
 
     importance = (losia.config.located or Located()).importance
     found, _ = run_searches(losia.model, losia.parts, importance, search_of, batches, compute_loss)
     measured: dict[str, list[Captured]] = {}
     for one in found:
-        if one.layer.is_output:
+        if one.site.is_output:
             continue
         choices: list[Choice] = one.result
-        measured[one.layer.name] = [
+        measured[one.site.name] = [
             Captured(pair, r * c, choice.inside.item() / max(choice.total.item(), 1e-300), choice.total.item())
             for (pair, (r, c)), choice in zip(sizes(one.shape), choices, strict=True)
         ]
@@ -140,9 +140,9 @@ def by_kind(measured: dict[str, list[Captured]]) -> dict[str, list[Captured]]:
     for name, found in measured.items():
         kinds.setdefault(name.rsplit(".", 1)[-1], []).append(found)
     means: dict[str, list[Captured]] = {}
-    for kind, layers in kinds.items():
-        by_factors = [{one.factors: one for one in found} for found in layers]
-        common = [one.factors for one in layers[0] if all(one.factors in found for found in by_factors)]
+    for kind, sites in kinds.items():
+        by_factors = [{one.factors: one for one in found} for found in sites]
+        common = [one.factors for one in sites[0] if all(one.factors in found for found in by_factors)]
         means[kind] = []
         for factors in common:
             ones = [found[factors] for found in by_factors]

@@ -41,11 +41,11 @@ from losia_dist.removed import refuse_removed_variables, removed_variables
 from losia_dist.selection import Located
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
-from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.copied import copies_changed
 from losia_dist.subnet.intact import check_intact
-from losia_dist.subnet.linear import SubnetLinear
 from losia_dist.subnet.operator import make_findable
+from losia_dist.subnet.site import Site
 from losia_dist.warm_start import find_outliers, locate_all
 
 WHEN_MADE: list[Callable[[], None]] = []  # what integrations do in a process that gets a conductor
@@ -83,17 +83,17 @@ class LoSiA:
         watch: bool = False,
     ) -> None:
         self.model, self.config = model, config
-        self.layers = subnet_layers(model)
-        if not self.layers:
+        self.sites = find_sites(model)
+        if not self.sites:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
-        refuse_unusable(self.layers)
+        refuse_unusable(self.sites)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})
         self.collectives = RowCollectives(group)
-        groups = len(group_names(self.layers))
+        groups = len(group_names(self.sites))
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
-        agreement.same("the model", {layer.name: list(layer.subnet.shape) for layer in self.layers})
+        agreement.same("the model", {site.name: list(site.subnet.shape) for site in self.sites})
         agreement.same("the environment", {**liveness_settings(), **removed_variables()})
         refuse_removed_variables()
         self._watch = join_watch(group) if watch else None
@@ -101,28 +101,28 @@ class LoSiA:
         hook = None if self._watch is None else model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
         self._watch_hook = hook
         self.parameters = resolve_parameters(model)
-        check_intact(model, self.layers, self.parameters, trains=True)
+        check_intact(model, self.sites, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
-        self.parts = RunParts(self.layers, self.parameters, self.state, self.collectives)
+        self.parts = RunParts(self.sites, self.parameters, self.state, self.collectives)
         self.placement = Placement(self.parts)
         is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
-        check_clearing(self.state, self.layers, config, is_cut=is_cut)
+        check_clearing(self.state, self.sites, config, is_cut=is_cut)
         create_state = getattr(self.state.optimizer, "create_state", None)
         if create_state is not None:
             create_state()
-        for layer in self.layers:
-            layer.copied = None  # a copy of another model that is driven by itself from here on
-            layer.weight_is_resident = self.parameters.weight_is_resident
-        make_findable(self.layers)
+        for site in self.sites:
+            site.copied = None  # a copy of another model that is driven by itself from here on
+            site.weight_is_resident = self.parameters.weight_is_resident
+        make_findable(self.sites)
         self.localization: Localization = make_localization(
             config, self.collectives, weight_is_resident=self.parameters.weight_is_resident
         )
         per_slot = self.localization.groups_per_slot(layers_per_slot(config))
-        self.clock = SlotClock(group_names(self.layers), config.period, per_slot, config.effective_rewarm_steps)
+        self.clock = SlotClock(group_names(self.sites), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
         self.rewarming.allow = self._check_located
-        self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.layers[0].row_index.device)
+        self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.sites[0].row_index.device)
         self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
         self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
         self.placement.cut_awaited(config.seed, agreement)
@@ -131,11 +131,11 @@ class LoSiA:
         self._first_move = FirstMove(self.parts)
         self._engagement: EngagementCheck | None = EngagementCheck(self.parts)
         self._drift: DriftCheck | None = DriftCheck(self.parts)
-        self._accumulators: dict[SubnetLinear, ImportanceAccumulator] = {}
+        self._accumulators: dict[Site, ImportanceAccumulator] = {}
         # Called, on all ranks, for a group that is about to be re-localized.
         self.on_relocalize: list[Callable[[SlotGroup], None]] = []
         # Called, on all ranks, for every layer whose subnet is about to move, with the values [r, c] it leaves in the weight.
-        self.on_retire: list[Callable[[SubnetLinear, Tensor], None]] = []
+        self.on_retire: list[Callable[[Site, Tensor], None]] = []
         # Called, on all ranks, for every layer that got another subnet, once the whole group has.
         self.on_move: list[Callable[[SubnetMove], None]] = []
         # Further objects (state_dict, load_state_dict; plain values) that checkpoints carry: an engine's own counters.
@@ -150,14 +150,14 @@ class LoSiA:
         return self.clock.step
 
     @property
-    def accumulators(self) -> dict[SubnetLinear, ImportanceAccumulator]:
+    def accumulators(self) -> dict[Site, ImportanceAccumulator]:
         """What collects importance on this rank in this slot; between steps it may be read and filled."""
         return self._accumulators
 
     @property
     def in_mid_step(self) -> bool:
         """Whether micro-batches of an optimizer step were run that `step()` has not seen the end of, on this rank."""
-        return self.rewarming.stepped or any(layer.in_mid_step for layer in self.layers)
+        return self.rewarming.stepped or any(site.in_mid_step for site in self.sites)
 
     @property
     def localizing(self) -> list[str]:
@@ -186,7 +186,7 @@ class LoSiA:
         self.rewarming.stepped = False
         self._note_changes()
         self.parameters.reshard()
-        self._finite.end_step(self.steps + 1, copies_changed(self.layers, thoroughly=self.clock.in_last_step))
+        self._finite.end_step(self.steps + 1, copies_changed(self.sites, thoroughly=self.clock.in_last_step))
         if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
         if self._drift is not None and self._drift.verify():
@@ -197,15 +197,15 @@ class LoSiA:
         relocalized = self.clock.localizing if self.clock.in_last_step else []
         if relocalized:
             self.check_latest_step()
-        moved: list[tuple[list[SubnetLinear], list[Choice]]] = []
+        moved: list[tuple[list[Site], list[Choice]]] = []
         for place, name in enumerate(relocalized):
-            layers = [layer for layer in self.layers if layer.group_name == name]
-            moved.append((layers, self._relocalize(SlotGroup(name, place), layers)))
+            sites = [site for site in self.sites if site.group_name == name]
+            moved.append((sites, self._relocalize(SlotGroup(name, place), sites)))
         self.clock.advance(relocalized)
         if relocalized:
             self._open_slot()
-        for layers, choices in moved:
-            self._tell("relocalized", layers, choices)
+        for sites, choices in moved:
+            self._tell("relocalized", sites, choices)
         if self._watch is not None:
             self._watch.step_done()
         return bool(relocalized)
@@ -236,7 +236,7 @@ class LoSiA:
         located, limit = self.config.located, self.config.outlier_limit
         if located is None and limit is None:
             raise ConfigError("Drawn() draws subnets and locates none: leave losia.locate(...) out, or set its outlier_limit.")
-        mine = torch.tensor([len(batches)], device=self.layers[0].row_index.device)
+        mine = torch.tensor([len(batches)], device=self.sites[0].row_index.device)
         counts = self.collectives.stack(mine).flatten().tolist()
         if len(set(counts)) > 1 or not counts[0]:
             raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
@@ -248,25 +248,25 @@ class LoSiA:
         else:
             self.outliers = find_outliers(self.model, self.parts, limit, batches, compute_loss)
             everyone, passes = SlotGroup("", 0), 1  # all groups, at once
-            wanted = [self.placement.wanted(layer, 0, self.outliers) for layer in self.layers]
+            wanted = [self.placement.wanted(site, 0, self.outliers) for site in self.sites]
             choices = [self.localization.choose(everyone, None, one) for one in wanted]
-        check_choices(choices, self.layers, self.collectives)
+        check_choices(choices, self.sites, self.collectives)
         with torch.no_grad():
-            for layer, choice in zip(self.layers, choices, strict=True):
-                self.placement.cut(layer, choice.rows, choice.columns)
+            for site, choice in zip(self.sites, choices, strict=True):
+                self.placement.cut(site, choice.rows, choice.columns)
         self._note_changes()
         check_same_subnets(self.parts)
         self._engagement = EngagementCheck(self.parts)
         self._drift = DriftCheck(self.parts)
         self._open_slot()
         self.located = True
-        self._tell("located", self.layers, choices)
+        self._tell("located", self.sites, choices)
         return passes
 
     def discard_step(self) -> None:
         """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
-        for layer in self.layers:
-            layer.in_mid_step = False
+        for site in self.sites:
+            site.in_mid_step = False
         for accumulator in self._accumulators.values():
             accumulator.discard_step()
 
@@ -290,8 +290,8 @@ class LoSiA:
         self.rewarming.restore(dict(progress["applied"]))
         self._finite.forget()
         self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
-        for layer in self.layers:
-            layer.gradient_witness = None
+        for site in self.sites:
+            site.gradient_witness = None
         self._first_move = FirstMove(self.parts)
         self._engagement = None if progress["engaged"] else EngagementCheck(self.parts)
         check_same_subnets(self.parts)
@@ -316,9 +316,9 @@ class LoSiA:
         """
         self.check_latest_step()
         self.parameters.reshard()
-        check_intact(self.model, self.layers, self.parameters, trains=False)
-        for layer in self.layers:
-            self.placement.write_back(layer)
+        check_intact(self.model, self.sites, self.parameters, trains=False)
+        for site in self.sites:
+            self.placement.write_back(site)
 
     def detach(self) -> None:
         """Take the conductor off the model and the optimizer; the subnets' values stay where they are.
@@ -331,8 +331,8 @@ class LoSiA:
             self._watch_hook.remove()
             self._watch.release()
             self._watch = self._watch_hook = None
-        for layer in self.layers:
-            layer.gradient_sink = layer.gradient_witness = None
+        for site in self.sites:
+            site.gradient_sink = site.gradient_witness = None
         self._accumulators = {}
 
     def _lr_scale(self, group: str | None) -> float:
@@ -340,54 +340,54 @@ class LoSiA:
         return self.config.full_lr_scale if group is None else self.clock.scale(group)
 
     def _note_changes(self) -> None:
-        for layer in self.layers:
-            layer.note_change()
+        for site in self.sites:
+            site.note_change()
 
     def _open_slot(self) -> None:
         """Let the groups of the slot in progress accumulate, and no other."""
         groups = {name: SlotGroup(name, place) for place, name in enumerate(self.clock.localizing)}
         self._accumulators = {}
-        for layer in self.layers:
-            layer.gradient_sink = None
-            if layer.group_name not in groups:
+        for site in self.sites:
+            site.gradient_sink = None
+            if site.group_name not in groups:
                 continue
-            group, device = groups[layer.group_name], layer.row_index.device
-            accumulator = self.localization.accumulator(group, self.placement.shape(layer), device)
+            group, device = groups[site.group_name], site.row_index.device
+            accumulator = self.localization.accumulator(group, self.placement.shape(site), device)
             if accumulator is not None:
-                self._accumulators[layer] = layer.gradient_sink = accumulator
+                self._accumulators[site] = site.gradient_sink = accumulator
 
     @torch.no_grad()
-    def _relocalize(self, group: SlotGroup, layers: list[SubnetLinear]) -> list[Choice]:
+    def _relocalize(self, group: SlotGroup, sites: list[Site]) -> list[Choice]:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
         for told in self.on_relocalize:
             told(group)
         choices: list[Choice] = []
-        for layer in layers:
-            wanted = self.placement.wanted(layer, self.steps + 1, self.outliers)
+        for site in sites:
+            wanted = self.placement.wanted(site, self.steps + 1, self.outliers)
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
-            accumulator = self._accumulators.pop(layer, None)
+            accumulator = self._accumulators.pop(site, None)
             choices.append(self.localization.choose(group, accumulator, wanted))
-        check_choices(choices, layers, self.collectives)
-        self._first_move.before(layers)
+        check_choices(choices, sites, self.collectives)
+        self._first_move.before(sites)
         prints: list[Tensor] = []
-        for layer, choice in zip(layers, choices, strict=True):
-            left = self.placement.write_back(layer)
+        for site, choice in zip(sites, choices, strict=True):
+            left = self.placement.write_back(site)
             for listener in self.on_retire:
-                listener(layer, left)
-            prints.append(subnet_prints(layer, left, self.placement.cut(layer, choice.rows, choice.columns)))
-        check_relocalized(layers, torch.stack(prints), self.collectives)
-        self.state.clear(layers[0].group_name, self.config.reset_bias_correction)
+                listener(site, left)
+            prints.append(subnet_prints(site, left, self.placement.cut(site, choice.rows, choice.columns)))
+        check_relocalized(sites, torch.stack(prints), self.collectives)
+        self.state.clear(sites[0].group_name, self.config.reset_bias_correction)
         if self._engagement is not None:
-            self._engagement.moved(layers)
-        self._first_move.after(layers)
+            self._engagement.moved(sites)
+        self._first_move.after(sites)
         return choices
 
-    def _tell(self, reason: Reason, layers: list[SubnetLinear], choices: list[Choice]) -> None:
+    def _tell(self, reason: Reason, sites: list[Site], choices: list[Choice]) -> None:
         """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
         if not self.on_move:
             return
-        shapes = [self.placement.shape(layer) for layer in layers]
-        for move in describe_moves(self.steps, reason, layers, shapes, choices):
+        shapes = [self.placement.shape(site) for site in sites]
+        for move in describe_moves(self.steps, reason, sites, shapes, choices):
             for told in self.on_move:
                 told(move)
 

@@ -19,7 +19,7 @@ class DriftCheck:
     """
 
     def __init__(self, parts: RunParts) -> None:
-        self._layers, self._collectives = parts.layers, parts.collectives
+        self._layers, self._collectives = parts.sites, parts.collectives
         self._needless = self._collectives.world_size == 1 or not parts.parameters.weight_is_resident
         self._before = torch.zeros(0) if self._needless else self._prints()
 
@@ -37,12 +37,12 @@ class DriftCheck:
         self._before = mine
         ranks = self._collectives.world_size
         everyone = self._collectives.stack(torch.cat([mine, changed])).view(ranks, -1).tolist()
-        for layer, values in zip(self._layers, zip(*everyone, strict=True), strict=False):
+        for site, values in zip(self._layers, zip(*everyone, strict=True), strict=False):
             if len(set(values)) > 1 and 2 * max(map(values.count, values)) > ranks:  # most are alike: one is faulty
                 check_agreement(self._layers, mine[:, None], ("values",), self._collectives)
             elif len(set(values)) > 1:
                 raise DivergenceError(
-                    f"the subnet of {layer.name} differs between ranks after an optimizer step: nothing reduces the gradients, "
+                    f"the subnet of {site.name} differs between ranks after an optimizer step: nothing reduces the gradients, "
                     "so that every rank trains a model of its own. The model is not wrapped: wrap it "
                     "(DistributedDataParallel, fully_shard, DeepSpeed, accelerator.prepare) before the optimizer and "
                     "LoSiA(...) are made and run the wrapped model, or all-reduce the gradients before optimizer.step(). A "
@@ -52,4 +52,4 @@ class DriftCheck:
         return any(theirs[-1] for theirs in everyone)
 
     def _prints(self) -> Tensor:
-        return torch.stack([fingerprint(layer.subnet) for layer in self._layers])
+        return torch.stack([fingerprint(site.subnet) for site in self._layers])

@@ -10,7 +10,7 @@ from torch import nn
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.resolve import resolve_parameters
-from losia_dist.subnet.convert import convert, subnet_layers
+from losia_dist.subnet.convert import convert, find_sites
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,7 +37,7 @@ def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype
             several layers share, layers that "all-linear" would leave frozen in silence (experts, heads), or a subnet_dtype
             narrower than the weights. The model is then as it was.
     """
-    if subnet_layers(model):
+    if find_sites(model):
         raise ConfigError("the model already has subnets: get_losia_model is called once per model.")
     convert(model, config, resolve_parameters(model), subnet_dtype)
     checkpointing = getattr(model, "is_activation_checkpointing", None)  # Transformers 5; older releases have the other
@@ -58,7 +58,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
     Counts whole parameters under ZeRO-3 and FSDP2 too. Call it on one rank or on all; nothing is communicated.
     """
-    subnets = {id(layer.subnet) for layer in subnet_layers(model)}
+    subnets = {id(site.subnet) for site in find_sites(model)}
     parameters = list(model.parameters())
     trainable = sum(_count(parameter) for parameter in parameters if parameter.requires_grad)
     every = sum(_count(parameter) for parameter in parameters if id(parameter) not in subnets)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class RunParts:
     collectives: over all ranks of the run.
     """
 
-    layers: list[SubnetLinear]
+    sites: list[Site]
     parameters: ParameterAccess
     state: StateAccess
     collectives: RowCollectives

@@ -13,7 +13,7 @@ from losia_dist.localization.slots import Wanted
 from losia_dist.parts import RunParts
 from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 
 class Placement:
@@ -26,35 +26,35 @@ class Placement:
     """
 
     def __init__(self, parts: RunParts) -> None:
-        self.layers, self.parameters, self.state = parts.layers, parts.parameters, parts.state
+        self.sites, self.parameters, self.state = parts.sites, parts.parameters, parts.state
 
-    def shape(self, layer: SubnetLinear) -> tuple[int, int]:
+    def shape(self, site: Site) -> tuple[int, int]:
         """(m, n) of the whole weight."""
-        return whole_shape(self.parameters, layer)
+        return whole_shape(self.parameters, site)
 
     @torch.no_grad()
-    def cut(self, layer: SubnetLinear, rows: Tensor, columns: Tensor) -> Tensor:
+    def cut(self, site: Site, rows: Tensor, columns: Tensor) -> Tensor:
         """Place a subnet; its values, in the model and in the optimizer, become those that the weight has there: [r, c]."""
-        layer.row_index.copy_(rows)
-        layer.col_index.copy_(columns)
-        values = read_subnet(self.parameters, layer, rows, columns)
-        self.parameters.write_whole(layer.subnet, values)
-        self.state.write_master(layer.subnet, values.to(torch.float32))
+        site.row_index.copy_(rows)
+        site.col_index.copy_(columns)
+        values = read_subnet(self.parameters, site, rows, columns)
+        self.parameters.write_whole(site.subnet, values)
+        self.state.write_master(site.subnet, values.to(torch.float32))
         return values
 
-    def write_back(self, layer: SubnetLinear) -> Tensor:
+    def write_back(self, site: Site) -> Tensor:
         """Make every shard of the weight hold the subnet's present values; returns them, [r, c]."""
-        values = self.parameters.read_whole(layer.subnet)
-        write_back(self.parameters, layer, layer.row_index, layer.col_index, values)
+        values = self.parameters.read_whole(site.subnet)
+        write_back(self.parameters, site, site.row_index, site.col_index, values)
         return values
 
-    def wanted(self, layer: SubnetLinear, step: int, outliers: Mapping[str, Sequence[int]]) -> Wanted:
+    def wanted(self, site: Site, step: int, outliers: Mapping[str, Sequence[int]]) -> Wanted:
         """What is asked for where the layer is to get another subnet after `step` optimizer steps.
 
         outliers: columns that are not drawn, by layer.
         """
-        present = (layer.row_index, layer.col_index)
-        return Wanted(layer.name, step, self.shape(layer), present, outliers.get(layer.name, ()))
+        present = (site.row_index, site.col_index)
+        return Wanted(site.name, step, self.shape(site), present, outliers.get(site.name, ()))
 
     def cut_awaited(self, seed: int, agreement: Agreement) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
@@ -64,15 +64,15 @@ class Placement:
         Raises:
             ConfigError: the model is still on the meta device. Same on every rank.
         """
-        if not agreement.any(any(layer.awaits_weights for layer in self.layers)):
+        if not agreement.any(any(site.awaits_weights for site in self.sites)):
             return
-        if agreement.any(any(p.device.type == "meta" for layer in self.layers for p in (layer.weight, layer.row_index))):
+        if agreement.any(any(p.device.type == "meta" for site in self.sites for p in (site.weight, site.row_index))):
             raise ConfigError(
                 "the model is still on the meta device: after get_losia_model (and fully_shard) call "
                 "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
             )
-        for layer in self.layers:
-            size, device = (layer.row_index.numel(), layer.col_index.numel()), layer.row_index.device
-            rows, columns = draw_subnet(layer.name, self.shape(layer), size, seed)
-            self.cut(layer, rows.to(device), columns.to(device))
-            layer.awaits_weights = False
+        for site in self.sites:
+            size, device = (site.row_index.numel(), site.col_index.numel()), site.row_index.device
+            rows, columns = draw_subnet(site.name, self.shape(site), size, seed)
+            self.cut(site, rows.to(device), columns.to(device))
+            site.awaits_weights = False

@@ -12,7 +12,7 @@ from torch import Tensor
 from losia_dist.errors import UnsupportedError, some
 from losia_dist.parts import RunParts
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 _CODES = 127  # whole numbers up to here are exact in bf16 and fp16
 
@@ -29,26 +29,26 @@ def check_masters(parts: RunParts) -> None:
         UnsupportedError: on every rank, with the layers: no optimizer steps them, what was written did not get where
             the step takes its values from, or the masters are not the model's values.
     """
-    layers, collectives = parts.layers, parts.collectives
-    found = torch.stack([_try(layer, place, parts.parameters, parts.state) for place, layer in enumerate(layers)])
-    everyone = collectives.stack(found.reshape(-1)).view(collectives.world_size, len(layers), 3).sum(0).tolist()
-    sizes = [layer.row_index.numel() * layer.col_index.numel() for layer in layers]
+    sites, collectives = parts.sites, parts.collectives
+    found = torch.stack([_try(site, place, parts.parameters, parts.state) for place, site in enumerate(sites)])
+    everyone = collectives.stack(found.reshape(-1)).view(collectives.world_size, len(sites), 3).sum(0).tolist()
+    sizes = [site.row_index.numel() * site.col_index.numel() for site in sites]
     kept, stale, missed = zip(*everyone, strict=True)
-    unstepped = [layer.name for layer, count, size in zip(layers, kept, sizes, strict=True) if count < size]
+    unstepped = [site.name for site, count, size in zip(sites, kept, sizes, strict=True) if count < size]
     if unstepped:
         raise UnsupportedError(
             f"no optimizer steps {some(unstepped)}, or not all of it: its values lie in none of the vectors that the engine's "
             "step changes. Build the optimizer and the engine from the model that is trained, after get_losia_model."
         )
     # First: a value that got lost has made other masters stale.
-    lost = [layer.name for layer, count in zip(layers, missed, strict=True) if count]
+    lost = [site.name for site, count in zip(sites, missed, strict=True) if count]
     if lost:
         raise UnsupportedError(
             f"values written for {some(lost)} do not reach the masters that the engine steps (in {sum(missed)} places): it "
             "keeps them in another order, or a second time. Leave out settings of the engine or the optimizer that change "
             "where master weights are kept (docs/support-matrix.md lists those that work)."
         )
-    old = [layer.name for layer, count in zip(layers, stale, strict=True) if count]
+    old = [site.name for site, count in zip(sites, stale, strict=True) if count]
     if old:
         raise UnsupportedError(
             f"the master values of {some(old)} are not the model's (in {sum(stale)} places): the first step would write "
@@ -56,13 +56,13 @@ def check_masters(parts: RunParts) -> None:
         )
 
 
-def _try(layer: SubnetLinear, place: int, parameters: ParameterAccess, state: StateAccess) -> Tensor:
+def _try(site: Site, place: int, parameters: ParameterAccess, state: StateAccess) -> Tensor:
     """int64 [3] on the layer's device: elements this rank keeps, masters that differ from the model, values that got lost."""
-    subnet = layer.subnet
+    subnet = site.subnet
     before = parameters.read_whole(subnet)
     stepped = state.stepped(subnet)
     kept = None if stepped is None else stepped[0].clone()
-    device = layer.row_index.device
+    device = site.row_index.device
     stale = torch.zeros((), dtype=torch.int64, device=device) if stepped is None else _differing(*stepped)
     codes = torch.arange(before.numel(), device=before.device).mul_(31).add_(17 * place).remainder_(_CODES).add_(1)
     written = codes.view(before.shape).to(before.dtype)
@@ -97,18 +97,18 @@ class FirstMove:
     def __init__(self, parts: RunParts) -> None:
         self.done = False
         self._state, self._collectives = parts.state, parts.collectives
-        self._old: dict[SubnetLinear, Tensor | None] = {}
-        self._moved: dict[SubnetLinear, Tensor | None] = {}
+        self._old: dict[Site, Tensor | None] = {}
+        self._moved: dict[Site, Tensor | None] = {}
 
-    def before(self, layers: list[SubnetLinear]) -> None:
+    def before(self, sites: list[Site]) -> None:
         """These layers are about to be given other subnets."""
         if not self.done:
-            self._old |= {layer: self._held(layer) for layer in layers}
+            self._old |= {site: self._held(site) for site in sites}
 
-    def after(self, layers: list[SubnetLinear]) -> None:
+    def after(self, sites: list[Site]) -> None:
         """They have been."""
         if not self.done:
-            self._moved |= {layer: self._held(layer) for layer in layers}
+            self._moved |= {site: self._held(site) for site in sites}
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -119,32 +119,32 @@ class FirstMove:
         """
         if self.done or not self._moved:
             return
-        layers = list(self._moved)
-        found = torch.stack([self._look(layer) for layer in layers])
-        everyone = self._collectives.stack(found.reshape(-1)).view(-1, len(layers), 3).sum(0).tolist()
+        sites = list(self._moved)
+        found = torch.stack([self._look(site) for site in sites])
+        everyone = self._collectives.stack(found.reshape(-1)).view(-1, len(sites), 3).sum(0).tolist()
         self.done, self._old, self._moved = True, {}, {}
-        apart = [layer.name for layer, (differing, _, _) in zip(layers, everyone, strict=True) if differing]
+        apart = [site.name for site, (differing, _, _) in zip(sites, everyone, strict=True) if differing]
         if apart:
             raise UnsupportedError(
                 f"after the first step in its new place {some(apart)} does not hold its rounded master values: the engine or "
                 "the optimizer steps another copy of them. Leave out settings that keep master weights a second time."
             )
         # Far nearer to what was there before than to where it was moved: no step does that.
-        back = [layer.name for layer, (_, new, old) in zip(layers, everyone, strict=True) if new > 16 * old]
+        back = [site.name for site, (_, new, old) in zip(sites, everyone, strict=True) if new > 16 * old]
         if back:
             raise UnsupportedError(
                 f"the first step after {some(back)} got another subnet put the old subnet's values in the new place: the "
                 "optimizer keeps master values of its own that cannot be reached. Use LoSiAAdamW, or an optimizer without them."
             )
 
-    def _held(self, layer: SubnetLinear) -> Tensor | None:
-        stepped = self._state.stepped(layer.subnet)
+    def _held(self, site: Site) -> Tensor | None:
+        stepped = self._state.stepped(site.subnet)
         return None if stepped is None else stepped[1].clone()
 
-    def _look(self, layer: SubnetLinear) -> Tensor:
+    def _look(self, site: Site) -> Tensor:
         """float64 [3]: places without the rounded master, and the squared distances from the new and from the old values."""
-        stepped, old, new = self._state.stepped(layer.subnet), self._old[layer], self._moved[layer]
-        device = layer.row_index.device
+        stepped, old, new = self._state.stepped(site.subnet), self._old[site], self._moved[site]
+        device = site.row_index.device
         if stepped is None or old is None or new is None:
             return torch.zeros(3, dtype=torch.float64, device=device)
         values = stepped[1]

@@ -17,7 +17,8 @@ from losia_dist.localization.inputs import input_sizes, outliers_of
 from losia_dist.localization.search import Choice, Query, Search, Sums, greedy, keep_without_signal
 from losia_dist.parts import RunParts
 from losia_dist.subnet.kinds import whole_shape
-from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding
+from losia_dist.subnet.linear import TiedSubnetEmbedding
+from losia_dist.subnet.site import Site
 
 Batches = Sequence[Batch]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -31,12 +32,12 @@ def locate_all(
     Called by all ranks, with equally many micro-batches on each.
     """
 
-    def search_of(layer: SubnetLinear) -> Search:
-        kept = (layer.row_index.numel(), layer.col_index.numel())
-        return greedy(whole_shape(parts.parameters, layer), kept)
+    def search_of(site: Site) -> Search:
+        kept = (site.row_index.numel(), site.col_index.numel())
+        return greedy(whole_shape(parts.parameters, site), kept)
 
     found, passes = run_searches(model, parts, importance, search_of, batches, compute_loss)
-    return [keep_without_signal(one.result, (one.layer.row_index, one.layer.col_index)) for one in found], passes
+    return [keep_without_signal(one.result, (one.site.row_index, one.site.col_index)) for one in found], passes
 
 
 def find_outliers(
@@ -58,11 +59,11 @@ def find_outliers(
 
     model.eval()
     try:
-        sizes = input_sizes(parts.layers, run_pass, parts.collectives)
+        sizes = input_sizes(parts.sites, run_pass, parts.collectives)
     finally:
         model.train(was_training)
         parts.parameters.reshard()
-    found = {layer.name: outliers_of(layer, size, limit) for layer, size in zip(parts.layers, sizes, strict=True)}
+    found = {site.name: outliers_of(site, size, limit) for site, size in zip(parts.sites, sizes, strict=True)}
     return {name: outliers for name, outliers in found.items() if outliers}
 
 
@@ -70,7 +71,7 @@ def run_searches(
     model: nn.Module,
     parts: RunParts,
     importance: str,
-    search_of: Callable[[SubnetLinear], Generator[Query, Sums, Any]],
+    search_of: Callable[[Site], Generator[Query, Sums, Any]],
     batches: Batches,
     compute_loss: Loss | None,
 ) -> tuple[list[Located], int]:
@@ -79,17 +80,17 @@ def run_searches(
     importance: the kind of it, of the configuration. Called by all ranks.
     """
     model = _unwrapped(model)
-    tied = {m.__dict__["head"] for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
+    tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
     searches = [
-        Located(layer, whole_shape(parts.parameters, layer), search_of(layer), parts=2 if layer in tied else 1)
-        for layer in parts.layers
+        Located(site, whole_shape(parts.parameters, site), search_of(site), parts=2 if site in tied else 1)
+        for site in parts.sites
     ]
     backward = CalibrationBackward(model, compute_loss or _own_loss)
     _refuse_reentrant(model)
-    device, was_training = parts.layers[0].row_index.device, model.training
-    witnesses = [layer.gradient_witness for layer in parts.layers]
-    for layer in parts.layers:
-        layer.gradient_witness = None  # what calibration shows is no sign that the subnet trains
+    device, was_training = parts.sites[0].row_index.device, model.training
+    witnesses = [site.gradient_witness for site in parts.sites]
+    for site in parts.sites:
+        site.gradient_witness = None  # what calibration shows is no sign that the subnet trains
 
     def run_pass() -> None:
         for place, batch in enumerate(batches):
@@ -102,8 +103,8 @@ def run_searches(
         passes = locate(searches, run_pass, parts.collectives, kind=importance)
     finally:
         model.train(was_training)
-        for layer, witness in zip(parts.layers, witnesses, strict=True):
-            layer.gradient_witness = witness
+        for site, witness in zip(parts.sites, witnesses, strict=True):
+            site.gradient_witness = witness
         parts.parameters.reshard()
     return searches, passes
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losia_dist import LoSiA
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 
 class ColumnSteps:
@@ -18,30 +16,30 @@ class ColumnSteps:
     the subnet's mean rate stays, and with exponent 1 all columns move the output alike. One process."""
 
     def __init__(self, conductor: LoSiA, optimizer: torch.optim.Optimizer, exponent: float) -> None:
-        self.layers, self.exponent = conductor.layers, exponent
-        self.sizes: dict[SubnetLinear, Tensor] = {}
+        self.sites, self.exponent = conductor.sites, exponent
+        self.sizes: dict[nn.Module, Tensor] = {}
         self.before: list[Tensor] = []
-        for layer in self.layers:
-            layer.register_forward_pre_hook(self._measure)
+        for site in self.sites:
+            site.module.register_forward_pre_hook(self._measure)
         optimizer.register_step_pre_hook(lambda *_: self._keep())
         optimizer.register_step_post_hook(lambda *_: self._scale())
 
-    def factors(self, layer: SubnetLinear) -> Tensor:
+    def factors(self, site: Site) -> Tensor:
         """What the steps of the subnet's columns are multiplied by, [c]."""
-        inverse = self.sizes[layer][layer.col_index].clamp_min(1e-6) ** -self.exponent
+        inverse = self.sizes[site.module][site.col_index].clamp_min(1e-6) ** -self.exponent
         return (inverse / inverse.mean()).clamp_max(4.0)
 
     @torch.no_grad()
-    def _measure(self, layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        if layer not in self.sizes:
-            self.sizes[layer] = inputs[0].float().flatten(0, -2).square().mean(0).sqrt()
+    def _measure(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module not in self.sizes:
+            self.sizes[module] = inputs[0].float().flatten(0, -2).square().mean(0).sqrt()
 
     @torch.no_grad()
     def _keep(self) -> None:
-        self.before = [layer.subnet.clone() for layer in self.layers]
+        self.before = [site.subnet.clone() for site in self.sites]
 
     @torch.no_grad()
     def _scale(self) -> None:
-        for layer, before in zip(self.layers, self.before, strict=True):
-            layer.subnet.sub_(before).mul_(self.factors(layer)).add_(before)
+        for site, before in zip(self.sites, self.before, strict=True):
+            site.subnet.sub_(before).mul_(self.factors(site)).add_(before)
         self.before = []

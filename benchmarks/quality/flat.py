@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losia_dist import LoSiA
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 
 class FlatNoise:
@@ -16,9 +16,9 @@ class FlatNoise:
     and takes it off again before the optimizer steps: the gradient is that of the loss around the weights, not at them."""
 
     def __init__(self, conductor: LoSiA, model: Any, optimizer: torch.optim.Optimizer, size: float, seed: int) -> None:
-        self.layers, self.size = conductor.layers, size
+        self.sites, self.size = conductor.sites, size
         self.drawn = torch.Generator().manual_seed(seed)
-        self.added: list[tuple[SubnetLinear, Tensor]] = []
+        self.added: list[tuple[Site, Tensor]] = []
         model.base_model.register_forward_pre_hook(lambda inner, _: self.add() if inner.training else None)
         optimizer.register_step_pre_hook(lambda *_: self.remove())
 
@@ -27,16 +27,16 @@ class FlatNoise:
         """Once between two steps."""
         if self.added:
             return
-        for layer in self.layers:
-            norms = torch.linalg.vector_norm(layer.as_rows(layer.weight), dim=1)[layer.row_index]
-            noise = torch.randn(layer.subnet.shape, generator=self.drawn)
-            noise *= self.size * layer.in_features**-0.5 * norms[:, None]
-            self.added.append((layer, layer.subnet.clone()))
-            layer.subnet += noise
+        for site in self.sites:
+            norms = torch.linalg.vector_norm(site.as_rows(site.weight), dim=1)[site.row_index]
+            noise = torch.randn(site.subnet.shape, generator=self.drawn)
+            noise *= self.size * site.shape[1] ** -0.5 * norms[:, None]
+            self.added.append((site, site.subnet.clone()))
+            site.subnet.add_(noise)
 
     @torch.no_grad()
     def remove(self) -> None:
         """The very values from before."""
-        for layer, values in self.added:
-            layer.subnet.copy_(values)
+        for site, values in self.added:
+            site.subnet.copy_(values)
         self.added.clear()

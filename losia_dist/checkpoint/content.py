@@ -37,14 +37,14 @@ def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int) -
         if place % world_size == rank:
             for key, tensor in state.items():
                 keep(f"state/{name}/{key}", tensor)
-    for place, (name, layer) in enumerate(contents.layers.items()):
+    for place, (name, site) in enumerate(contents.sites.items()):
         if place % world_size == rank:
-            keep(f"rows/{name}", layer.row_index)
-            keep(f"columns/{name}", layer.col_index)
-    for layer, accumulator in losia.accumulators.items():
+            keep(f"rows/{name}", site.row_index)
+            keep(f"columns/{name}", site.col_index)
+    for site, accumulator in losia.accumulators.items():
         if accumulator.stop > accumulator.start:
-            keep(f"importance/{layer.name}/{accumulator.start}/mean", accumulator.mean)
-            keep(f"importance/{layer.name}/{accumulator.start}/deviation", accumulator.deviation)
+            keep(f"importance/{site.name}/{accumulator.start}/mean", accumulator.mean)
+            keep(f"importance/{site.name}/{accumulator.start}/deviation", accumulator.deviation)
     if rank == 0:
         for name, buffer in contents.buffers.items():
             keep(f"buffer/{name}", buffer)
@@ -77,9 +77,9 @@ def write_weights(losia: LoSiA, contents: Contents, reader: Reader) -> None:
 @torch.no_grad()
 def write_state(losia: LoSiA, contents: Contents, reader: Reader) -> None:
     """Put subnets, other trained parameters and optimizer state back. Called by all ranks."""
-    for name, layer in contents.layers.items():
-        layer.row_index.copy_(reader.tensor(f"rows/{name}"))
-        layer.col_index.copy_(reader.tensor(f"columns/{name}"))
+    for name, site in contents.sites.items():
+        site.row_index.copy_(reader.tensor(f"rows/{name}"))
+        site.col_index.copy_(reader.tensor(f"columns/{name}"))
     for name, parameter in contents.trained.items():
         state = reader.state(name)
         losia.parameters.write_whole(parameter, state["value"].to(parameter.dtype))
@@ -103,9 +103,9 @@ def write_values(losia: LoSiA, saved: dict[str, Any], scheduler: Any) -> None:
 @torch.no_grad()
 def write_importance(losia: LoSiA, reader: Reader) -> None:
     """Fill the averages of the slot in progress: each rank reads its rows, however they were cut when saved."""
-    for layer, accumulator in losia.accumulators.items():
+    for site, accumulator in losia.accumulators.items():
         for kind, target in (("mean", accumulator.mean), ("deviation", accumulator.deviation)):
-            for first, piece in reader.importance(layer.name, kind):
+            for first, piece in reader.importance(site.name, kind):
                 start, stop = max(first, accumulator.start), min(first + piece.get_shape()[0], accumulator.stop)
                 if start < stop:
                     target[start - accumulator.start : stop - accumulator.start].copy_(piece[start - first : stop - first])
@@ -123,7 +123,7 @@ def scheduler_name(scheduler: Any) -> str:
 
 def uneven_scalars(losia: LoSiA, contents: Contents, reader: Reader) -> Iterator[str]:
     """Parameters whose saved scalars differ from those of their group's first one."""
-    key_of = {id(layer.subnet): layer.group_name for layer in losia.layers}
+    key_of = {id(site.subnet): site.group_name for site in losia.sites}
     first: dict[str | None, dict[str, Any]] = {}
     for name, parameter in contents.trained.items():
         scalars = {key: tensor.item() for key, tensor in reader.state(name).items() if tensor.dim() == 0 and key != "value"}

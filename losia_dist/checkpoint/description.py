@@ -15,7 +15,7 @@ from losia_dist.conductor import LoSiA
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import CheckpointError
 from losia_dist.removed import removed_setting
-from losia_dist.subnet.kinds import stores_transposed, whole_shape
+from losia_dist.subnet.kinds import whole_shape
 
 _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
@@ -39,10 +39,10 @@ def describe_parts(losia: LoSiA, contents: Contents) -> dict[str, Any]:
         "subnets": {
             name: {
                 "weight": contents.weight_of[name],
-                "of": list(whole_shape(access, layer)),
-                "transposed": stores_transposed(layer),
+                "of": list(whole_shape(access, site)),
+                "transposed": site.weight_is_transposed,
             }
-            for name, layer in contents.layers.items()
+            for name, site in contents.sites.items()
         },
         "buffers": {name: _describe(buffer.shape, buffer.dtype) for name, buffer in contents.buffers.items()},
     }

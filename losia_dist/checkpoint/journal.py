@@ -16,8 +16,8 @@ from torch import Tensor
 from losia_dist.checkpoint import files
 from losia_dist.conductor import LoSiA
 from losia_dist.sharding.interface import ParameterAccess
-from losia_dist.subnet.kinds import read_subnet, stores_transposed, whole_shape
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.kinds import read_subnet, whole_shape
+from losia_dist.subnet.site import Site
 
 
 class Moved:
@@ -28,41 +28,41 @@ class Moved:
     """
 
     def __init__(self) -> None:
-        self._places: dict[SubnetLinear, list[tuple[Tensor, Tensor]]] = {}
-        self._whole: dict[SubnetLinear, None] = {}  # an ordered set: all ranks go through it alike
+        self._places: dict[Site, list[tuple[Tensor, Tensor]]] = {}
+        self._whole: dict[Site, None] = {}  # an ordered set: all ranks go through it alike
 
-    def add(self, layer: SubnetLinear, rows: Tensor, columns: Tensor, weight_size: int) -> None:
+    def add(self, site: Site, rows: Tensor, columns: Tensor, weight_size: int) -> None:
         """Note that a subnet leaves; the indices may be on any device. `weight_size`: elements of the layer's weight."""
-        if layer in self._whole:
+        if site in self._whole:
             return
-        places = self._places.setdefault(layer, [])
+        places = self._places.setdefault(site, [])
         rows, columns = (index.detach().to("cpu", torch.int32, copy=True) for index in (rows, columns))
         places.append((rows, columns))
         if sum(r.numel() * c.numel() for r, c in places) >= weight_size:
-            del self._places[layer]
-            self._whole[layer] = None
+            del self._places[site]
+            self._whole[site] = None
 
     def update(self, other: Moved) -> None:
         """Add what another one holds."""
         self._whole.update(other._whole)
-        for layer, places in other._places.items():
-            self._places.setdefault(layer, []).extend(places)
+        for site, places in other._places.items():
+            self._places.setdefault(site, []).extend(places)
 
-    def __iter__(self) -> Iterator[tuple[SubnetLinear, Tensor | None, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[Site, Tensor | None, Tensor | None]]:
         """(layer, rows, columns) of each place; None, None for a whole weight."""
-        for layer in self._whole:
-            yield layer, None, None
-        for layer, places in self._places.items():
-            if layer not in self._whole:
+        for site in self._whole:
+            yield site, None, None
+        for site, places in self._places.items():
+            if site not in self._whole:
                 for rows, columns in places:
-                    yield layer, rows, columns
+                    yield site, rows, columns
 
 
 @dataclass(frozen=True)
 class Block:
     """A piece of a weight: rows int64 [r], columns int64 [c], values [r, c] in the weight's dtype, in host memory."""
 
-    layer: str
+    site: str
     rows: Tensor
     columns: Tensor
     values: Tensor
@@ -76,10 +76,10 @@ class Block:
 def watch(losia: LoSiA, listeners: Callable[[], list[Moved]]) -> None:
     """From here on every subnet that moves on is noted in all that `listeners` gives at that time."""
 
-    def retire(layer: SubnetLinear, values: Tensor) -> None:
-        rows, columns = whole_shape(losia.parameters, layer)
+    def retire(site: Site, values: Tensor) -> None:
+        rows, columns = whole_shape(losia.parameters, site)
         for moved in listeners():
-            moved.add(layer, layer.row_index, layer.col_index, rows * columns)
+            moved.add(site, site.row_index, site.col_index, rows * columns)
 
     losia.on_retire.append(retire)
 
@@ -91,17 +91,17 @@ def read_blocks(moved: Moved, access: ParameterAccess, rank: int, world_size: in
     One place is read at a time, on all ranks; they are dealt out to the ranks in turn, to share the memory.
     """
     found = []
-    for turn, (layer, rows, columns) in enumerate(moved):
+    for turn, (site, rows, columns) in enumerate(moved):
         if rows is None or columns is None:
-            whole = access.read_whole(layer.weight)
-            values = whole.t() if stores_transposed(layer) else whole
+            whole = access.read_whole(site.weight)
+            values = whole.t() if site.weight_is_transposed else whole
             rows, columns = torch.arange(values.shape[0]), torch.arange(values.shape[1])
         else:
             rows, columns = rows.long(), columns.long()
-            device = layer.row_index.device
-            values = read_subnet(access, layer, rows.to(device), columns.to(device))
+            device = site.row_index.device
+            values = read_subnet(access, site, rows.to(device), columns.to(device))
         if turn % world_size == rank:
-            found.append(Block(layer.name, rows, columns, values.to("cpu", copy=True).contiguous()))
+            found.append(Block(site.name, rows, columns, values.to("cpu", copy=True).contiguous()))
     return found
 
 
@@ -109,7 +109,7 @@ def write_journal(path: Path, blocks: list[Block]) -> files.FileRecord:
     """Write one journal file."""
     tensors: dict[str, Tensor] = {}
     for place, block in enumerate(blocks):
-        tensors[f"{place}/{block.layer}/rows"] = block.rows
-        tensors[f"{place}/{block.layer}/columns"] = block.columns
-        tensors[f"{place}/{block.layer}/values"] = block.values
+        tensors[f"{place}/{block.site}/rows"] = block.rows
+        tensors[f"{place}/{block.site}/columns"] = block.columns
+        tensors[f"{place}/{block.site}/values"] = block.values
     return files.write_tensors(path, tensors)

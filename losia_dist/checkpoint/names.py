@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from losia_dist.conductor import LoSiA
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.convert import find_sites
+from losia_dist.subnet.site import Site
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-_INDICES = ("row_index", "col_index")
-_OWN = ("subnet", *_INDICES)
+_OWN = ("subnet", "row_index", "col_index")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Contents:
         weights: parameters that do not train, target weights among them: what base/ holds.
         trained: parameters that train: the subnets ("<layer>.subnet") and whatever else.
         buffers: persistent buffers but the subnets' indices.
-        layers: "<layer>" -> its SubnetLinear.
+        layers: "<layer>" -> its Site.
         weight_of: "<layer>" -> the name of its weight.
         aliases: further names of a shared parameter or buffer -> the first one.
     """
@@ -31,7 +31,7 @@ class Contents:
     weights: dict[str, nn.Parameter]
     trained: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
-    layers: dict[str, SubnetLinear]
+    sites: dict[str, Site]
     weight_of: dict[str, str]
     aliases: dict[str, str]
 
@@ -39,10 +39,10 @@ class Contents:
 def contents_of(losia: LoSiA) -> Contents:
     """The contents of a conductor's model; touches no data and speaks to no rank."""
     model = unwrap(losia.model)
-    layers = {layer.name: layer for layer in losia.layers}
-    subnets = {id(layer.subnet): f"{name}.subnet" for name, layer in layers.items()}
+    sites = {site.name: site for site in losia.sites}
+    subnets = {id(site.subnet): f"{name}.subnet" for name, site in sites.items()}
     weights: dict[str, nn.Parameter] = {}
-    trained: dict[str, nn.Parameter] = {name: layers[name.removesuffix(".subnet")].subnet for name in subnets.values()}
+    trained: dict[str, nn.Parameter] = {name: sites[name.removesuffix(".subnet")].subnet for name in subnets.values()}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -55,8 +55,8 @@ def contents_of(losia: LoSiA) -> Contents:
         first[id(parameter)] = name
         (trained if parameter.requires_grad else weights)[name] = parameter
     buffers = _persistent_buffers(model)
-    weight_of = {name: first[id(layer.weight)] for name, layer in layers.items()}
-    return Contents(weights, trained, buffers, layers, weight_of, aliases)
+    weight_of = {name: first[id(site.weight)] for name, site in sites.items()}
+    return Contents(weights, trained, buffers, sites, weight_of, aliases)
 
 
 def plain_entries(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -88,11 +88,12 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    buffers, seen = {}, set()
+    indices = {id(index) for site in find_sites(model) for index in (site.row_index, site.col_index)}
+    buffers, seen = {}, indices
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             kept = buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen
-            if kept and not (isinstance(module, SubnetLinear) and name in _INDICES):
+            if kept:
                 assert buffer is not None
                 seen.add(id(buffer))
                 buffers[plain_name(f"{path}.{name}" if path else name)] = buffer

@@ -57,9 +57,9 @@ class ExportedWeights:
     def blocks(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Places of a weight, as it is stored, that subnets were in since the base: (first index, second index) each."""
         found = []
-        for layer, entry in self.reader.manifest["subnets"].items():
+        for site, entry in self.reader.manifest["subnets"].items():
             if entry["weight"] == self._alias.get(name, name):
-                for rows, columns, _ in self.reader.blocks(layer, with_subnet=True):
+                for rows, columns, _ in self.reader.blocks(site, with_subnet=True):
                     found.append((columns, rows) if entry["transposed"] else (rows, columns))
         return found
 

@@ -53,9 +53,9 @@ class Reader:
         prefix = f"state/{name}/"
         return {key.removeprefix(prefix): self.tensor(key) for key in self._places() if key.startswith(prefix)}
 
-    def importance(self, layer: str, kind: str) -> list[tuple[int, Any]]:
+    def importance(self, site: str, kind: str) -> list[tuple[int, Any]]:
         """(first row, slice of [rows, n] fp32 that is read when indexed) of a layer's averages; none at a slot's start."""
-        prefix, suffix = f"importance/{layer}/", f"/{kind}"
+        prefix, suffix = f"importance/{site}/", f"/{kind}"
         return [
             (int(name[len(prefix) : -len(suffix)]), self._file(file).get_slice(name))
             for name, file in self._places().items()
@@ -65,9 +65,9 @@ class Reader:
     def weight(self, name: str, with_subnet: bool) -> Tensor:
         """A weight that does not train, whole, in its dtype: base, then the journal in order, then (asked for) the subnet."""
         tensor: Tensor = self._file(f"{layout.BASE}/{self.base['weights'][name]['file']}").get_tensor(name)
-        layers = {layer: entry for layer, entry in self.manifest["subnets"].items() if entry["weight"] == name}
-        for layer, entry in layers.items():
-            blocks = [(rows, columns, block) for rows, columns, block in self.blocks(layer, with_subnet)]
+        sites = {site: entry for site, entry in self.manifest["subnets"].items() if entry["weight"] == name}
+        for site, entry in sites.items():
+            blocks = [(rows, columns, block) for rows, columns, block in self.blocks(site, with_subnet)]
             if blocks:
                 tensor = tensor.clone()  # what is mapped from a file is not written to
             matrix = tensor.t() if entry["transposed"] else tensor
@@ -75,15 +75,15 @@ class Reader:
                 matrix[rows[:, None], columns[None, :]] = block.to(tensor.dtype)
         return tensor
 
-    def blocks(self, layer: str, with_subnet: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def blocks(self, site: str, with_subnet: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(rows, columns, values) of what was written into a layer's weight since the base, in order."""
         found = []
-        for file, prefix in self._journal().get(layer, []):
+        for file, prefix in self._journal().get(site, []):
             handle = self._file(file)
             found.append(tuple(handle.get_tensor(f"{prefix}/{part}") for part in ("rows", "columns", "values")))
         if with_subnet:
-            value = self.model_copy(f"{layer}.subnet")
-            found.append((self.tensor(f"rows/{layer}"), self.tensor(f"columns/{layer}"), value))
+            value = self.model_copy(f"{site}.subnet")
+            found.append((self.tensor(f"rows/{site}"), self.tensor(f"columns/{site}"), value))
         return found  # type: ignore[return-value]
 
     def model_copy(self, name: str) -> Tensor:

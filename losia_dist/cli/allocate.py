@@ -52,7 +52,7 @@ def run_allocate(options: argparse.Namespace) -> list[Path]:
     measured = measure(losia, batches, candidates)
     print(_table(by_kind(measured), share))
     if options.by == "budget":
-        elements = sum(layer.subnet.numel() for layer in losia.layers if not layer.is_output)
+        elements = sum(site.subnet.numel() for site in losia.sites if not site.is_output)
         pattern = allocate(measured, elements)
     else:
         pattern = best_shapes(by_kind(measured) if options.by == "module" else measured)

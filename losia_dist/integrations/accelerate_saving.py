@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from losia_dist.errors import UnsupportedError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 
 _STATE = (
     "call losia_dist.carry_state(accelerator, losia) once, after which it works, or use "
@@ -41,7 +41,7 @@ def _refusing(name: str, method: Callable[..., Any], instead: str) -> Callable[.
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         models = [*args[:1], *([kwargs["model"]] if "model" in kwargs else [])] if takes_model else self._models
-        if any(subnet_layers(model) for model in models):
+        if any(find_sites(model) for model in models):
             raise UnsupportedError(
                 f"accelerator.{name} does not know LoSiA's subnets, and would leave out what they learned: {instead}."
             )

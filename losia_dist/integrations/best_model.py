@@ -54,9 +54,9 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
         if agreement.world_size > 1:
             dist.broadcast(values, src=0)
         _write(losia, tensor, values)
-    for layer in losia.layers:
-        values = read_subnet(losia.parameters, layer, layer.row_index, layer.col_index)
-        _write(losia, layer.subnet, values)
+    for site in losia.sites:
+        values = read_subnet(losia.parameters, site, site.row_index, site.col_index)
+        _write(losia, site.subnet, values)
 
 
 def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:

@@ -19,7 +19,7 @@ from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.finite import refuse_skipped
 from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import losia_parameter_groups
 
 # Arguments of deepspeed.initialize that are passed on; the others are refused with what to do instead.
@@ -87,7 +87,7 @@ def initialize(
     agreement = Agreement(dist.group.WORLD, is_own=True)
     agreement.same("the LoSiA configuration", losia_config.to_dict())
     agreement.same("the DeepSpeed configuration", settings)
-    if not subnet_layers(model):
+    if not find_sites(model):
         get_losia_model(model, losia_config)
     arguments: dict[str, Any] = dict(kwargs)
     if in_config is not None:

@@ -33,7 +33,7 @@ from losia_dist.integrations.trainer_wrapping import (
 from losia_dist.integrations.trial_save import try_to_save
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import GROUP_KEY, losia_parameter_groups
 
 
@@ -101,7 +101,7 @@ class LoSiATrainerMixin:
         self._checkpoints = TrainerCheckpoints(group)
         self._add_own_callback()
         self._at_step_end = take_over(self)
-        if not subnet_layers(self.model):
+        if not find_sites(self.model):
             get_losia_model(self.model, losia_config)
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from losia_dist.config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # values of TrainingArguments.optim that stand for LoSiAAdamW
 
@@ -114,9 +114,9 @@ def _refuse_model(arguments: dict[str, Any], losia_config: LoSiAConfig, uses_trl
 def _refuse_reference(arguments: dict[str, Any]) -> None:
     """DPO's reference must be the model as it is before training; TRL loads one from the model's own path if none is passed."""
     model, reference, args = arguments.get("model"), arguments.get("ref_model"), arguments.get("args")
-    if isinstance(reference, nn.Module) and subnet_layers(reference):
+    if isinstance(reference, nn.Module) and find_sites(reference):
         raise ConfigError("ref_model has subnets: the reference is the base model; load it again, or leave ref_model out.")
-    converted = isinstance(model, nn.Module) and bool(subnet_layers(model))
+    converted = isinstance(model, nn.Module) and bool(find_sites(model))
     if "ref_model" in arguments and reference is None and converted and not getattr(args, "precompute_ref_log_probs", False):
         raise ConfigError(
             "the model has subnets already and no ref_model was passed: TRL would load the reference from the model's path, "

@@ -70,7 +70,7 @@ class ImportanceSums:
 class Located:
     """One layer's search, and where it stands."""
 
-    layer: Any  # a SubnetLinear
+    site: Any  # a Site
     shape: tuple[int, int]
     search: Generator[Query, Sums, Any]  # a Search, or several together
     parts: int = 1
@@ -97,19 +97,19 @@ def locate(searches: list[Located], run_pass: Callable[[], None], collectives: R
         sinks: list[ImportanceSums] = []
         for one in open_searches:
             assert one.query is not None
-            device = one.layer.row_index.device
+            device = one.site.row_index.device
             sinks.append(ImportanceSums(one.query, one.shape, kind=kind, device=device, parts=one.parts))
-            one.layer.gradient_sink = sinks[-1]
+            one.site.gradient_sink = sinks[-1]
         try:
             run_pass()
         finally:
             for one in searches:
-                one.layer.gradient_sink = None
+                one.site.gradient_sink = None
         passes += 1
         reached = collectives.sum_columns(torch.stack([sink.reached for sink in sinks]))
         for one, sink in zip(open_searches, sinks, strict=True):
             _answer(one, sink, collectives)
-        idle = [one.layer.name for one, count in zip(open_searches, reached.tolist(), strict=True) if count == 0]
+        idle = [one.site.name for one, count in zip(open_searches, reached.tolist(), strict=True) if count == 0]
         if idle:
             raise ConfigError(
                 f"no calibration batch gave {', '.join(idle[:5])} a gradient: the forward pass never calls the layer (leave it "

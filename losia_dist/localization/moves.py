@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.localization.search import Choice
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 Reason = Literal["located", "relocalized"]
 
@@ -43,16 +43,16 @@ class SubnetMove:
 
 
 def describe_moves(
-    step: int, reason: Reason, layers: Sequence[SubnetLinear], shapes: Sequence[tuple[int, int]], choices: Sequence[Choice]
+    step: int, reason: Reason, sites: Sequence[Site], shapes: Sequence[tuple[int, int]], choices: Sequence[Choice]
 ) -> Iterator[SubnetMove]:
     """The moves of layers with whole weights of these shapes (m, n). Waits for the device."""
     parts = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
-    for layer, (m, n), choice, (inside, total) in zip(layers, shapes, choices, parts, strict=True):
+    for site, (m, n), choice, (inside, total) in zip(sites, shapes, choices, parts, strict=True):
         yield SubnetMove(
             step=step,
             reason=reason,
-            layer=layer.name,
-            group=layer.group_name,
+            layer=site.name,
+            group=site.group_name,
             shape=(m, n),
             rows=choice.rows,
             columns=choice.columns,

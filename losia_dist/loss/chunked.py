@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from losia_dist.loss.logits import LogitsRule
-from losia_dist.subnet.layer import GradientSink
 from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import GradientSink
 
 # Logits of one chunk, if the number of tokens is left open: 256 MB in fp32, and a matmul large enough for any device.
 CHUNK_LOGITS = 2**26
@@ -148,14 +148,15 @@ class _SummedGradient:
 
 @contextmanager
 def _one_sink_call(head: nn.Module) -> Iterator[None]:
-    if not isinstance(head, SubnetLinear) or head.gradient_sink is None:
+    site = head.site if isinstance(head, SubnetLinear) else None
+    if site is None or site.gradient_sink is None:
         yield
         return
-    sink = head.gradient_sink
+    sink = site.gradient_sink
     summed = _SummedGradient(sink)
-    head.gradient_sink = summed
+    site.gradient_sink = summed
     try:
         yield
     finally:
-        head.gradient_sink = sink
+        site.gradient_sink = sink
     summed.deliver()

@@ -31,10 +31,10 @@ from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.planning.workload import Workload
 from losia_dist.sharding.resolve import resolve_parameters
-from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.subnet.kinds import whole_shape
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 
 def simulate(workload: Workload) -> int:
@@ -64,7 +64,7 @@ def simulate(workload: Workload) -> int:
                 state["step"] = numpy.float64(0)  # read on the host at every step, which a fake tensor cannot be
             tokens = torch.zeros(workload.micro_batch, workload.sequence, dtype=torch.int64)
             tracker = FSDPMemTracker(model, optimizer)
-            sinks: list[Any] = [layer.gradient_sink for layer in localizing]
+            sinks: list[Any] = [site.gradient_sink for site in localizing]
             tracker.track_inputs((tokens, *(part for sink in sinks for part in (sink.mean, sink.deviation))))
             del sinks
             with tracker:
@@ -74,12 +74,12 @@ def simulate(workload: Workload) -> int:
                     loss.backward()
                     del loss
                 optimizer.step()
-                for layer in localizing:
+                for site in localizing:
                     # Lets go of what `end_step` lets go of; its arithmetic, in bands, never is the fullest moment.
-                    layer.gradient_sink.discard_step()  # type: ignore[union-attr]
+                    site.gradient_sink.discard_step()  # type: ignore[union-attr]
                 optimizer.zero_grad(set_to_none=True)
-                for layer in localizing:
-                    _relocalize(localization, layer)
+                for site in localizing:
+                    _relocalize(localization, site)
             (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return int(snapshot["Total"])
 
@@ -120,28 +120,28 @@ def _sharded_model(workload: Workload) -> Any:
         mesh = init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (gpus,), mesh_dim_names=("shard",))
-    for layer in [*model.model.layers, model]:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     return model
 
 
-def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, list[SubnetLinear]]:
+def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, list[Site]]:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
-    layers, access = subnet_layers(model), resolve_parameters(model)
-    names = group_names([layer for layer in layers if not layer.is_output])[::-1][: workload.localizing_layers]
+    sites, access = find_sites(model), resolve_parameters(model)
+    names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_layers]
     localization = make_localization(workload.config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
-    localizing = [layer for layer in layers if layer.group_name in names]
-    for layer in localizing:
-        place = SlotGroup(layer.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
-        layer.gradient_sink = localization.accumulator(place, whole_shape(access, layer), torch.device("cpu"))
+    localizing = [site for site in sites if site.group_name in names]
+    for site in localizing:
+        place = SlotGroup(site.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
+        site.gradient_sink = localization.accumulator(place, whole_shape(access, site), torch.device("cpu"))
     return localization, localizing
 
 
-def _relocalize(localization: Any, layer: SubnetLinear) -> None:
+def _relocalize(localization: Any, site: Site) -> None:
     """The end of a slot: choose a layer's subnet, and let go of its averages."""
-    accumulator, layer.gradient_sink = layer.gradient_sink, None
-    wanted = Wanted(layer.name, 1, (layer.out_features, layer.in_features), (layer.row_index, layer.col_index))
-    localization.choose(SlotGroup(layer.group_name, 0), accumulator, wanted)
+    accumulator, site.gradient_sink = site.gradient_sink, None
+    wanted = Wanted(site.name, 1, site.shape, (site.row_index, site.col_index))
+    localization.choose(SlotGroup(site.group_name, 0), accumulator, wanted)
 
 
 class _LowRankLinear(nn.Module):

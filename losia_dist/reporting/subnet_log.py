@@ -73,17 +73,17 @@ class SubnetLog:
         losia = self._losia
         reason = "resumed" if losia.steps else "located" if losia.located and losia.config.needs_calibration else "random"
         moved = {move.layer for move in self._pending}  # what was there before is nobody's concern
-        for layer in losia.layers:
-            if layer.name not in moved:
+        for site in losia.sites:
+            if site.name not in moved:
                 self._line(
                     {
                         "step": losia.steps,
                         "reason": reason,
-                        "layer": layer.name,
-                        "group": layer.group_name,
-                        "shape": (layer.out_features, layer.in_features),
-                        "rows": layer.row_index,
-                        "columns": layer.col_index,
+                        "layer": site.name,
+                        "group": site.group_name,
+                        "shape": site.shape,
+                        "rows": site.row_index,
+                        "columns": site.col_index,
                         "captured": None,
                     }
                 )

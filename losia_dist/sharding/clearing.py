@@ -18,14 +18,14 @@ from losia_dist.config import LoSiAConfig
 from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.entries import clear_state, keeps_adam_state
 from losia_dist.sharding.interface import StateAccess
-from losia_dist.subnet.linear import SubnetLinear
+from losia_dist.subnet.site import Site
 
 _FIX = "Use LoSiAAdamW: a subnet's state is 1/64 of full fine-tuning's as it is."
 _RATE = 1e-3  # of the trial: schedules may begin at 0
 _MOST = 1 << 24  # elements in the trial
 
 
-def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiAConfig, *, is_cut: bool) -> None:
+def check_clearing(state: StateAccess, sites: list[Site], config: LoSiAConfig, *, is_cut: bool) -> None:
     """Refuse an optimizer whose state cannot be cleared, saved and put back; before the first step, by each rank alone.
 
     Args:
@@ -41,8 +41,8 @@ def check_clearing(state: StateAccess, layers: list[SubnetLinear], config: LoSiA
     name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
     # As large as the largest tensor that is cleared: some optimizers treat large ones in another way.
     sizes = Counter[str]()
-    for layer in layers:
-        sizes[layer.group_name] += layer.row_index.numel() * layer.col_index.numel()
+    for site in sites:
+        sizes[site.group_name] += site.row_index.numel() * site.col_index.numel()
     shape = (-(-min(max(sizes.values()), _MOST) // 256) * 8, 32)
     held = [p for group in optimizer.param_groups for p in group["params"]] + state.state_tensors()
     device = held[0].device

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from losia_dist.errors import UnsupportedError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 
 
 def refuse_leaf_modules(model: nn.Module) -> None:
@@ -27,7 +27,7 @@ def refuse_leaf_modules(model: nn.Module) -> None:
             first forward, from the module: no positional input of it needs one (Llama's attention gets names only).
     """
     names = {module: name for name, module in model.named_modules()}
-    leaves = [module for module in get_z3_leaf_modules(model) if subnet_layers(module)]
+    leaves = [module for module in get_z3_leaf_modules(model) if find_sites(module)]
     first = next((p for p in model.parameters() if p.requires_grad), None)  # in the order that the model runs in
     makes_inputs_train = getattr(model, "_require_grads_hook", None) is not None  # enable_input_require_grads
     for leaf in leaves:

@@ -14,7 +14,7 @@ from losia_dist.errors import ConfigError, UnsupportedError, some
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.sharding.whole import WholeParameters
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import GROUP_KEY
 
 
@@ -121,7 +121,7 @@ def _deepspeed_state(optimizer: Any, kind: str) -> StateAccess:
 
 
 def _check_groups(model: nn.Module, optimizer: Optimizer, own_parameters: bool) -> None:
-    wanted = {layer.group_name for layer in subnet_layers(model)}
+    wanted = {site.group_name for site in find_sites(model)}
     found = [group.get(GROUP_KEY, "") for group in optimizer.param_groups]
     missing = sorted(wanted - set(found))
     if missing:
@@ -131,7 +131,7 @@ def _check_groups(model: nn.Module, optimizer: Optimizer, own_parameters: bool) 
         )
     if own_parameters:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        lost = [layer.name for layer in subnet_layers(model) if id(layer.subnet) not in held]
+        lost = [site.name for site in find_sites(model) if id(site.subnet) not in held]
         if lost:
             raise ConfigError(
                 f"the optimizer does not hold the subnets of this model ({some(lost, 1)}): it was built from another model, or "

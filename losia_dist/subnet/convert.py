@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from losia_dist.formulas import subnet_size
 from losia_dist.subnet.drawn import draw_subnet
 from losia_dist.subnet.kinds import BlockAccess, read_subnet, whole_shape
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
+from losia_dist.subnet.site import Site
 from losia_dist.subnet.targets import Target, find_targets, saved_modules
 
 
@@ -36,7 +38,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
         rows, columns = draw_subnet(target.name, shapes[target.name], sizes[target.name], config.seed)
         rows, columns = rows.to(weight.device), columns.to(weight.device)
         values = read_subnet(access, target.module, rows, columns)
-        layer = SubnetLinear.adopt(
+        site = SubnetLinear.adopt(
             target.module,
             name=target.name,
             group_name=target.group_name,
@@ -47,24 +49,24 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
             values=values if subnet_dtype is None else values.to(subnet_dtype),
             asked_dtype=subnet_dtype,
         )
-        layer.converted_with = shapes  # one object of all layers, so that any of them knows what there was
+        site.converted_with = shapes  # one object of all sites, so that any of them knows what there was
         embedding = embeddings[target.name]
         if embedding is not None:
-            TiedSubnetEmbedding.adopt(embedding, layer)
+            TiedSubnetEmbedding.adopt(embedding, target.module)
     for parameter in trained_in_full:
         parameter.requires_grad_(True)
 
 
-def subnet_layers(model: nn.Module) -> list[SubnetLinear]:
-    """Every SubnetLinear of a model (wrapped or not), in localization order."""
-    layers = [module for module in model.modules() if isinstance(module, SubnetLinear)]
-    order = {name: place for place, name in enumerate(dict.fromkeys(layer.group_name for layer in layers))}
-    return sorted(layers, key=lambda layer: (layer.is_output, order[layer.group_name]))
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every site of a model (wrapped or not), in localization order."""
+    sites = [module.site for module in model.modules() if isinstance(module, SubnetLinear)]
+    order = {name: place for place, name in enumerate(dict.fromkeys(site.group_name for site in sites))}
+    return sorted(sites, key=lambda site: (site.is_output, order[site.group_name]))
 
 
-def group_names(layers: list[SubnetLinear]) -> list[str]:
-    """Names of the groups of these layers, in localization order."""
-    return list(dict.fromkeys(layer.group_name for layer in layers))
+def group_names(sites: Sequence[Site]) -> list[str]:
+    """Names of the groups of these sites, in localization order."""
+    return list(dict.fromkeys(site.group_name for site in sites))
 
 
 def _check_pattern(config: LoSiAConfig, targets: list[Target]) -> None:

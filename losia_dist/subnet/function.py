@@ -18,19 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from losia_dist.subnet.blocks import subnet_gradient, take_last, take_subnet, write_subnet
-from losia_dist.subnet.layer import GradientSink, SubnetLayer
+from losia_dist.subnet.site import GradientSink, Site
 
 
-def subnet_forward(layer: SubnetLayer, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
+def subnet_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
     """y = x W^T + b with the subnet's present values in W; x [..., n] -> [..., m], in the dtype of x."""
-    matrix = layer.as_rows(weight)
-    if layer.must_write(weight, subnet):
-        write_subnet(matrix, subnet, layer.rows, layer.columns)
+    matrix = site.as_rows(weight)
+    if site.must_write(weight, subnet):
+        write_subnet(matrix, subnet, site.rows, site.columns)
     return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def subnet_backward(
-    layer: SubnetLayer,
+    site: Site,
     grad_y: Tensor,
     kept: Tensor,
     weight: Tensor,
@@ -44,10 +44,10 @@ def subnet_backward(
 
     kept: all of x [..., n] if there is a sink to take the full gradient (the layer localizes), else x[..., C].
     """
-    rows, columns = layer.rows, layer.columns
-    matrix = layer.as_rows(weight)
+    rows, columns = site.rows, site.columns
+    matrix = site.as_rows(weight)
     grad_x = grad_subnet = None
-    if not layer.weight_is_resident and (needs_x or sink is not None):
+    if not site.weight_is_resident and (needs_x or sink is not None):
         write_subnet(matrix, subnet, rows, columns)  # dx reads the weight, and so does the sink
     if needs_x:
         grad_x = grad_y @ matrix.to(grad_y.dtype)
@@ -56,17 +56,17 @@ def subnet_backward(
         if sink is None:
             grad_subnet = subnet_gradient(flat_grad, flat_kept, rows)
         else:
-            grad_subnet = _give_up(flat_grad.t() @ flat_kept, layer, matrix, sink)
+            grad_subnet = _give_up(flat_grad.t() @ flat_kept, site, matrix, sink)
         grad_subnet = grad_subnet.to(subnet.dtype)
-        layer.in_mid_step = True
-        if layer.gradient_witness is not None:
-            layer.gradient_witness(grad_subnet)
+        site.in_mid_step = True
+        if site.gradient_witness is not None:
+            site.gradient_witness(grad_subnet)
     return grad_x, grad_subnet
 
 
-def _give_up(full: Tensor, layer: SubnetLayer, matrix: Tensor, sink: GradientSink) -> Tensor:
+def _give_up(full: Tensor, site: Site, matrix: Tensor, sink: GradientSink) -> Tensor:
     """The subnet's part of a full gradient [m, n], which the sink then keeps and uses up."""
-    grad_subnet = take_subnet(full, layer.rows, layer.columns)
+    grad_subnet = take_subnet(full, site.rows, site.columns)
     sink(full.clone() if grad_subnet is full else full, matrix)
     return grad_subnet
 
@@ -75,15 +75,15 @@ class SubnetLinearFunction(torch.autograd.Function):
     """y = x W^T + b with gradients for x, the subnet and (if it trains) the bias; none for W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, layer: SubnetLayer) -> Tensor:
-        ctx.sink = layer.gradient_sink
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, site: Site) -> Tensor:
+        ctx.sink = site.gradient_sink
         # Localizing needs the full gradient, hence all of x; everyone else keeps the subnet's columns alone.
-        ctx.save_for_backward(x if ctx.sink is not None else take_last(x, layer.columns))
+        ctx.save_for_backward(x if ctx.sink is not None else take_last(x, site.columns))
         # References, not saved tensors: a sharded engine empties the weight after forward and gathers it again before
         # backward under the same object.
-        ctx.weight, ctx.subnet, ctx.layer = weight, subnet, layer
+        ctx.weight, ctx.subnet, ctx.site = weight, subnet, site
         ctx.has_bias = bias is not None
-        y = subnet_forward(layer, x, weight, bias, subnet)
+        y = subnet_forward(site, x, weight, bias, subnet)
         # A view that leaves a Function may not be changed in place, as some models do with what a linear layer gives.
         return y.data if y._is_view() else y
 
@@ -92,13 +92,13 @@ class SubnetLinearFunction(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         needs_x, _, needs_bias, needs_subnet, _ = ctx.needs_input_grad
         grad_x, grad_subnet = subnet_backward(
-            ctx.layer, grad_y, kept, ctx.weight, ctx.subnet, ctx.sink, needs_x=needs_x, needs_subnet=needs_subnet
+            ctx.site, grad_y, kept, ctx.weight, ctx.subnet, ctx.sink, needs_x=needs_x, needs_subnet=needs_subnet
         )
         grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None
         return grad_x, None, grad_bias, grad_subnet, None
 
 
-def embedding_forward(head: SubnetLayer, tokens: Tensor, weight: Tensor, subnet: Tensor) -> Tensor:
+def embedding_forward(head: Site, tokens: Tensor, weight: Tensor, subnet: Tensor) -> Tensor:
     """Rows of a weight that the output layer shares, with its subnet's present values: int64 [...] -> [..., n]."""
     if head.must_write(weight, subnet):
         write_subnet(weight, subnet, head.rows, head.columns)
@@ -106,7 +106,7 @@ def embedding_forward(head: SubnetLayer, tokens: Tensor, weight: Tensor, subnet:
 
 
 def embedding_backward(
-    head: SubnetLayer,
+    head: Site,
     grad_y: Tensor,
     tokens: Tensor,
     weight: Tensor,
@@ -138,9 +138,7 @@ class TiedEmbeddingFunction(torch.autograd.Function):
     """Token look-up in a weight that the output layer shares: its gradient belongs to the same subnet rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, subnet: Tensor, head: SubnetLayer, padding_index: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, subnet: Tensor, head: Site, padding_index: int | None) -> Tensor:
         ctx.save_for_backward(tokens)
         ctx.weight, ctx.subnet, ctx.head, ctx.padding_index, ctx.sink = weight, subnet, head, padding_index, head.gradient_sink
         return embedding_forward(head, tokens, weight, subnet)

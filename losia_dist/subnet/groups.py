@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.convert import find_sites, group_names
 
 GROUP_KEY = "losia_group"  # key in an optimizer's parameter group: the name of the group of layers it holds
 
@@ -21,15 +21,15 @@ def losia_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.
     Raises:
         ConfigError: the model has no subnets.
     """
-    layers = subnet_layers(model)
-    if not layers:
+    sites = find_sites(model)
+    if not sites:
         raise ConfigError("the model has no subnets: call get_losia_model(model, config) first.")
     common = {"lr": lr, "weight_decay": weight_decay}
     groups: list[dict[str, Any]] = [
-        {"params": [layer.subnet for layer in layers if layer.group_name == name], GROUP_KEY: name, **common}
-        for name in group_names(layers)
+        {"params": [site.subnet for site in sites if site.group_name == name], GROUP_KEY: name, **common}
+        for name in group_names(sites)
     ]
-    subnets = {id(layer.subnet) for layer in layers}
+    subnets = {id(site.subnet) for site in sites}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in subnets]
     if others:
         groups.append({"params": others, GROUP_KEY: None, **common})

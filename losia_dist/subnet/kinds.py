@@ -100,25 +100,25 @@ def _foreign_kind(weight: Tensor) -> str | None:
     return None if known or (plain and not hasattr(weight, "quant_state")) else kind.__name__
 
 
-def whole_shape(access: BlockAccess, layer: Any) -> tuple[int, int]:
+def whole_shape(access: BlockAccess, site: Any) -> tuple[int, int]:
     """(m, n) of a linear layer's whole weight, however it is stored or sharded."""
-    first, second = access.shape(layer.weight)
-    return (second, first) if stores_transposed(layer) else (first, second)
+    first, second = access.shape(site.weight)
+    return (second, first) if stores_transposed(site) else (first, second)
 
 
-def read_subnet(access: BlockAccess, layer: Any, rows: Tensor, columns: Tensor) -> Tensor:
+def read_subnet(access: BlockAccess, site: Any, rows: Tensor, columns: Tensor) -> Tensor:
     """W[R][:, C] of a linear layer, [r, c] contiguous in the weight's dtype, on every rank; called by all of them."""
-    if stores_transposed(layer):
-        return access.read_block(layer.weight, columns, rows).t().contiguous()
-    return access.read_block(layer.weight, rows, columns)
+    if stores_transposed(site):
+        return access.read_block(site.weight, columns, rows).t().contiguous()
+    return access.read_block(site.weight, rows, columns)
 
 
-def write_back(access: BlockAccess, layer: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+def write_back(access: BlockAccess, site: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
     """W[R][:, C] = values [r, c], into whatever part of the weight each rank keeps; called by all ranks."""
-    if stores_transposed(layer):
-        access.write_block(layer.weight, columns, rows, values.t().contiguous())
+    if stores_transposed(site):
+        access.write_block(site.weight, columns, rows, values.t().contiguous())
     else:
-        access.write_block(layer.weight, rows, columns, values)
+        access.write_block(site.weight, rows, columns, values)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -15,16 +15,23 @@ from losia_dist.fingerprint import loading_print
 from losia_dist.subnet.copied import check_copy, check_index, deep_copy, note_state
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed
-from losia_dist.subnet.layer import SubnetLayer
 from losia_dist.subnet.operator import compiled_embedding, compiled_linear
+from losia_dist.subnet.site import Site
 
 
-class SubnetLinear(SubnetLayer):
+class SubnetLinear(nn.Linear):
     """A linear layer that trains W[R][:, C] only.
 
     Made from an existing `nn.Linear` in place (`SubnetLinear.adopt`), so that the module keeps its name, its hooks and
-    its `weight`, and an unchanged checkpoint still loads.
+    its `weight`, and an unchanged checkpoint still loads. Its tensors are described in `Site`.
     """
+
+    weight_is_transposed = False
+
+    subnet: nn.Parameter
+    row_index: Tensor
+    col_index: Tensor
+    site: Site
 
     @classmethod
     def adopt(
@@ -39,8 +46,8 @@ class SubnetLinear(SubnetLayer):
         columns: Tensor,
         values: Tensor,
         asked_dtype: torch.dtype | None = None,
-    ) -> SubnetLinear:
-        """Turn `linear` (an `nn.Linear`, or a `Conv1D` of Transformers) into a SubnetLinear in place and return it.
+    ) -> Site:
+        """Turn `linear` (an `nn.Linear`, or a `Conv1D` of Transformers) into a SubnetLinear in place and return its site.
 
         shape is the whole weight's (m, n), given apart because a sharded weight reads as empty; rows int64 [r] and columns
         int64 [c] sorted; values [r, c], the weight's at those places, become the subnet's parameter.
@@ -52,40 +59,37 @@ class SubnetLinear(SubnetLayer):
         linear.subnet = nn.Parameter(values)
         linear.register_buffer("row_index", rows)
         linear.register_buffer("col_index", columns)
-        linear.name, linear.group_name, linear.is_output = name, group_name, is_output
-        linear.takes_all_rows, linear.takes_all_columns = rows.numel() == shape[0], columns.numel() == shape[1]
-        linear.asked_dtype, linear.awaits_weights = asked_dtype, values.device.type == "meta"
-        linear.converted_print = loading_print(values)
-        linear.weight_is_resident = False
-        linear.written = None
-        linear.gradient_sink = None
-        linear.kept_inputs = {}
-        linear.gradient_witness = None
-        linear.converted_with = {name: shape}
-        linear.shares_embedding = False
-        linear.copied = None
-        linear.in_mid_step = False
-        return linear
+        linear.site = Site(
+            linear,
+            name=name,
+            group_name=group_name,
+            is_output=is_output,
+            shape=shape,
+            transposed=linear.weight_is_transposed,
+            asked_dtype=asked_dtype,
+        )
+        linear.site.converted_print = loading_print(values)
+        return linear.site
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubnetLinear:
         return deep_copy(self, memo)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:
         """A copy that is moved or cast is the same copy, whatever the new dtype rounds to."""
-        if self.copied is None:
+        if self.site.copied is None:
             return super()._apply(fn, recurse)
-        check_copy(self)
+        check_copy(self.site)
         super()._apply(fn, recurse)
-        note_state(self)
+        note_state(self.site)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, size in (("row_index", self.out_features), ("col_index", self.in_features)):
             if f"{prefix}{name}" in state_dict:
-                check_index(self, name, state_dict[f"{prefix}{name}"], size)
+                check_index(self.site, name, state_dict[f"{prefix}{name}"], size)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.copied is not None and f"{prefix}subnet" in state_dict:
-            note_state(self)
+        if self.site.copied is not None and f"{prefix}subnet" in state_dict:
+            note_state(self.site)
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""
@@ -105,9 +109,9 @@ class SubnetLinear(SubnetLayer):
     def _compute(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return compiled_linear(self, x)
-        if self.copied is not None:
-            check_copy(self)
-        return SubnetLinearFunction.apply(x, self.weight, self.bias, self.subnet, self)
+        if self.site.copied is not None:
+            check_copy(self.site)
+        return SubnetLinearFunction.apply(x, self.weight, self.bias, self.subnet, self.site)
 
     def extra_repr(self) -> str:
         rows, columns = self.row_index.numel(), self.col_index.numel()
@@ -155,7 +159,7 @@ class TiedSubnetEmbedding(nn.Embedding):
         # Between the subclass and nn.Embedding, so that the subclass's scaling stays.
         embedding.__class__ = cls if kind is nn.Embedding else type(f"TiedSubnet{kind.__name__}", (kind, cls), {})
         assert isinstance(embedding, cls)
-        head.shares_embedding = True
+        head.site.shares_embedding = True
         embedding.subnet = head.subnet  # registered here too, so that a sharded engine gathers it for this module
         embedding.__dict__["head"] = head  # not a submodule: the model's tree stays as it was
         return embedding
@@ -164,7 +168,7 @@ class TiedSubnetEmbedding(nn.Embedding):
         head: SubnetLinear = self.__dict__["head"]
         if torch.compiler.is_compiling():
             return compiled_embedding(head, input, self.weight, self.subnet, self.padding_idx)
-        return TiedEmbeddingFunction.apply(input, self.weight, self.subnet, head, self.padding_idx)
+        return TiedEmbeddingFunction.apply(input, self.weight, self.subnet, head.site, self.padding_idx)
 
 
 def can_share_subnet(module: nn.Module) -> bool:

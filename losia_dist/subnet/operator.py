@@ -1,6 +1,6 @@
 """The subnet linear as custom operators, so that `torch.compile` keeps a model with subnets in one graph.
 
-Under compilation nothing of a layer but tensors reaches run time. The operators find the layer again by the memory of its
+Under compilation nothing of a site but tensors reaches run time. The operators find the site again by the memory of its
 `row_index`, and with it whether it localizes now: moving the slot on needs no new compilation.
 
 The operators are declared to change nothing. They do write the subnet into its weight, as the eager path does; the weight's
@@ -20,26 +20,26 @@ from torch import Tensor
 from losia_dist.errors import UnsupportedError
 from losia_dist.subnet.blocks import take_last
 from losia_dist.subnet.function import embedding_backward, embedding_forward, subnet_backward, subnet_forward
-from losia_dist.subnet.layer import SubnetLayer
+from losia_dist.subnet.site import Site
 
-_layers: weakref.WeakValueDictionary[int, SubnetLayer] = weakref.WeakValueDictionary()  # by the address of row_index
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()  # by the address of row_index
 _tickets = itertools.count(1)
 
 
-def make_findable(layers: Iterable[SubnetLayer]) -> None:
-    """Let compiled code find these layers; called once they are on their devices."""
-    for layer in layers:
-        _layers[layer.row_index.data_ptr()] = layer
+def make_findable(sites: Iterable[Site]) -> None:
+    """Let compiled code find these sites; called once they are on their devices."""
+    for site in sites:
+        _sites[site.row_index.data_ptr()] = site
 
 
-def _find(row_index: Tensor) -> SubnetLayer:
-    layer = _layers.get(row_index.data_ptr())
-    if layer is None or layer.row_index.data_ptr() != row_index.data_ptr():
+def _find(row_index: Tensor) -> Site:
+    site = _sites.get(row_index.data_ptr())
+    if site is None or site.row_index.data_ptr() != row_index.data_ptr():
         raise UnsupportedError(
             "a compiled model with subnets ran before LoSiA(model, optimizer, config) was made, or was moved to another device "
             "after it. Move the model first, then make LoSiA(...), then run it."
         )
-    return layer
+    return site
 
 
 @torch.library.custom_op("losia_dist::subnet_linear", mutates_args=())
@@ -47,13 +47,13 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, x[..., C] for backward (empty if C takes all columns), and a ticket for all of x while the layer localizes."""
-    layer = _find(row_index)
+    site = _find(row_index)
     ticket = 0
-    if layer.gradient_sink is not None and layer.training:
+    if site.gradient_sink is not None and site.module.training:
         ticket = next(_tickets)
-        layer.kept_inputs[ticket] = x.clone()  # the compiler may reuse the memory of x
-    kept = x.new_empty(0) if layer.takes_all_columns else take_last(x, col_index)
-    return subnet_forward(layer, x, weight, bias, subnet), kept, torch.tensor(ticket)
+        site.kept_inputs[ticket] = x.clone()  # the compiler may reuse the memory of x
+    kept = x.new_empty(0) if site.takes_all_columns else take_last(x, col_index)
+    return subnet_forward(site, x, weight, bias, subnet), kept, torch.tensor(ticket)
 
 
 @_linear.register_fake
@@ -74,15 +74,15 @@ def _whole_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
 def _linear_backward(
     grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    layer, number = _find(row_index), int(ticket)  # on the CPU: no device is waited for
-    sink = layer.gradient_sink
+    site, number = _find(row_index), int(ticket)  # on the CPU: no device is waited for
+    sink = site.gradient_sink
     if sink is not None:
         if number == 0:
             raise UnsupportedError(
-                f"{layer.name} localizes, and its forward ran in evaluation mode under torch.compile: call model.train()."
+                f"{site.name} localizes, and its forward ran in evaluation mode under torch.compile: call model.train()."
             )
-        kept = layer.kept_inputs.pop(number)
-    grad_x, grad_subnet = subnet_backward(layer, grad_y, kept, weight, subnet, sink, needs_x=needs_x, needs_subnet=True)
+        kept = site.kept_inputs.pop(number)
+    grad_x, grad_subnet = subnet_backward(site, grad_y, kept, weight, subnet, sink, needs_x=needs_x, needs_subnet=True)
     assert grad_subnet is not None
     return grad_y.new_empty(0) if grad_x is None else grad_x, grad_subnet
 
@@ -116,8 +116,8 @@ def _linear_gradients(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None,
 _linear.register_autograd(_linear_gradients, setup_context=_linear_setup)
 
 
-def compiled_linear(layer: SubnetLayer, x: Tensor) -> Tensor:
-    """`SubnetLinearFunction` for a graph: x [..., n] -> [..., m]."""
+def compiled_linear(layer: Any, x: Tensor) -> Tensor:
+    """`SubnetLinearFunction` of a `SubnetLinear`, for a graph: x [..., n] -> [..., m]."""
     y, _, _ = _linear(x, layer.weight, layer.bias, layer.subnet, layer.row_index, layer.col_index)
     return y
 
@@ -160,6 +160,6 @@ def _embedding_gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 _embedding.register_autograd(_embedding_gradients, setup_context=_embedding_setup)
 
 
-def compiled_embedding(head: SubnetLayer, tokens: Tensor, weight: Tensor, subnet: Tensor, padding_index: int | None) -> Tensor:
+def compiled_embedding(head: Any, tokens: Tensor, weight: Tensor, subnet: Tensor, padding_index: int | None) -> Tensor:
     """`TiedEmbeddingFunction` for a graph: int64 [...] -> [..., n]."""
     return _embedding(tokens, weight, subnet, head.row_index, -1 if padding_index is None else padding_index)

@@ -59,7 +59,7 @@ def conductor(model=None) -> LoSiA:
     converted = get_losia_model(tiny_llama() if model is None else model, config)
     losia = LoSiA(converted, LoSiAAdamW(losia_parameter_groups(converted, lr=1e-3)), config)
     with torch.no_grad():
-        losia.layers[0].subnet.add_(1.0)
+        losia.sites[0].subnet.add_(1.0)
     return losia
 
 
@@ -76,8 +76,8 @@ def test_everything_of_the_base_but_weights_and_training_state_is_taken(base, tm
     assert found_in(tmp_path / "model") == {*TAKEN, "config.json", "generation_config.json", WEIGHTS}
     assert (tmp_path / "model" / "modeling_own.py").read_text() == CODE
     assert not torch.equal(
-        load_file(tmp_path / "model" / WEIGHTS)[f"{losia.layers[0].name}.weight"],
-        load_file(base / WEIGHTS)[f"{losia.layers[0].name}.weight"],
+        load_file(tmp_path / "model" / WEIGHTS)[f"{losia.sites[0].name}.weight"],
+        load_file(base / WEIGHTS)[f"{losia.sites[0].name}.weight"],
     )
 
 
@@ -179,7 +179,7 @@ def test_an_index_beside_a_whole_file_is_not_read(tmp_path, left_over):
         (tmp_path / "best" / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(wanted, stale)}))
     stored = ModelDirectory(tmp_path / "best")
     with torch.no_grad():
-        losia.layers[0].subnet.mul_(3.0)
+        losia.sites[0].subnet.mul_(3.0)
     load_plain_weights(losia, tmp_path / "best", torch.device("cpu"), Agreement(None))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best").state_dict()
     losia.consolidate()

@@ -32,7 +32,7 @@ def train_without_saving(engine: str, run: runs.Run, directory: Path, first: int
     noted = []
     runs.train_on(losia, stepper, run, last, lambda done: noted.append(noted_bytes(losia)))
     save_checkpoint(directory, **runs.parts(losia))
-    weights = sum(layer.weight.numel() * layer.weight.element_size() for layer in losia.layers)
+    weights = sum(layer.weight.numel() * layer.weight.element_size() for layer in losia.sites)
     result = {"noted": noted, "after": noted_bytes(losia), "weights": weights}
     close()
     return result
@@ -63,7 +63,7 @@ def test_sharded_weights_give_what_moved_subnets_left_in_them(ranks, tmp_path, e
 
 def test_places_become_a_whole_weight_once_they_are_as_large(tmp_path):
     losia, _, close = runs.start("one", replace(RUN, **SHORT))
-    layer = losia.layers[0]
+    layer = losia.sites[0]
     rows, columns = layer.row_index, layer.col_index
     size = rows.numel() * columns.numel()
     moved, other = Moved(), Moved()
@@ -74,9 +74,9 @@ def test_places_become_a_whole_weight_once_they_are_as_large(tmp_path):
     moved.add(layer, rows, columns, 4 * size)
     assert list(moved) == [(layer, None, None)]
     other.add(layer, rows, columns, 4 * size)
-    other.add(losia.layers[1], rows, columns, 4 * size)
+    other.add(losia.sites[1], rows, columns, 4 * size)
     other.update(moved)
-    assert [(place[0], place[1] is None) for place in other] == [(layer, True), (losia.layers[1], False)]
+    assert [(place[0], place[1] is None) for place in other] == [(layer, True), (losia.sites[1], False)]
     (block,) = read_blocks(moved, losia.parameters, 0, 1)
     assert torch.equal(block.values, layer.weight) and block.rows.tolist() == list(range(layer.weight.shape[0]))
     close()

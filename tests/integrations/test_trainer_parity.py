@@ -114,5 +114,5 @@ def test_bf16_under_fsdp2_keeps_bf16_weights_and_fp32_subnets(ranks, tmp_path, e
 
 
 def dtypes(trainer):
-    layers = trainer.losia.layers
+    layers = trainer.losia.sites
     return {str(layer.weight.dtype) for layer in layers}, {str(layer.subnet.dtype) for layer in layers}

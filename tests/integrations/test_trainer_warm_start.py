@@ -13,7 +13,7 @@ RUN = Run(steps=6, config=CONFIG)
 
 
 def first_subnets(trainer):
-    return {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in trainer.losia.layers}
+    return {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in trainer.losia.sites}
 
 
 def located(run: Run, micro_batches):
@@ -21,7 +21,7 @@ def located(run: Run, micro_batches):
     model = get_losia_model(tiny_llama(**run.model), config)
     losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
     losia.locate(micro_batches)
-    return {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers}
+    return {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.sites}
 
 
 @pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "fsdp2"])

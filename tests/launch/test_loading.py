@@ -16,7 +16,7 @@ from benchmarks import loading as benchmark
 from losia_dist.checkpoint.export import _gather
 from losia_dist.errors import ConfigError
 from losia_dist.sharding.resolve import resolve_parameters
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from losia_dist.training import run as script
 from losia_dist.training.weights.empty import parameters_on_meta
 from losia_dist.training.weights.files import ReadWhole, find_weights
@@ -121,7 +121,7 @@ def gathered(words):
         run = start(*args)
         model, access = run.model, resolve_parameters(run.model)
         kept.update({name: values.clone() for name, values in _gather(model, access).items()})
-        for layer in subnet_layers(model):
+        for layer in find_sites(model):
             kept[f"{layer.name}.subnet"] = access.read_whole(layer.subnet).clone()
             kept[f"{layer.name}.places"] = torch.cat([layer.row_index, layer.col_index])
         return run

@@ -35,7 +35,7 @@ def train_with_a_fault(engine: str, culprit: int, where: str) -> None:
     def inspect(stage, losia, _):
         if stage != "before" or losia.steps != 1 or dist.get_rank() != culprit:
             return
-        layer = next(layer for layer in losia.layers if layer.name == LAYER)
+        layer = next(layer for layer in losia.sites if layer.name == LAYER)
         if where == "subnet":
             flip_bit(local_part(layer.subnet).data, (0, 0))
             return

@@ -40,7 +40,7 @@ def left_out(run: Run = LIMITED) -> tuple[dict[str, list[int]], set[tuple[str, i
 
     def inspect(stage, losia, _):
         found.update(losia.outliers)
-        trained.update((layer.name, column) for layer in losia.layers for column in layer.col_index.tolist())
+        trained.update((layer.name, column) for layer in losia.sites for column in layer.col_index.tolist())
 
     train("one", run, inspect)
     return found, trained
@@ -62,7 +62,7 @@ def test_the_input_neurons_of_a_transposed_weight_are_told_from_its_outputs():
 
     def inspect(stage, losia, _):
         found.update(losia.outliers)
-        layer = next(layer for layer in losia.layers if layer.name == "transformer.h.1.attn.c_attn")
+        layer = next(layer for layer in losia.sites if layer.name == "transformer.h.1.attn.c_attn")
         assert layer.weight_is_transposed and 3 not in layer.col_index
 
     config = {**DRAWN, "rank_factor": [1.0, 0.5], "selection": Drawn(outlier_limit=20)}
@@ -97,7 +97,7 @@ def watch(engine: str) -> dict[str, int]:
     collecting, captured = [], []
 
     def inspect(stage, losia, _):
-        collecting.append(len(losia.accumulators) + sum(layer.gradient_sink is not None for layer in losia.layers))
+        collecting.append(len(losia.accumulators) + sum(layer.gradient_sink is not None for layer in losia.sites))
         if not losia.on_move:
             losia.on_move.append(lambda move: captured.append(move.captured))
 

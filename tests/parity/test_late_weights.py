@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from tests.support import training
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
@@ -27,7 +27,7 @@ def converted_on_meta() -> torch.nn.Module:
 def load(model: torch.nn.Module) -> None:
     """Give memory and the usual weights to a model that was made on the meta device."""
     model.to_empty(device="cpu")
-    for layer in subnet_layers(model):
+    for layer in find_sites(model):
         layer.row_index.fill_(-1)  # whatever memory holds: nothing may rest on it
         layer.col_index.fill_(-1)
     whole = tiny_llama(**RUN.model)

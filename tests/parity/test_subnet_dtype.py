@@ -43,16 +43,16 @@ def train(engine: str, subnet_dtype: torch.dtype | None, param_dtype: torch.dtyp
         optimizer.zero_grad()
         losses.append(loss.item())
     masters = {}
-    for layer in losia.layers:
+    for layer in losia.sites:
         holder = optimizer.state[layer.subnet].get("master", layer.subnet)
         masters[layer.name] = losia.parameters.read_whole(holder)
     result = {
         "losses": losses,
         "masters": masters,
-        "places": {layer.name: (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.layers},
+        "places": {layer.name: (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.sites},
         "copies": sum("master" in state for state in optimizer.state.values()),
         "state_elements": sum(t.numel() for t in losia.state.state_tensors()),
-        "dtypes": {str(layer.weight.dtype) for layer in losia.layers},
+        "dtypes": {str(layer.weight.dtype) for layer in losia.sites},
     }
     losia.detach()
     return result

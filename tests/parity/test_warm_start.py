@@ -80,7 +80,7 @@ def test_nothing_but_the_place_of_the_subnets_changes_and_no_gradient_is_left():
     losia.consolidate()
     now = model.state_dict()
     assert all(torch.equal(now[name], value) for name, value in before.items())
-    assert len(moves) == len(losia.layers)
+    assert len(moves) == len(losia.sites)
     for move in moves:
         assert move.reason == "located" and move.captured > 1.3 * move.random_share
 

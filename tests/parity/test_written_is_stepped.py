@@ -25,20 +25,20 @@ def tried_on(name: str, dtype: str):
         if losia.steps or stage == "after":
             return
         before = [t.clone() for t in losia.state.state_tensors()] + [
-            losia.parameters.read_whole(layer.subnet) for layer in losia.layers
+            losia.parameters.read_whole(layer.subnet) for layer in losia.sites
         ]
         probe.check_masters(losia.parts)
-        after = losia.state.state_tensors() + [losia.parameters.read_whole(layer.subnet) for layer in losia.layers]
+        after = losia.state.state_tensors() + [losia.parameters.read_whole(layer.subnet) for layer in losia.sites]
         seen["kept"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         seen["reached"] = [0 if found is None else found[0].numel() for found in map(losia.state.stepped, subnets(losia))]
-        seen["sizes"] = [layer.row_index.numel() * layer.col_index.numel() for layer in losia.layers]
+        seen["sizes"] = [layer.row_index.numel() * layer.col_index.numel() for layer in losia.sites]
 
     train(name, variant(RUN, steps=1, dtype=dtype), inspect)
     return seen
 
 
 def subnets(losia):
-    return [layer.subnet for layer in losia.layers]
+    return [layer.subnet for layer in losia.sites]
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,12 @@ def count(engine_name: str, dtype: str) -> dict[str, int]:
             seen["gradient_storage"] = storage_bytes(held)
             return
         seen["state"] = storage_bytes(losia.state.state_tensors())
-        seen["subnet_elements"] = sum(layer.row_index.numel() * layer.col_index.numel() for layer in losia.layers)
+        seen["subnet_elements"] = sum(layer.row_index.numel() * layer.col_index.numel() for layer in losia.sites)
         seen["groups"] = len(losia.clock.names)
-        sizes = [(layer.group_name, layer.row_index.numel() * layer.col_index.numel()) for layer in losia.layers]
+        sizes = [(layer.group_name, layer.row_index.numel() * layer.col_index.numel()) for layer in losia.sites]
         seen["largest_subnets"] = sum(max(s for g, s in sizes if g == name) for name in losia.clock.names)
-        seen["parameters"] = len(losia.layers)
-        shapes = {losia.parameters.shape(layer.weight) for layer in losia.layers}
+        seen["parameters"] = len(losia.sites)
+        shapes = {losia.parameters.shape(layer.weight) for layer in losia.sites}
         weights = {p.data_ptr() for p in engine.module.parameters()}
         full = [t for t in live_tensors() if tuple(t.shape) in shapes and id(t) not in older and t.data_ptr() not in weights]
         seen["full_size"] = len(full)
@@ -124,7 +124,7 @@ def test_a_step_makes_one_full_gradient_per_localizing_layer_and_nothing_else_th
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     losia = LoSiA(model, optimizer, config)
-    shapes = {tuple(layer.weight.shape) for layer in losia.layers}
+    shapes = {tuple(layer.weight.shape) for layer in losia.sites}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     averages = {t.untyped_storage().data_ptr() for a in losia._accumulators.values() for t in (a.mean, a.deviation)}
     tokens = torch.randint(0, 97, (1, 13))  # 13 tokens: no activation has a weight's shape
@@ -167,7 +167,7 @@ def count_selection(engine_name: str) -> dict[str, int]:
             return
         losia.on_relocalize.append(begin)
         losia.on_move.append(end)
-        layers = [layer for layer in losia.layers if layer.group_name in losia.localizing]
+        layers = [layer for layer in losia.sites if layer.group_name in losia.localizing]
         shapes = [losia.parameters.shape(layer.weight) for layer in layers]
         sent["m_plus_n"] = sum(m + n for m, n in shapes)
         sent["smallest_weight"] = min(m * n for m, n in shapes)

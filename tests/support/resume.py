@@ -73,7 +73,7 @@ def everything(losia: LoSiA) -> dict[str, Any]:
             found |= {f"state {name} {key}": t.cpu().clone() for key, t in losia.state.read_state(parameter).items()}
     for layer, accumulator in losia.accumulators.items():
         found |= {f"mean {layer.name}": accumulator.mean.clone(), f"deviation {layer.name}": accumulator.deviation.clone()}
-    for layer in losia.layers:
+    for layer in losia.sites:
         found |= {f"rows {layer.name}": layer.row_index.clone(), f"columns {layer.name}": layer.col_index.clone()}
     return found
 

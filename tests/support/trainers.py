@@ -74,7 +74,7 @@ class Recorder(TrainerCallback):
         located = self.trainer.losia_config.located is not None
         if located and state.global_step % self.trainer.losia_config.period == 0:
             name = losia.clock.names[self.trainer.losia_callback.metrics()["losia/localizing"]]
-            layers = [layer for layer in losia.layers if layer.group_name == name]
+            layers = [layer for layer in losia.sites if layer.group_name == name]
             chosen = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in layers}
             self.history.append((state.global_step - 1, name, chosen))
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.checkpoint.export import _gather
 from losia_dist.checkpoint.names import unwrap
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from tests.reference.dense import DenseLoSiA, DenseWithOptimizer
 from tests.support.families import decoder_layers, tiny_model
 from tests.support.models import batches, tiny_llama
@@ -115,7 +115,7 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
     config = LoSiAConfig(**run.config)
     located = config.located or Located()
     converted = get_losia_model(build(run), config)
-    layers = subnet_layers(converted)
+    layers = find_sites(converted)
     groups: dict[str, list[str]] = {}
     for layer in layers:
         groups.setdefault(layer.group_name, []).append(f"{layer.name}.weight")
@@ -170,7 +170,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
     loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
     losia, stepper, close = loop(engine, model, config, run)
     locate_first(losia, run)
-    first = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.layers}
+    first = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.sites}
     losses, history = [], []
     for step, micro_batches in enumerate(global_batches(run)):
         mine = [{name: t.chunk(world)[rank] for name, t in batch.items()} for batch in micro_batches]
@@ -182,7 +182,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
             for name in localizing:
                 chosen = {
                     f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone())
-                    for layer in losia.layers
+                    for layer in losia.sites
                     if layer.group_name == name
                 }
                 history.append((step, name, chosen))
@@ -195,7 +195,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
     weights = {n: losia.parameters.read_whole(p).float() for n, p in plain.named_parameters(remove_duplicate=False)}
     weights = {n: w for n, w in weights.items() if not n.endswith(".subnet")}
     assert _gather(plain, losia.parameters).keys() >= weights.keys()
-    subnets = {layer.name: losia.parameters.read_whole(layer.subnet).float() for layer in losia.layers}
+    subnets = {layer.name: losia.parameters.read_whole(layer.subnet).float() for layer in losia.sites}
     result = {"losses": total.tolist(), "weights": weights, "history": history, "subnets": subnets, "first": first}
     close()
     return result

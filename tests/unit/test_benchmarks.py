@@ -85,7 +85,7 @@ def test_the_baselines_written_from_the_paper_train_as_the_package_does(baseline
         expected = ours.model.state_dict()[name] - start[name]
         assert torch.allclose(moved.float(), expected.float(), atol=1e-6 if dtype == "fp32" else 1e-4), name
         trained += int((moved != 0).sum())
-    subnets = sum(layer.subnet.numel() for layer in ours.losia.layers)
+    subnets = sum(layer.subnet.numel() for layer in ours.losia.sites)
     assert 0.5 * subnets < trained <= subnets if dtype == "fp32" else 0 < trained <= subnets
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from tests.support.models import tiny_llama
 
 CONFIG = LoSiAConfig(rank_factor=0.25, output_rank_factor=0.25, period=2)
@@ -125,7 +125,7 @@ def test_a_copy_computes_what_the_model_did_then_and_takes_nothing_from_the_run(
     tokens = torch.arange(24).view(2, 12)
     then = losia.model(input_ids=tokens).logits
     snapshot = copy.deepcopy(losia.model)
-    assert all(layer.gradient_sink is None for layer in subnet_layers(snapshot))
+    assert all(layer.gradient_sink is None for layer in find_sites(snapshot))
     for seed in range(4):
         step(losia, seed)
     assert torch.equal(snapshot(input_ids=tokens).logits, then)
@@ -165,7 +165,7 @@ def test_a_copy_that_is_driven_by_itself_trains():
     for seed in range(5):
         step(losia, seed)
         step(other, seed)
-    for ours, theirs in zip(losia.layers, other.layers, strict=True):
+    for ours, theirs in zip(losia.sites, other.sites, strict=True):
         assert torch.equal(ours.subnet, theirs.subnet) and torch.equal(ours.row_index, theirs.row_index)
 
 

@@ -220,8 +220,8 @@ def test_the_output_layer_sees_one_gradient_a_micro_batch():
         optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
         losia = LoSiA(model, optimizer, config)
         calls = []
-        sink = model.lm_head.gradient_sink
-        model.lm_head.gradient_sink = lambda *args, sink=sink, calls=calls: (calls.append(args[0].dtype), sink(*args))
+        sink = model.lm_head.site.gradient_sink
+        model.lm_head.site.gradient_sink = lambda *args, sink=sink, calls=calls: (calls.append(args[0].dtype), sink(*args))
         for _ in range(2):
             for start in (0, 1):
                 model(**{k: v if k == "use_cache" else v[start : start + 2] for k, v in a_batch().items()}).loss.backward()

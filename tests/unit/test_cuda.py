@@ -29,7 +29,7 @@ def trained(device: str, dtype: torch.dtype = torch.float32, compiled: bool = Fa
         losia.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    return torch.stack(losses).tolist(), [layer.row_index.cpu() for layer in losia.layers]
+    return torch.stack(losses).tolist(), [layer.row_index.cpu() for layer in losia.sites]
 
 
 @pytest.mark.gpu

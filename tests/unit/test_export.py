@@ -95,7 +95,7 @@ def test_an_interrupted_export_leaves_the_old_model_whole(monkeypatch, tmp_path)
     before = contents(target)
     changed = conductor()
     with torch.no_grad():
-        changed.layers[0].subnet.add_(1.0)
+        changed.sites[0].subnet.add_(1.0)
     break_in_the_middle(monkeypatch)
     with pytest.raises(ConfigError, match="could not be written to .*model: OSError: .*No space left"):
         export_model(changed, target)
@@ -192,7 +192,7 @@ def test_old_weights_under_other_names_are_not_left_to_be_loaded(monkeypatch, tm
     (target / "notes").mkdir()
     losia = conductor()
     with torch.no_grad():
-        losia.layers[0].subnet.add_(1.0)
+        losia.sites[0].subnet.add_(1.0)
     monkeypatch.setitem(model_directory.write_model_directory.__kwdefaults__, "shard_bytes", after)
     export_model(losia, target)
     found = {path.name for path in target.glob("model*")}
@@ -221,13 +221,13 @@ def test_a_model_that_is_stored_under_other_names_is_exported_as_its_class_store
     converted = get_losia_model(model, config)
     losia = LoSiA(converted, LoSiAAdamW(losia_parameter_groups(converted, lr=1e-3)), config)
     with torch.no_grad():
-        losia.layers[0].subnet.add_(1.0)
+        losia.sites[0].subnet.add_(1.0)
     export_model(losia, tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as stored:
         assert not set(stored.keys()) <= plain.keys()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     changed = {name for name, weight in loaded.state_dict().items() if not torch.equal(weight, plain[name])}
-    assert changed == {f"{losia.layers[0].name}.weight"}
+    assert changed == {f"{losia.sites[0].name}.weight"}
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path):
@@ -242,7 +242,7 @@ def test_the_models_own_way_to_save_is_refused(tmp_path):
     """It would write the weights that the model had before training, without a word."""
     losia = conductor()
     with torch.no_grad():
-        losia.layers[0].subnet.add_(1.0)
+        losia.sites[0].subnet.add_(1.0)
     trainer = Trainer(model=losia.model, args=TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
     ways = {
         "the model": losia.model.save_pretrained,
@@ -256,7 +256,7 @@ def test_the_models_own_way_to_save_is_refused(tmp_path):
     export_model(losia, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     loaded.save_pretrained(tmp_path / "again")  # other models of the class keep theirs
-    assert torch.equal(loaded.get_submodule(losia.layers[0].name).weight, losia.layers[0].weight)
+    assert torch.equal(loaded.get_submodule(losia.sites[0].name).weight, losia.sites[0].weight)
 
 
 def test_what_is_not_a_live_run_is_refused(tmp_path):

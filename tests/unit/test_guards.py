@@ -177,7 +177,7 @@ def test_what_such_a_step_left_is_not_saved_by_a_caller_who_goes_on_until_other_
     load_checkpoint(tmp_path, **parts)
     go_on(losia, [signal])
     losia.consolidate()
-    assert losia.steps == 2 and losia.layers[0].weight.isfinite().all()
+    assert losia.steps == 2 and losia.sites[0].weight.isfinite().all()
 
 
 def test_gradients_whose_squares_overflow_are_finite():
@@ -207,10 +207,10 @@ def test_gradients_that_are_not_finite_outside_the_subnets_stop_the_run_where_su
 def test_a_slot_without_signal_leaves_a_subnet_where_it_is_and_says_so(caplog):
     losia = steps_of(TwoBranches(use_both=True), [signal], period=1, layers_per_slot=2)
     assert not [r for r in caplog.records if "keep the one" in r.message]
-    places = [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers]
+    places = [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.sites]
     assert [0, 1, 2, 3] not in [rows for rows, _ in places]
     go_on(losia, [no_signal, no_signal])
-    assert places == [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers]
+    assert places == [(layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.sites]
     assert (
         len([r for r in caplog.records if "used had no gradient other than zero" in r.message]) == 4
     )  # a group is a layer here

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.convert import group_names, subnet_layers
+from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.linear import SubnetConv1D, SubnetLinear
 from tests.support.families import COMMON, EXPERT_FAMILIES, FAMILIES, VOCABULARY, tiny_llava, tiny_model
 
@@ -24,7 +24,7 @@ LLAMA_LAYER = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj
 
 
 def names(model: nn.Module) -> list[str]:
-    return [layer.name for layer in subnet_layers(model)]
+    return [layer.name for layer in find_sites(model)]
 
 
 def refusal(model: nn.Module, **settings) -> str:
@@ -32,7 +32,7 @@ def refusal(model: nn.Module, **settings) -> str:
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     with pytest.raises(ConfigError) as caught:
         get_losia_model(model, LoSiAConfig(**settings))
-    assert not subnet_layers(model)
+    assert not find_sites(model)
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
     return str(caught.value)
 
@@ -43,7 +43,7 @@ def test_all_linear_finds_every_layer_of_a_family_grouped_by_decoder_layer(famil
     body = "transformer.h" if family == "gpt2" else "model.layers"
     expected = {f"{body}.{place}.{part}" for place in range(2) for part in LAYER.get(family, LLAMA_LAYER)}
     assert set(names(model)) == expected
-    assert group_names(subnet_layers(model)) == [f"{body}.0", f"{body}.1"]
+    assert group_names(find_sites(model)) == [f"{body}.0", f"{body}.1"]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_gradients_of_a_conv1d_are_the_dense_ones_cut_to_the_subnet(factor, loca
         dense.weight.t()[layer.row_index[:, None], layer.col_index] = layer.subnet
     seen = []
     if localizing:
-        layer.gradient_sink = lambda gradient, weight: seen.append((gradient.clone(), weight.clone()))
+        layer.site.gradient_sink = lambda gradient, weight: seen.append((gradient.clone(), weight.clone()))
     x = torch.randn(2, 5, 32)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected, y = dense(a), layer(b)
@@ -278,7 +278,7 @@ def test_a_layer_used_twice_is_one_target_and_trains_as_the_dense_reference_does
 
     config = LoSiAConfig(rank_factor=0.25, period=2, target_modules=targets)
     model = get_losia_model(Twice(), config)
-    (layer,) = subnet_layers(model)
+    (layer,) = find_sites(model)
     weight, places = "first.weight", (layer.row_index.clone(), layer.col_index.clone())
     reference = Twice()
     dense = DenseLoSiA(reference, [[weight]], {weight: places}, period=2, lr_schedule=lambda step: 1e-2)

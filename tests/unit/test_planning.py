@@ -17,7 +17,7 @@ from losia_dist.planning.plan import make_plan, recommend
 from losia_dist.planning.shapes import BUILT_IN, find_shape
 from losia_dist.planning.tables import describe
 from losia_dist.planning.workload import GB, Cluster, Workload
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from tests.support.models import tiny_llama
 
 # Parameters as their makers count them.
@@ -56,7 +56,7 @@ def test_a_shape_is_the_model_that_transformers_makes_of_it(name):
     model.tie_weights()
     assert sum(p.numel() for p in model.parameters()) == shape.parameters
     asked = workload(name, config=LoSiAConfig(rank_factor=(0.25, 0.0625), output_rank_factor=0.125))
-    layers = subnet_layers(get_losia_model(model, asked.config))
+    layers = find_sites(get_losia_model(model, asked.config))
     found = sizes(replace(asked, shape=shape))
     assert sum(layer.subnet.numel() for layer in layers) == found.all_trained(2)
     assert sum(layer.row_index.numel() + layer.col_index.numel() for layer in layers) == found.indices

@@ -367,10 +367,10 @@ def test_noise_is_there_while_gradients_are_taken_and_gone_when_weights_are_step
     conductor = LoSiA(model, optimizer, config)
     FlatNoise(conductor, model, optimizer, size=0.5, seed=3)
     tokens = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
-    values = [layer.subnet.detach().clone() for layer in conductor.layers]
+    values = [layer.subnet.detach().clone() for layer in conductor.sites]
 
     def is_noisy():
-        return [not torch.equal(layer.subnet, before) for layer, before in zip(conductor.layers, values, strict=True)]
+        return [not torch.equal(layer.subnet, before) for layer, before in zip(conductor.sites, values, strict=True)]
 
     quiet = model.eval()(**tokens).loss
     assert not any(is_noisy())
@@ -379,7 +379,7 @@ def test_noise_is_there_while_gradients_are_taken_and_gone_when_weights_are_step
     loss.backward()
     optimizer.step()
     conductor.step()
-    stepped = max((a.subnet - b).abs().max() for a, b in zip(conductor.layers, values, strict=True))
+    stepped = max((a.subnet - b).abs().max() for a, b in zip(conductor.sites, values, strict=True))
     assert 0 < stepped <= 1.01e-3  # what AdamW's first step can come to, and no noise
 
 
@@ -388,8 +388,8 @@ def test_with_steps_over_input_size_all_columns_move_the_output_alike_and_as_muc
     model = get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3, eps=1e-12)
     conductor = LoSiA(model, optimizer, config)
-    layer, seen = conductor.layers[0], []
-    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    layer, seen = conductor.sites[0], []
+    layer.module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     ColumnSteps(conductor, optimizer, exponent=1.0)
     before = layer.subnet.detach().clone()
     model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()

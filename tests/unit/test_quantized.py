@@ -6,7 +6,7 @@ from torch import nn
 
 from losia_dist import LoSiAConfig, get_losia_model
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 
 
 def by_torchao(name: str) -> nn.Linear:
@@ -48,10 +48,10 @@ def test_a_quantized_layer_is_refused_with_the_fix(kind, targets):
     model = nn.ModuleDict({"plain": nn.Linear(64, 64), "odd": KINDS[kind]()})
     with pytest.raises(ConfigError, match=r"'odd'.*oad the model unquantized"):
         get_losia_model(model, LoSiAConfig(target_modules=targets))
-    assert not subnet_layers(model)
+    assert not find_sites(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_beside_quantized_layers_that_stay_frozen_others_train_by_name(kind):
     model = nn.ModuleDict({"plain": nn.Linear(64, 64), "odd": KINDS[kind]()})
-    assert [layer.name for layer in subnet_layers(get_losia_model(model, LoSiAConfig(target_modules=["plain"])))] == ["plain"]
+    assert [layer.name for layer in find_sites(get_losia_model(model, LoSiAConfig(target_modules=["plain"])))] == ["plain"]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from losia_dist import LoSiAConfig, get_losia_model
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 
 SMALL = {
     "vocab_size": 97,
@@ -57,7 +57,7 @@ def without_gradient(model: nn.Module) -> list[str]:
     """Names of subnets that a backward pass of a text's loss leaves without a gradient."""
     ids = torch.arange(3, 35).reshape(2, 16)
     model(input_ids=ids, labels=ids).loss.backward()
-    return [layer.name for layer in subnet_layers(model) if layer.subnet.grad is None]
+    return [layer.name for layer in find_sites(model) if layer.subnet.grad is None]
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "deepseek_v4"])
@@ -68,8 +68,8 @@ def test_the_layers_that_are_suggested_beside_experts_all_get_a_gradient(kind):
         get_losia_model(build(kind, **SMALL | SPARSE | own), LoSiAConfig())
     suggested = ast.literal_eval(re.search(r"target_modules=(\[.*\])", str(refused.value)).group(1))
     model = get_losia_model(build(kind, **SMALL | SPARSE | own), LoSiAConfig(rank_factor=0.25, target_modules=suggested))
-    assert {"o_proj", "o_b_proj"} & {layer.name.rsplit(".", 1)[1] for layer in subnet_layers(model)}
-    assert not [layer.name for layer in subnet_layers(model) if "indexer" in layer.name]
+    assert {"o_proj", "o_b_proj"} & {layer.name.rsplit(".", 1)[1] for layer in find_sites(model)}
+    assert not [layer.name for layer in find_sites(model) if "indexer" in layer.name]
     assert not without_gradient(model)
 
 
@@ -83,8 +83,8 @@ def test_the_layers_that_are_suggested_beside_experts_all_get_a_gradient(kind):
 def test_all_linear_leaves_out_with_a_line_what_gets_no_gradient(kind, settings, left_out, why, caplog):
     with caplog.at_level(logging.WARNING, "losia_dist"):
         model = get_losia_model(build(kind, **settings), LoSiAConfig(rank_factor=0.25))
-    assert subnet_layers(model) and not without_gradient(model)
-    assert not [layer.name for layer in subnet_layers(model) if left_out in layer.name]
+    assert find_sites(model) and not without_gradient(model)
+    assert not [layer.name for layer in find_sites(model) if left_out in layer.name]
     assert re.search(rf"all-linear leaves out .*{left_out}.*no gradient would come: each .*{why}", caplog.text)
 
 
@@ -105,7 +105,7 @@ class Asks(nn.Module):
 def test_a_weight_that_is_only_looked_at_is_trained_with_fused_kernels_installed_too(monkeypatch):
     monkeypatch.setattr("losia_dist.subnet.reach.importlib.util.find_spec", lambda name: object())
     model = get_losia_model(nn.Sequential(Asks()), LoSiAConfig(rank_factor=0.25))
-    assert {layer.name for layer in subnet_layers(model)} == {"0.wo", "0.wi"}
+    assert {layer.name for layer in find_sites(model)} == {"0.wo", "0.wi"}
 
 
 def test_a_layer_that_never_gets_a_gradient_is_refused_by_name_too():
@@ -150,7 +150,7 @@ def test_an_expression_is_suggested_where_endings_would_meet_another_part():
         get_losia_model(model, LoSiAConfig())
     suggested = ast.literal_eval(re.search(r"name them: target_modules=('.*')", str(refused.value)).group(1))
     assert isinstance(suggested, str) and "\\" not in suggested
-    layers = subnet_layers(get_losia_model(model, LoSiAConfig(rank_factor=0.25, target_modules=suggested)))
+    layers = find_sites(get_losia_model(model, LoSiAConfig(rank_factor=0.25, target_modules=suggested)))
     assert {layer.name.rsplit(".", 1)[1] for layer in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert all("language_model" in layer.name for layer in layers)
 

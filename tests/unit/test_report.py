@@ -155,7 +155,7 @@ def test_the_log_says_where_the_subnets_really_are(tmp_path):
     log.begin(tmp_path, continues=False)
     train_steps(losia, log, 2)
     latest = {line["layer"]: (line["rows"], line["columns"]) for line in lines_of(tmp_path / "subnets.jsonl")}
-    assert latest == {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.layers}
+    assert latest == {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.sites}
     log.close()
     assert not losia.on_move
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from tests.support.models import tiny_llama
 
 
@@ -24,7 +24,7 @@ def test_gradients_are_the_dense_layers_own_cut_to_the_subnet(factor, localizing
     dense, layer = layer_pair(factor)
     seen = []
     if localizing:
-        layer.gradient_sink = lambda gradient, weight: seen.append((gradient.clone(), weight.clone()))
+        layer.site.gradient_sink = lambda gradient, weight: seen.append((gradient.clone(), weight.clone()))
     with torch.no_grad():  # a subnet that has moved since it was cut out
         layer.subnet.add_(0.5)
         dense.weight[layer.row_index[:, None], layer.col_index] += 0.5
@@ -59,7 +59,7 @@ def test_backward_is_right_after_an_engine_emptied_and_refilled_the_weight():
 def test_the_importance_sees_the_present_subnet_even_where_the_input_needs_no_gradient():
     _, layer = layer_pair()
     seen = []
-    layer.gradient_sink = lambda gradient, weight: seen.append(weight.clone())
+    layer.site.gradient_sink = lambda gradient, weight: seen.append(weight.clone())
     with torch.no_grad():
         layer.subnet.add_(1.0)
     base = layer.weight.detach().clone()
@@ -90,7 +90,7 @@ def test_a_layer_that_does_not_localize_saves_p_of_its_input(factor, share):
     x = torch.randn(64, 32)
     input_bytes = x.numel() * x.element_size()
     assert saved_bytes(lambda: layer(x * 1)) == share * input_bytes
-    layer.gradient_sink = lambda gradient, weight: None
+    layer.site.gradient_sink = lambda gradient, weight: None
     assert saved_bytes(lambda: layer(x * 1)) == input_bytes
 
 
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
             losia.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        return losses, [layer.subnet.detach() for layer in subnet_layers(model)]
+        return losses, [layer.subnet.detach() for layer in find_sites(model)]
 
     losses, subnets = run(False)
     checkpointed_losses, checkpointed_subnets = run(True)

@@ -6,7 +6,7 @@ from torch import nn
 
 from losia_dist import LoSiAConfig, get_losia_model, losia_parameter_groups, print_trainable_parameters
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.convert import subnet_layers
+from losia_dist.subnet.convert import find_sites
 from tests.support.models import tiny_llama
 
 
@@ -15,7 +15,7 @@ def converted(config: LoSiAConfig, **overrides) -> nn.Module:
 
 
 def names(model: nn.Module) -> list[str]:
-    return [layer.name for layer in subnet_layers(model)]
+    return [layer.name for layer in find_sites(model)]
 
 
 def test_all_linear_takes_every_linear_layer_but_the_output_layer():
@@ -127,7 +127,7 @@ def test_a_refused_model_is_left_untouched():
     model = tiny_llama()
     with pytest.raises(ConfigError):
         get_losia_model(model, LoSiAConfig(rank_factor=0.001))
-    assert not subnet_layers(model)
+    assert not find_sites(model)
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -1,0 +1,148 @@
+"""`Site`: the place in a model where a subnet lives. Everything beyond `subnet/` speaks of sites, and of no modules.
+
+A linear layer has one. The module holds the tensors, under the names that engines and checkpoints know; the site knows these
+names, and what else is known of the place. Copies, the autograd Function and the operators of `torch.compile` work on sites.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Called in backward with the full gradient [m, n] of this micro-batch and the whole weight [m, n].
+GradientSink = Callable[[Tensor, Tensor], None]
+_OF_THE_RUN = ("gradient_sink", "gradient_witness", "kept_inputs")  # what collects for the run that a copy is made from
+
+
+class TensorNames(NamedTuple):
+    """What a module calls a site's tensors."""
+
+    weight: str = "weight"
+    subnet: str = "subnet"
+    row_index: str = "row_index"
+    col_index: str = "col_index"
+
+
+LINEAR = TensorNames()  # of a linear layer
+
+
+class Site:
+    """A weight W [m, n] of which W[R][:, C] alone trains, and all that is known of it.
+
+    Args:
+        module: that holds the tensors.
+        name: full name of the layer in the model that was converted.
+        group_name: the decoder layer (or the output layer) it is re-localized with.
+        is_output: whether it is the output layer's.
+        shape: (m, n) of the whole weight, given apart because a sharded weight reads as empty.
+        transposed: the weight is stored [n, m].
+        asked_dtype: what the subnet was asked to be kept in, whatever the engine casts; None: the weight's.
+        names: of its tensors.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        group_name: str,
+        is_output: bool,
+        shape: tuple[int, int],
+        transposed: bool = False,
+        asked_dtype: torch.dtype | None = None,
+        names: TensorNames = LINEAR,
+    ) -> None:
+        self.module, self.names = module, names
+        self.name, self.group_name, self.is_output = name, group_name, is_output
+        self.shape, self.weight_is_transposed, self.asked_dtype = shape, transposed, asked_dtype
+        self.takes_all_rows = self.row_index.numel() == shape[0]
+        self.takes_all_columns = self.col_index.numel() == shape[1]
+        self.awaits_weights = self.subnet.is_meta  # converted on the meta device: the subnet is cut once the weights are there
+        self.converted_print: Tensor  # int64 scalar of the subnet's first values, to tell ranks that loaded different weights
+        # True once an access object has established that the engine never re-gathers the weight between forward and
+        # backward; until then backward writes the subnet again, which is always right.
+        self.weight_is_resident = False
+        self.written: tuple[int, int] | None = (
+            None  # versions of weight and subnet when the one was last written into the other
+        )
+        self.gradient_sink: GradientSink | None = None  # set while the group localizes
+        self.kept_inputs: dict[int, Tensor] = {}  # under torch.compile: inputs of this step that await their backward
+        self.gradient_witness: Callable[[Tensor], None] | None = None  # set until the subnet was seen to train
+        self.converted_with = {name: shape}  # of all sites that the model was converted with: name -> (m, n)
+        self.shares_embedding = False  # the input embedding has the same weight, and looks up in it (TiedSubnetEmbedding)
+        # Of a deep copy that no conductor drives: version and print of the subnet it was made with.
+        self.copied: tuple[int, int] | None = None
+        self.in_mid_step = False  # a backward formed the subnet's gradient since the last optimizer step ended
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """W [m, n] ([n, m] where stored transposed), frozen. Holds the subnet's present values only while the module runs;
+        `LoSiA.consolidate` writes them for good."""
+        return getattr(self.module, self.names.weight)  # type: ignore[no-any-return]
+
+    @property
+    def subnet(self) -> nn.Parameter:
+        """S [r, c], trainable, an ordinary parameter that any engine reduces, clips, shards and saves."""
+        return getattr(self.module, self.names.subnet)  # type: ignore[no-any-return]
+
+    @property
+    def row_index(self) -> Tensor:
+        """int64 buffer [r], sorted ascending: output neurons of the subnet."""
+        return getattr(self.module, self.names.row_index)  # type: ignore[no-any-return]
+
+    @property
+    def col_index(self) -> Tensor:
+        """int64 buffer [c], sorted ascending: input neurons of the subnet."""
+        return getattr(self.module, self.names.col_index)  # type: ignore[no-any-return]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Row index, or None where all rows belong to the subnet (then nothing need be gathered)."""
+        return None if self.takes_all_rows else self.row_index
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Column index, or None where all columns belong to the subnet."""
+        return None if self.takes_all_columns else self.col_index
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """The whole weight as [m, n], output neurons first: itself, or a view."""
+        return weight.t() if self.weight_is_transposed else weight
+
+    def must_write(self, weight: Tensor, subnet: Tensor) -> bool:
+        """Whether the weight may lack the subnet's present values; the caller then writes them.
+
+        Where the engine keeps the weight, once per optimizer step is enough: further micro-batches find it written. Versions
+        show what was changed in place since, and `note_change` tells of the rest (ZeRO updates memory behind a parameter).
+        Evaluation always writes, for weights that were swapped through `.data`, as averages of weights often are.
+        """
+        if not self.weight_is_resident:
+            return True
+        versions, training = (weight._version, subnet._version), self.module.training
+        known = training and self.written == versions
+        self.written = versions if training else None
+        return not known
+
+    def note_change(self) -> None:
+        """An optimizer step ended: the subnet or its place may have changed in a way that no version shows."""
+        self.written = None
+        self.in_mid_step = False
+        self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
+
+    def copy_for(self, module: nn.Module, memo: dict[int, Any]) -> Site:
+        """The site of a deep copy of its module: no conductor drives it, and it collects nothing."""
+        made = Site.__new__(Site)
+        memo[id(self)] = made
+        kept = {name: value for name, value in self.__dict__.items() if name not in (*_OF_THE_RUN, "module")}
+        made.__dict__.update(copy.deepcopy(kept, memo))
+        made.module, made.gradient_sink, made.gradient_witness, made.kept_inputs = module, None, None, {}
+        made.written, made.in_mid_step = None, False
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        copy.deepcopy(self.module, memo)
+        return memo[id(self)]  # type: ignore[no-any-return]
