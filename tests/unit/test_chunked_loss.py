@@ -13,6 +13,7 @@ from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.loss import use_chunked_loss
 from losia_dist.training.options import add_training_arguments, check
 from tests.support import training
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.families import FAMILIES, tiny_model
 from tests.support.models import tiny_llama
@@ -278,13 +279,13 @@ def expected():
     [
         ("one", RUN),
         ("ddp", RUN),
-        pytest.param("zero2", TIED, marks=pytest.mark.slow),
-        pytest.param("zero3", RUN, marks=pytest.mark.slow),
-        pytest.param("zero3", FROZEN, marks=pytest.mark.slow),
-        ("zero3", TIED),
-        pytest.param("fsdp2", RUN, marks=pytest.mark.slow),
+        slow("zero2", TIED),
+        slow("zero3", RUN),
+        slow("zero3", FROZEN),
+        slow("zero3", TIED),
+        slow("fsdp2", RUN),
         ("fsdp2", variant(TIED, checkpointing="non-reentrant")),
-        pytest.param("fsdp2-noreshard", FROZEN, marks=pytest.mark.slow),
+        slow("fsdp2-noreshard", FROZEN),
     ],
 )
 def test_engines_equal_the_reference_with_different_chunks_on_each_rank(ranks, expected, engine, run):
