@@ -14,7 +14,7 @@ DRAWN = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "layers_p
 RUN = Run(steps=10, accumulation=2, max_grad_norm=0.5, config=DRAWN)
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero2"), "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero2"), "zero3", slow("fsdp2")])
 def test_drawn_subnets_equal_the_reference(ranks, engine):
     expected = reference(RUN)
     for result in [train(engine, RUN)] if engine == "one" else ranks(2, train, engine, RUN):
@@ -25,7 +25,7 @@ LIMIT = 1.3  # the tiny model's inputs are all alike: about one in ten is above
 LIMITED = variant(RUN, calibration=4, config={**DRAWN, "selection": Drawn(outlier_limit=LIMIT)})
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", slow("ddp"), "zero2", slow("zero3"), "fsdp2"])
 def test_input_neurons_that_stand_out_are_never_drawn(ranks, engine):
     expected = reference(LIMITED)
     for result in [train(engine, LIMITED)] if engine == "one" else ranks(2, train, engine, LIMITED):
