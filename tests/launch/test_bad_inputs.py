@@ -234,7 +234,6 @@ def test_a_launch_with_different_data_on_one_rank_ends_with_one_line(material, a
     assert run.output.count("exitcode  : 2") >= 1
 
 
-@pytest.mark.slow
 def test_a_launch_with_a_bad_option_says_so_once(material, tmp_path):
     words = arguments(material, tmp_path, deepspeed=ROOT / "configs" / "deepspeed" / "zero2.json", sharding="fsdp2")
     run = launch(torchrun(2), words, tmp_path, timeout=90)

@@ -102,7 +102,6 @@ def test_processes_and_streams_make_the_same_data_set(material, tmp_path, kept, 
     assert sorted((other / name / "ids.bin").read_bytes() for name in names(other)) == sorted(before.values())
 
 
-@pytest.mark.slow
 def test_a_bad_record_in_a_process_of_its_own_is_the_same_error(material, tmp_path, kept, capsys):
     options, directory = kept
     file = tmp_path / "bad.jsonl"
