@@ -1,6 +1,6 @@
 """LoSiA as others build it, written from docs/algorithm.md: the baselines that show what this package's form is worth.
 
-Both train the same subnets with the same arithmetic as the package does between two re-localizations (`tests/unit/
+Both train the same subnets with the same arithmetic as the package does between two re-localizations (`tests/contracts/
 test_benchmarks.py` holds them against it), with the update of each weight run from a hook of its own in backward.
 """
 

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 # DeepSpeed reads it at import, and finds ninja for its first build on the PATH.
 if "CUDA_VISIBLE_DEVICES" not in os.environ:
@@ -38,20 +37,8 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-# Cases that `make test` leaves out: they take seconds each, and another case of the same test shows almost the same.
-SLOW_CASES = set((Path(__file__).parent / "slow_cases.txt").read_text(encoding="utf-8").splitlines())
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.nodeid in SLOW_CASES:
-            item.add_marker(pytest.mark.slow)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and this machine has none"))
-    known = {item.nodeid for item in items}
-    files = {nodeid.partition("::")[0] for nodeid in known}
-    gone = sorted(case for case in SLOW_CASES - known if case.partition("::")[0] in files)
-    if gone and not any("::" in argument for argument in config.args):
-        raise pytest.UsageError(f"tests/slow_cases.txt names what is no test: {gone[0]}")

@@ -10,6 +10,7 @@ import torch
 from losia_dist import LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, load_checkpoint, losia_parameter_groups
 from losia_dist.errors import CheckpointError, UnsupportedError
 from tests.support import resume as runs
+from tests.support.cases import slow
 from tests.support.training import prepared_model
 
 RUN = replace(runs.RUN, steps=12, accumulation=2, batch=4, max_grad_norm=0.5)
@@ -90,11 +91,12 @@ def save_and_load(stage: int, directory: Path, **zero) -> dict:
     return expected
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_the_engines_own_calls_resume_exactly(ranks, tmp_path, stage):
     ranks(2, save_and_load, stage, tmp_path)
 
 
+@pytest.mark.slow
 def test_partitions_in_another_order_resume_exactly(ranks, tmp_path):
     ranks(2, save_and_load, 2, tmp_path, round_robin_gradients=True)
 

@@ -14,6 +14,7 @@ from losia_dist.checkpoint.delta import apply_delta, save_delta
 from losia_dist.checkpoint.names import unwrap
 from losia_dist.errors import CheckpointError, ConfigError
 from tests.support import resume as runs
+from tests.support.cases import slow
 from tests.support.models import tiny_llama
 
 # Subnets move at every step, so that the same layers are in the journal more than once, in overlapping places.
@@ -64,7 +65,7 @@ def test_an_export_from_a_checkpoint_is_the_live_model(tmp_path, case):
         assert torch.equal(again, logits)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", slow("zero3"), "fsdp2"])
 def test_sharded_runs_export_the_same(ranks, tmp_path, engine):
     ranks(2, train_and_export, engine, RUN, tmp_path / "run")
     export_model(str(tmp_path / "run" / "step-00000009"), tmp_path / "model")

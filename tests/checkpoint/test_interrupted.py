@@ -10,6 +10,7 @@ import torch.distributed as dist
 from losia_dist import load_checkpoint, save_checkpoint
 from losia_dist.errors import CheckpointError
 from tests.support import resume as runs
+from tests.support.cases import grid
 
 RUN = replace(runs.RUN, steps=10, accumulation=2, config={**runs.RUN.config, "period": 3})
 SAVED = 5  # inside a slot; the layer of the slot before rewarms
@@ -39,11 +40,10 @@ def interrupted(engine: str, directory: Path, moment: str) -> None:
     close()
 
 
-CASES = [(engine, moment) for engine in ("ddp", "zero2", "zero3", "fsdp2") for moment in ("accumulation", "evaluation")]
-QUICK = (("ddp", "accumulation"), ("zero3", "accumulation"), ("fsdp2", "evaluation"))
+ENGINES, MOMENTS = ("ddp", "zero2", "zero3", "fsdp2"), ("accumulation", "evaluation")
 
 
-@pytest.mark.parametrize("engine, moment", [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("engine, moment", grid(ENGINES, MOMENTS, often=["ddp-accumulation", "fsdp2-evaluation"]))
 def test_a_run_that_ended_there_goes_on_from_its_checkpoint_bit_for_bit(ranks, tmp_path, engine, moment):
     undisturbed = ranks(2, runs.train_and_save, engine, RUN, None, ())
     ranks(2, interrupted, engine, tmp_path, moment)

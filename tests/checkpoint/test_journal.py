@@ -11,6 +11,7 @@ from losia_dist.checkpoint import layout
 from losia_dist.checkpoint.journal import Moved, read_blocks
 from losia_dist.checkpoint.session import session_of
 from tests.support import resume as runs
+from tests.support.cases import slow
 
 # One decoder layer and the head, by turns, every step: each moves 20 times without a save, and 16 subnets are a weight.
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -48,7 +49,7 @@ def test_a_run_that_rarely_saves_holds_places_only_and_resumes_exactly(tmp_path,
     runs.assert_equal(runs.resume("one", run, tmp_path, 44), undisturbed)
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [slow("ddp"), slow("zero3"), "fsdp2"])
 def test_sharded_weights_give_what_moved_subnets_left_in_them(ranks, tmp_path, engine):
     """Few moves and many: single places, and weights that became whole (one rank's share of each)."""
     run = replace(RUN, steps=40)

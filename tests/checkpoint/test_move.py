@@ -28,16 +28,6 @@ PLACES = [
     ("hsdp", 4),
     ("zero3", 4),
 ]
-SAMPLE = [
-    (("zero2", 2), ("fsdp2", 2)),
-    (("fsdp2", 2), ("zero3", 2)),
-    (("zero3", 2), ("ddp", 2)),
-    (("ddp", 2), ("zero2", 2)),
-    (("fsdp2", 2), ("one", 1)),
-    (("zero3", 2), ("one", 1)),
-    (("one", 1), ("zero2", 3)),
-    (("zero2", 2), ("fsdp2", 3)),
-]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +48,11 @@ def saved(request, ranks, tmp_path_factory):
 def pairs():
     everything = sorted(product(PLACES, PLACES), key=lambda pair: pair[1][1])
     for source, target in everything:
-        marks = [] if (source, target) in SAMPLE else [pytest.mark.slow]
         name = f"{source[0]}@{source[1]}-to-{target[0]}@{target[1]}"
-        yield pytest.param(source, target, id=name, marks=marks)
+        yield pytest.param(source, target, id=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source, target", pairs())
 def test_a_run_goes_on_elsewhere(ranks, saved, source, target):
     directories, undisturbed = saved

@@ -24,6 +24,7 @@ from losia_dist import (
 )
 from losia_dist.errors import CheckpointError, ConfigError, UnsupportedError
 from losia_dist.integrations.accelerate_state import MARKER, carry_state
+from tests.support.cases import slow
 from tests.support.models import tiny_llama
 from tests.support.resume import everything
 from tests.support.trainers import examples, fresh_accelerate
@@ -132,11 +133,13 @@ def train_and_resume(directory, engine, saver):
 
 CASES = [
     ("torch", 1, "save_checkpoint"),
-    ("torch", 2, "save_checkpoint"),
+    slow("torch", 2, "save_checkpoint"),
     ("torch", 1, "save_state"),
     ("torch", 2, "save_state"),
+    ("zero2", 2, "save_state"),
+    slow("zero3", 2, "save_state"),
+    ("fsdp2", 2, "save_state"),
 ]
-CASES += [("zero2", 2, "save_state"), ("zero3", 2, "save_state"), ("fsdp2", 2, "save_state")]
 
 
 @pytest.mark.parametrize("engine, world, saver", CASES)

@@ -10,6 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from losia_dist import LoSiAConfig, LoSiATrainer
 from losia_dist.errors import ConfigError
+from tests.support.cases import only, slow
 from tests.support.models import tiny_llama
 from tests.support.trainers import arguments, examples, fresh_accelerate
 from tests.support.training import Run
@@ -62,7 +63,7 @@ def train(directory, change=None, processing_class=None, model=None, data=None, 
         return steps.count, None
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", only(["generation", "tokenizer"], CASES.keys()))
 def test_it_is_told_before_the_first_step(tmp_path, case):
     settings, words = CASES[case]
     steps, error = train(tmp_path, **settings)
@@ -97,7 +98,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     "stream, saved, skips, words",
     [
-        (True, 1, True, None),
+        slow(True, 1, True, None),
         (True, 3, True, "resuming in pass 2"),
         (False, 3, True, None),
         (False, 3, False, "data begins anew"),

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from losia_dist import LoSiA, LoSiAAdamW, LoSiACallback, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.compat import DDP_KEEPS_BUFFERS
 from losia_dist.errors import DivergenceError, UnsupportedError
+from tests.support.cases import only, slow
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
 from tests.support.trainers import Recorder, arguments, close, examples, fresh_accelerate, result_of, trainer_of
@@ -46,8 +47,11 @@ def lives(ranks, engine, *args, **settings):
 
 @pytest.mark.parametrize(
     "engine, before, changes",
-    [("ddp", ["evaluate"], {}), ("ddp", ["predict"], {"bf16": True}), ("zero3", ["predict", "evaluate"], {})],
-    ids=["ddp", "ddp-bf16", "zero3"],
+    [
+        pytest.param("ddp", ["evaluate"], {}, id="ddp"),
+        slow("ddp", ["predict"], {"bf16": True}, id="ddp-bf16"),
+        slow("zero3", ["predict", "evaluate"], {}, id="zero3"),
+    ],
 )
 def test_an_evaluation_before_training_leaves_the_run_what_it_is(ranks, tmp_path, engine, before, changes):
     wanted = lives(ranks, engine, tmp_path, **changes)
@@ -63,7 +67,7 @@ def test_where_the_engine_cannot_evaluate_yet_it_says_so(ranks, tmp_path, engine
         assert kind == "UnsupportedError" and words in message and "eval_on_start=True" in message
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", slow("zero2"), slow("fsdp2")])
 def test_training_again_goes_on_on_several_ranks(ranks, tmp_path, engine):
     once = lives(ranks, engine, tmp_path)
     twice = lives(ranks, engine, tmp_path, ["train", "evaluate"])
@@ -170,7 +174,7 @@ EVENTS = {
 }
 
 
-@pytest.mark.parametrize("place", EVENTS)
+@pytest.mark.parametrize("place", only(["in a micro-batch", "before the optimizer", "in an evaluation"], EVENTS.keys()))
 def test_a_signal_saves_at_the_end_of_a_step_and_the_run_goes_on_bit_for_bit(tmp_path, place):
     event, saved = EVENTS[place]
     evaluating = {"eval_strategy": "steps", "eval_steps": 1} if "evaluation" in place else {}
@@ -182,7 +186,7 @@ def test_a_signal_saves_at_the_end_of_a_step_and_the_run_goes_on_bit_for_bit(tmp
     assert_same_run(resumed, undisturbed | {"history": history}, tolerance=0.0)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", slow("zero3")])
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(ranks, tmp_path, engine):
     found = ranks(2, signalled, tmp_path, engine, "on_substep_end", 2, 1)
     assert [result["steps"] for result in found] == [3, 3]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.cases import slow
 from tests.support.trainers import close, fresh_accelerate, trainer_of
 from tests.support.training import Run
 
@@ -25,7 +26,7 @@ def train_on_a_bad_batch(directory: str, engine: str) -> None:
             close(trainer)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [slow("ddp"), "zero2", slow("zero3"), "fsdp2"])
 def test_the_run_ends_on_every_rank_and_the_last_good_checkpoint_stays(ranks, tmp_path, engine):
     errors = ranks.errors(2, train_on_a_bad_batch, str(tmp_path), engine)
     assert [kind for kind, _ in errors] == ["DivergenceError"] * 2

@@ -24,6 +24,7 @@ from losia_dist import (
 from losia_dist.checkpoint import layout
 from losia_dist.checkpoint.session import session_of
 from losia_dist.errors import CheckpointError, UnsupportedError
+from tests.support.cases import grid
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
 from tests.support.resume import everything, parts
@@ -99,12 +100,7 @@ def assert_equal(resumed, undisturbed):
         assert torch.equal(ours["random"], theirs["random"])
 
 
-SLOW_CASES = {("ddp", "bf16"), ("zero2", "bf16"), ("fsdp2", "bf16")}
-CASES = [
-    pytest.param(engine, dtype, marks=[pytest.mark.slow] if (engine, dtype) in SLOW_CASES else [])
-    for engine in ("one", "ddp", "zero2", "zero3", "fsdp2")
-    for dtype in ("fp32", "bf16")
-]
+CASES = grid(["one", "ddp", "zero2", "zero3", "fsdp2"], ["fp32", "bf16"], often=["one-fp32", "one-bf16", "zero2-fp32"])
 
 
 @pytest.mark.parametrize("engine, dtype", CASES)

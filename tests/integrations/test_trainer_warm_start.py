@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from losia_dist import Drawn, Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from tests.support.cases import slow
 from tests.support.models import tiny_llama
 from tests.support.trainers import train_with_trainer
 from tests.support.training import Run, global_batches, variant
@@ -24,7 +25,7 @@ def located(run: Run, micro_batches):
     return {layer.name: (layer.row_index.tolist(), layer.col_index.tolist()) for layer in losia.sites}
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero3"), "fsdp2"])
 def test_subnets_are_located_from_the_first_batches_of_every_rank(ranks, tmp_path, engine):
     run = variant(RUN, steps=1)
     first = [step[0] for step in global_batches(variant(RUN, steps=2))]

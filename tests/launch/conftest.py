@@ -42,7 +42,6 @@ RUNS: dict[str, tuple[list[str], dict[str, object]]] = {
     "accelerate ZeRO-3": (accelerate("zero3"), {"micro_batch": 1, "gradient_accumulation": 2}),
     "accelerate one process": (accelerate("one-gpu", "--num_processes", "1", "--cpu"), {"micro_batch": 4}),
 }
-EVERY_TIME = ("one process", "torchrun DDP", "deepspeed ZeRO-3", "accelerate FSDP2")
 
 
 @pytest.fixture(scope="session")

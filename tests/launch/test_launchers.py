@@ -1,14 +1,22 @@
-"""launch/train.py under every launcher: one trajectory, one saved model, one log."""
+"""launch/train.py under every launcher: one trajectory, one saved model, one log; and what was killed goes on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_dist.data import build_dataset, load_records
-from tests.launch.conftest import EVERY_TIME, RUNS
+from tests.launch.conftest import RUNS
+from tests.launch.test_resume import assert_same_model, complete, steps_of
+from tests.support.cases import only, slow
+from tests.support.launching import ROOT, arguments, launch
 
+LOSING = str(ROOT / "tests" / "support" / "losing.py")
+# `make test` launches these, one of each launcher.
+LAUNCHED = ["one process", "torchrun DDP", "deepspeed ZeRO-3", "accelerate FSDP2"]
 ENGINES = {
     "one process": "one process",
     "torchrun DDP": "ddp",
@@ -20,10 +28,9 @@ ENGINES = {
     "accelerate ZeRO-3": "deepspeed-zero3",
     "accelerate one process": "one process",
 }
-LAUNCHES = [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.slow) for name in RUNS]
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", only(LAUNCHED, RUNS.keys()))
 def test_every_launcher_gives_the_losses_of_one_process(launched, name):
     run, alone = launched(name), launched("one process")
     assert run.summary["engine"] == ENGINES[name]
@@ -53,7 +60,7 @@ def loss_by_hand(material, directory) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", only(["one process", "torchrun DDP", "deepspeed ZeRO-3"], RUNS.keys()))
 def test_the_saved_model_is_the_trained_one(launched, material, name):
     run = launched(name)
     assert loss_by_hand(material, run.directory / "model") == pytest.approx(run.summary["held_out_loss_after"], abs=1e-5)
@@ -69,8 +76,6 @@ def test_held_out_losses_in_between_do_not_change_the_training(launched):
 
 
 def test_the_log_holds_every_step_and_tensorboard_shows_the_same(launched):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run = launched("torchrun DDP")
     lines = [line for line in run.metrics if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
@@ -96,3 +101,59 @@ def test_samples_are_answers_to_the_held_out_prompts(launched, material):
         assert len(summary["samples_before"]) == len(summary["samples_after"]) == count
         assert first["instruction"] in summary["samples_after"][0]["prompt"]
         assert summary["samples_after"][0]["expected"] == first["output"]
+
+
+# Launches that are lost and go on
+
+
+def curve(directory: Path, name: str = "loss") -> list[int]:
+    """Steps of a TensorBoard curve."""
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars(name)]
+
+
+def assert_continued(run, whole) -> None:
+    """A launch that went on from step 3 after its loss at step 5, held against one that nothing happened to."""
+    assert run.code == 0, run.output[-4000:]
+    assert "step-00000003, after step 3 of 8" in run.output
+    assert_same_model(run.directory, whole.directory)
+    assert [(line["step"], line.get("loss"), line.get("held_out")) for line in run.metrics] == [
+        (line["step"], line.get("loss"), line.get("held_out")) for line in whole.metrics
+    ]
+    seconds = run.values("seconds")
+    assert seconds == sorted(seconds)
+    assert curve(run.directory) == list(range(1, 9))
+    for name in ("held_out_loss_before", "held_out_loss_after", "samples_before", "samples_after", "train_loss", "tokens"):
+        assert run.summary[name] == whole.summary[name], name
+    assert run.summary["training_seconds"] > seconds[2] / 2
+    assert complete(run.directory) == [6, 8]
+
+
+@pytest.mark.parametrize("name", ["torchrun DDP", slow("deepspeed ZeRO-2"), slow("deepspeed ZeRO-3"), slow("accelerate FSDP2")])
+def test_a_killed_launch_goes_on_with_the_same_command_line(launched, material, tmp_path, name):
+    whole = launched(name)
+    launcher, options = RUNS[name]
+    words = arguments(material, tmp_path, **options, save_steps=3, keep_last=2, resume="auto")
+    killed = launch([*launcher, LOSING], words, tmp_path, LOSE_STEP="5", LOSE_RANK="1", LOSE_BY="SIGKILL")
+    assert killed.code != 0 and not (tmp_path / "summary.json").exists()
+    assert complete(tmp_path) == [3]
+    assert steps_of(tmp_path)[-1] >= 4
+    assert_continued(launch(launcher, words, tmp_path), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchrun DDP", "deepspeed ZeRO-2"])
+def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(launched, material, tmp_path, name):
+    whole = launched(name)
+    launcher, options = RUNS[name]
+    words = arguments(material, tmp_path, **options, save_steps=100, resume="auto")
+    ended = launch([*launcher, LOSING], words, tmp_path, LOSE_STEP="3", LOSE_RANK="0", LOSE_BY="SIGTERM")
+    assert ended.code != 0 and not ended.own_traceback
+    assert ended.output.count("SIGTERM after step") == 1, ended.output[-3000:]
+    (step,) = complete(tmp_path)
+    assert 3 <= step < 8 and steps_of(tmp_path) == list(range(1, step + 1))
+    run = launch(launcher, words, tmp_path)
+    assert run.code == 0, run.output[-4000:]
+    assert_same_model(tmp_path, whole.directory)
+    assert steps_of(tmp_path) == list(range(1, 9))

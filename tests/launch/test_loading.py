@@ -23,6 +23,7 @@ from losia_dist.training.weights.files import ReadWhole, find_weights
 from losia_dist.training.weights.names import keep_precision
 from losia_dist.training.weights.streamed import StreamedWeights
 from tests.launch.test_script_engines import alone, losses, options_of, train  # noqa: F401 (a fixture)
+from tests.support.cases import only
 from tests.support.families import EXPERT_FAMILIES, FAMILIES, tiny_model
 from tests.support.launching import ROOT, arguments
 
@@ -157,7 +158,7 @@ def test_a_sharded_run_starts_from_the_bits_of_one_process(ranks, bf16_material,
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", only(["fsdp2"], ENGINES.keys()))
 def test_full_fine_tuning_under_zero3_and_weights_without_safetensors_work_as_before(
     ranks,
     alone,  # noqa: F811
@@ -281,6 +282,7 @@ def train_in_own_directory(directories, words):
 PROCESS = {"zero3": 56 << 20, "fsdp2": 16 << 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_all_ranks_together_hold_the_model_about_once(tmp_path, engine):
     """In processes of its own: what others hold beside the model depends on what ran in them before."""

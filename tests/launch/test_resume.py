@@ -1,4 +1,4 @@
-"""Runs of the script that are lost and go on: the weights of a run that nothing happened to, and every step logged once."""
+"""Runs of the script that are lost and go on, on the ranks of the pool: the same weights, and every step logged once."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from losia_dist.checkpoint.session import session_of
 from losia_dist.cli import main as cli
@@ -21,12 +20,9 @@ from losia_dist.interruption import Interrupted
 from losia_dist.training.checkpoints import Checkpoints
 from losia_dist.training.engines import PlainRun
 from losia_dist.training.logs import RunLog
-from tests.launch.conftest import RUNS
 from tests.launch.test_bad_inputs import GOOD, refused
 from tests.launch.test_script_engines import losses, train
-from tests.support.launching import ROOT, arguments, launch
-
-LOSING = str(ROOT / "tests" / "support" / "losing.py")
+from tests.support.launching import arguments
 
 
 def lines_of(directory: Path) -> list[dict]:
@@ -42,72 +38,11 @@ def complete(directory: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
-def curve(directory: Path, name: str = "loss") -> list[int]:
-    """Steps of a TensorBoard curve."""
-    events = EventAccumulator(str(directory / "tensorboard"))
-    events.Reload()
-    return [event.step for event in events.Scalars(name)]
-
-
 def assert_same_model(ours: Path, theirs: Path, atol: float = 0.0) -> None:
     found, expected = (load_file(directory / "model" / "model.safetensors") for directory in (ours, theirs))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor) if atol == 0 else torch.allclose(found[name], tensor, atol=atol), name
-
-
-def assert_continued(run, whole) -> None:
-    """A launch that went on from step 3 after its loss at step 5, held against one that nothing happened to."""
-    assert run.code == 0, run.output[-4000:]
-    assert "step-00000003, after step 3 of 8" in run.output
-    assert_same_model(run.directory, whole.directory)
-    assert [(line["step"], line.get("loss"), line.get("held_out")) for line in run.metrics] == [
-        (line["step"], line.get("loss"), line.get("held_out")) for line in whole.metrics
-    ]
-    seconds = run.values("seconds")
-    assert seconds == sorted(seconds)
-    assert curve(run.directory) == list(range(1, 9))
-    for name in ("held_out_loss_before", "held_out_loss_after", "samples_before", "samples_after", "train_loss", "tokens"):
-        assert run.summary[name] == whole.summary[name], name
-    assert run.summary["training_seconds"] > seconds[2] / 2
-    assert complete(run.directory) == [6, 8]
-
-
-ENGINES = [
-    "torchrun DDP",
-    pytest.param("deepspeed ZeRO-2", marks=pytest.mark.slow),
-    pytest.param("deepspeed ZeRO-3", marks=pytest.mark.slow),
-    pytest.param("accelerate FSDP2", marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_killed_launch_goes_on_with_the_same_command_line(launched, material, tmp_path, name):
-    whole = launched(name)
-    launcher, options = RUNS[name]
-    words = arguments(material, tmp_path, **options, save_steps=3, keep_last=2, resume="auto")
-    killed = launch([*launcher, LOSING], words, tmp_path, LOSE_STEP="5", LOSE_RANK="1", LOSE_BY="SIGKILL")
-    assert killed.code != 0 and not (tmp_path / "summary.json").exists()
-    assert complete(tmp_path) == [3]
-    assert steps_of(tmp_path)[-1] >= 4
-    assert_continued(launch(launcher, words, tmp_path), whole)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchrun DDP", "deepspeed ZeRO-2"])
-def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(launched, material, tmp_path, name):
-    whole = launched(name)
-    launcher, options = RUNS[name]
-    words = arguments(material, tmp_path, **options, save_steps=100, resume="auto")
-    ended = launch([*launcher, LOSING], words, tmp_path, LOSE_STEP="3", LOSE_RANK="0", LOSE_BY="SIGTERM")
-    assert ended.code != 0 and not ended.own_traceback
-    assert ended.output.count("SIGTERM after step") == 1, ended.output[-3000:]
-    (step,) = complete(tmp_path)
-    assert 3 <= step < 8 and steps_of(tmp_path) == list(range(1, step + 1))
-    run = launch(launcher, words, tmp_path)
-    assert run.code == 0, run.output[-4000:]
-    assert_same_model(tmp_path, whole.directory)
-    assert steps_of(tmp_path) == list(range(1, 9))
 
 
 class Lost(Exception):

@@ -19,6 +19,7 @@ from losia_dist.training.environment import find_process
 from losia_dist.training.options import add_training_arguments
 from losia_dist.training.preset import choose_preset, learning_rate_for
 from tests.launch.conftest import zero
+from tests.support.cases import only
 from tests.support.launching import arguments
 
 
@@ -89,19 +90,12 @@ CASES = {
     "packing": ({}, {"packing": True, "max_length": 96, "max_steps": 6}),
     "packing, FSDP2": ({"sharding": "fsdp2"}, {"packing": True, "max_length": 96, "max_steps": 6}),
 }
-OFTEN = (
-    "FSDP2 without resharding, accumulation",
-    "full fine-tuning, FSDP2",
-    "full fine-tuning, ZeRO-3",
-    "packing, FSDP2",
-    "FSDP2, offload",
-    "FSDP2, chunked loss",
-)
-PARAMETERS = [pytest.param(*case, id=name, marks=() if name in OFTEN else pytest.mark.slow) for name, case in CASES.items()]
+OFTEN = ["full fine-tuning, FSDP2", "full fine-tuning, ZeRO-3", "packing, FSDP2", "FSDP2, chunked loss"]
 
 
-@pytest.mark.parametrize("own, shared", PARAMETERS)
-def test_two_ranks_equal_one_process(ranks, alone, material, tmp_path, own, shared):
+@pytest.mark.parametrize("case", only(OFTEN, CASES))
+def test_two_ranks_equal_one_process(ranks, alone, material, tmp_path, case):
+    own, shared = case
     expected, directory = alone(**shared)
     (summary, kept), (_, kept_by_other) = ranks(2, train, arguments(material, tmp_path, **shared, **own))
     assert losses(tmp_path) == pytest.approx(losses(directory), abs=1e-5)

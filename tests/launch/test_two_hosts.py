@@ -65,14 +65,15 @@ def finish(hosts, processes, seconds=150):
     assert [process.returncode for process in processes] == [0] * len(processes), logs(hosts)[-6000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, engine",
     [
         ("torchrun", "FSDP2"),
-        pytest.param("torchrun", "ZeRO-3", marks=pytest.mark.slow),
-        pytest.param("accelerate", "accelerate FSDP2", marks=pytest.mark.slow),
-        pytest.param("deepspeed", "FSDP2", marks=[pytest.mark.slow, needs_ssh]),
-        pytest.param("deepspeed", "ZeRO-3", marks=[pytest.mark.slow, needs_ssh]),
+        ("torchrun", "ZeRO-3"),
+        ("accelerate", "accelerate FSDP2"),
+        pytest.param("deepspeed", "FSDP2", marks=needs_ssh),
+        pytest.param("deepspeed", "ZeRO-3", marks=needs_ssh),
     ],
 )
 def test_two_hosts_train_as_one(hosts, launched, material, tmp_path, launcher, engine):

@@ -7,13 +7,13 @@ fused AdamW, which rounds alike on some processors only: there single weights ma
 import pytest
 import torch
 
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
 RUN = Run(dtype="bf16", max_grad_norm=0.5, steps=24, config={**Run().config, "period": 3})
 FAMILIES = {"DeepSpeed": ["zero1", "zero2"], "FSDP2": ["fsdp2", "fsdp2-noreshard", "fsdp2-offload"]}
-SLOW = pytest.mark.slow
-HSDP = pytest.param("hsdp", marks=SLOW)  # four ranks on two cores
+HSDP = slow("hsdp")  # four ranks on two cores
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def assert_a_rounding_apart(result, expected):
     assert apart < 1e-3 * count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engines_of_one_family_are_one_trajectory(trained, family):
     first, *others = FAMILIES[family]
@@ -53,9 +54,8 @@ def test_engines_of_one_family_are_one_trajectory(trained, family):
         assert_same_run(trained(other), trained(first), tolerance=0.0)
 
 
-@pytest.mark.parametrize(
-    "engine", ["zero3", pytest.param("zero2-offload", marks=SLOW), pytest.param("zero3-offload", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero3", "zero2-offload", "zero3-offload"])
 def test_forms_of_zero_are_one_trajectory_up_to_single_roundings(trained, engine):
     assert_a_rounding_apart(trained(engine), trained("zero2"))
 

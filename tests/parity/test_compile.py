@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -30,7 +31,7 @@ def expected():
     return reference(RUN)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow(False), True])
 def test_a_whole_model_is_one_graph_through_all_slots(expected, tied):
     run = variant(RUN, model={"tie_word_embeddings": True}) if tied else RUN
     result, breaks, graphs = train_compiled("one", run, whole=True)
@@ -45,7 +46,7 @@ def test_with_accumulation_and_clipping():
     assert breaks == 0
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("engine", [slow("ddp"), slow("zero2"), "fsdp2"])
 def test_decoder_layers_compiled_one_by_one(ranks, expected, engine):
     for result, breaks, graphs in ranks(2, train_compiled, engine, RUN, whole=False):
         assert_same_run(result, expected)

@@ -6,6 +6,7 @@ import torch
 from losia_dist import Drawn, LoSiAConfig, load_checkpoint, save_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
 from tests.support import resume as runs
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -13,7 +14,7 @@ DRAWN = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "layers_p
 RUN = Run(steps=10, accumulation=2, max_grad_norm=0.5, config=DRAWN)
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero2"), "zero3", slow("fsdp2")])
 def test_drawn_subnets_equal_the_reference(ranks, engine):
     expected = reference(RUN)
     for result in [train(engine, RUN)] if engine == "one" else ranks(2, train, engine, RUN):
@@ -24,7 +25,7 @@ LIMIT = 1.3  # the tiny model's inputs are all alike: about one in ten is above
 LIMITED = variant(RUN, calibration=4, config={**DRAWN, "selection": Drawn(outlier_limit=LIMIT)})
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", slow("ddp"), "zero2", slow("zero3"), "fsdp2"])
 def test_input_neurons_that_stand_out_are_never_drawn(ranks, engine):
     expected = reference(LIMITED)
     for result in [train(engine, LIMITED)] if engine == "one" else ranks(2, train, engine, LIMITED):
@@ -128,6 +129,7 @@ def test_half_a_step_is_not_saved_though_nothing_collects_importance(tmp_path):
     save_in_mid_step(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
 def test_a_resumed_run_draws_what_the_undisturbed_one_draws(ranks, tmp_path, engine):
     undisturbed = ranks(2, runs.train_and_save, engine, RUN, tmp_path, (5,))

@@ -4,6 +4,7 @@ import pytest
 
 from losia_dist import Located, LoSiAConfig
 from losia_dist.formulas import cycle_steps
+from tests.support.cases import grid, slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -34,6 +35,9 @@ VARIANTS = {
     },
 }
 
+OFTEN = [f"{name}-{engine}" for name in VARIANTS for engine in ("one", "ddp", "zero2")]
+OFTEN += [f"{name}-fsdp2" for name in list(VARIANTS)[1:]]
+
 
 def run_on(ranks, engine: str, run: Run):
     """Results of every rank; one process needs no pool."""
@@ -60,23 +64,24 @@ def test_the_run_spans_two_cycles_and_clips():
     assert clipped["losses"] != free["losses"]
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2"])
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("config, engine", grid(VARIANTS, ["one", "ddp", "zero2", "zero3", "fsdp2"], often=OFTEN))
 def test_other_configurations_equal_it_too(ranks, expected, engine, config):
     run = variant(PLAIN, config=config, steps=16)
     for result in run_on(ranks, engine, run):
         assert_same_run(result, expected(run))
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", slow("zero3")])
 def test_tied_embeddings_train_as_one_weight(ranks, expected, engine):
     run = variant(ACCUMULATED, model={"tie_word_embeddings": True}, steps=16, config={**PLAIN.config, "period": 2})
     for result in run_on(ranks, engine, run):
         assert_same_run(result, expected(run))
 
 
-@pytest.mark.parametrize("engine", ["one", "zero3"])
-@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+CHECKPOINTED = ["non-reentrant-one", "reentrant-one", "non-reentrant-zero3"]
+
+
+@pytest.mark.parametrize("checkpointing, engine", grid(["non-reentrant", "reentrant"], ["one", "zero3"], often=CHECKPOINTED))
 def test_gradient_checkpointing_of_both_kinds_equals_it(ranks, expected, engine, checkpointing):
     run = variant(PLAIN, checkpointing=checkpointing, steps=20)
     for result in run_on(ranks, engine, run):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, train
 
@@ -25,7 +26,7 @@ def train_with_evaluations(engine_name: str, run: Run):
     return train(engine_name, run, evaluate)
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2", "fsdp2-noreshard"])
+@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero2"), "zero3", slow("fsdp2"), slow("fsdp2-noreshard")])
 def test_an_evaluation_in_the_middle_changes_nothing(ranks, engine):
     if engine == "one":
         pairs = [(train_with_evaluations(engine, RUN), train(engine, RUN))]

@@ -4,6 +4,7 @@ import pytest
 
 from losia_dist import LoSiAConfig
 from losia_dist.formulas import cycle_steps
+from tests.support.cases import grid
 from tests.support.compare import assert_same_run
 from tests.support.families import EXPERT_FAMILIES, FAMILIES
 from tests.support.training import Run, reference, train
@@ -28,8 +29,11 @@ def test_a_family_trains_as_the_dense_reference_does(run):
     assert_same_run(train("one", run), reference(run))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
-@pytest.mark.parametrize("run", by_family([r for r in DENSE if r.family == "gpt2"] + [r for r in EXPERTS if "3" in r.family]))
+SHARDED = {r.family: r for r in DENSE + EXPERTS if r.family == "gpt2" or (r in EXPERTS and "3" in r.family)}
+OFTEN = ["gpt2-ddp", "gpt2-zero3", "gpt2-fsdp2", "qwen3_moe-ddp", "qwen3_moe-fsdp2"]
+
+
+@pytest.mark.parametrize("run, engine", grid(SHARDED, ["ddp", "zero3", "fsdp2"], often=OFTEN))
 def test_transposed_weights_and_fused_experts_stay_the_same_when_sharded(ranks, engine, run):
     expected = reference(run)
     for result in ranks(2, train, engine, run):

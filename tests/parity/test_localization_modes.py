@@ -3,6 +3,7 @@
 import pytest
 
 from losia_dist import Located
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -10,7 +11,7 @@ BASE = Run(steps=10, accumulation=2, max_grad_norm=0.5)
 RANK_PARALLEL = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "selection": Located(reduction="by_rank")}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", slow("zero3"), "fsdp2"])
 def test_two_ranks_localize_two_groups_a_slot_from_their_own_data(ranks, engine):
     run = variant(BASE, config=RANK_PARALLEL)
     expected = reference(run, ranks=2)

@@ -8,6 +8,7 @@ import torch
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import UnsupportedError
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
 from tests.support.training import Run, reference, train, variant
@@ -20,13 +21,13 @@ RUN = Run(steps=12, max_grad_norm=0.5, config={"rank_factor": 0.25, "period": 2,
     [
         ("one", "NAdam"),  # keeps a product of its momenta, which begins at 1
         ("one", "Adafactor"),  # a number a row and a column
-        ("one", "Rprop"),  # step sizes, which begin at the learning rate
+        slow("one", "Rprop"),  # step sizes, which begin at the learning rate
         ("one", "SGD"),
-        ("ddp", "NAdam"),
-        ("fsdp2", "NAdam"),
-        ("zero1", "RMSprop"),
+        slow("ddp", "NAdam"),
+        slow("fsdp2", "NAdam"),
+        slow("zero1", "RMSprop"),
         ("zero2", "NAdam"),
-        ("zero3", "NAdam"),
+        slow("zero3", "NAdam"),
     ],
 )
 def test_a_subnet_begins_anew_as_in_the_reference(ranks, engine, optimizer):

@@ -5,6 +5,7 @@ import torch
 
 from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
 from tests.support.training import Run, calibration_batches, reference, train, variant
@@ -49,12 +50,12 @@ def test_every_engine_locates_what_the_reference_does_and_trains_on(ranks, engin
     run_everywhere(ranks, engine, BASE)
 
 
-@pytest.mark.parametrize("engine", ["one", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", slow("zero3"), "fsdp2"])
 def test_a_shared_output_layer_is_located_by_both_parts_of_its_gradient(ranks, engine):
     run_everywhere(ranks, engine, TIED)
 
 
-@pytest.mark.parametrize("engine", ["one", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", slow("zero3"), slow("fsdp2")])
 def test_activations_may_be_recomputed(ranks, engine):
     run_everywhere(ranks, engine, variant(BASE, checkpointing="non-reentrant"))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from losia_dist import Located
+from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -20,7 +21,7 @@ RUN = Run(
 )
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero1"), "zero2", slow("zero3"), "fsdp2"])
 def test_steps_without_signal_equal_the_reference(ranks, engine):
     expected = reference(RUN)
     for result in [train(engine, RUN)] if engine == "one" else ranks(2, train, engine, RUN):

@@ -1,4 +1,5 @@
-"""A pool of spawned gloo ranks that all tests reuse: starting Python and torch once is most of a multi-rank test's cost."""
+"""A pool of gloo ranks that all tests reuse. They are forked from a server that has imported what ranks need: that is most of
+what a multi-rank test costs."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+IMPORTED = "tests.support.imported"
 GRACE_SECONDS = 5.0  # given to the other ranks once one has failed
 
 
@@ -48,7 +49,8 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([IMPORTED])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -175,13 +177,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        OMP_NUM_THREADS="1",
         PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"],  # ninja, for DeepSpeed's first build
     )
     faulthandler.enable()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed's use of names that torch has renamed
+    importlib.import_module(IMPORTED)
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Training runs that stop, save and go on. Functions here run on spawned ranks."""
+"""Training runs that stop, save and go on. Functions here run on ranks of the pool."""
 
 from __future__ import annotations
 

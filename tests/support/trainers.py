@@ -1,4 +1,4 @@
-"""Runs of LoSiATrainer on every engine, with the keys of tests.support.training; functions here run on spawned ranks."""
+"""Runs of LoSiATrainer on every engine, with the keys of tests.support.training; functions here run on ranks of the pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One LoSiA training run on any engine, and the same run on the dense reference. Functions here run on spawned ranks."""
+"""One LoSiA training run on any engine, and the same run on the dense reference. Functions here run on ranks of the pool."""
 
 from __future__ import annotations
 

@@ -1,22 +1,18 @@
-"""The loss without all logits at once: the same numbers as the model's own loss, on every engine, in less memory."""
+"""The loss without all logits at once: the same numbers as the model's own loss, in less memory."""
 
 import argparse
 import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.loss import use_chunked_loss
 from losia_dist.training.options import add_training_arguments, check
-from tests.support import training
-from tests.support.compare import assert_same_run
 from tests.support.families import FAMILIES, tiny_model
 from tests.support.models import tiny_llama
-from tests.support.training import Run, reference, variant
 
 VOCABULARY = 97
 HEADS = {
@@ -245,52 +241,6 @@ def test_torch_compile_gives_the_same_gradients(head):
     ours = gradients(torch.compile(chunked, backend="aot_eager"), **a_batch())
     losia.detach()
     assert_same(ours, (loss, {f"_orig_mod.{name}": gradient for name, gradient in expected.items()}))
-
-
-def train_chunked(engine, run):
-    """`tests.support.training.train` with a chunked loss, cut differently on every rank."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    chunk = (5, 64)[rank % 2]
-    convert, prepare = training.get_losia_model, training.prepared_model
-    if engine.startswith("zero"):  # DeepSpeed's initialize finds the model converted
-        training.prepared_model = lambda run: use_chunked_loss(convert(prepare(run), LoSiAConfig(**run.config)), chunk)
-    else:
-        training.get_losia_model = lambda model, config: use_chunked_loss(convert(model, config), chunk)
-    try:
-        return training.train(engine, run)
-    finally:
-        training.get_losia_model, training.prepared_model = convert, prepare
-
-
-RUN = Run(steps=20, accumulation=2, max_grad_norm=0.5)
-TIED = variant(RUN, model={"tie_word_embeddings": True})
-FROZEN = variant(RUN, config={"rank_factor": 0.25, "period": 5})
-
-
-@pytest.fixture(scope="module")
-def expected():
-    kept = {}
-    return lambda run: kept.setdefault(repr(run), None) or kept.update({repr(run): reference(run)}) or kept[repr(run)]
-
-
-@pytest.mark.parametrize(
-    "engine, run",
-    [
-        ("one", RUN),
-        ("ddp", RUN),
-        pytest.param("zero2", TIED, marks=pytest.mark.slow),
-        pytest.param("zero3", RUN, marks=pytest.mark.slow),
-        pytest.param("zero3", FROZEN, marks=pytest.mark.slow),
-        ("zero3", TIED),
-        pytest.param("fsdp2", RUN, marks=pytest.mark.slow),
-        ("fsdp2", variant(TIED, checkpointing="non-reentrant")),
-        pytest.param("fsdp2-noreshard", FROZEN, marks=pytest.mark.slow),
-    ],
-)
-def test_engines_equal_the_reference_with_different_chunks_on_each_rank(ranks, expected, engine, run):
-    results = [train_chunked(engine, run)] if engine == "one" else ranks(2, train_chunked, engine, run)
-    for result in results:
-        assert_same_run(result, expected(variant(run, checkpointing="off")))
 
 
 def options_of(*words):

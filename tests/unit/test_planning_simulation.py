@@ -13,6 +13,7 @@ from losia_dist.planning.memory import plan_memory
 from losia_dist.planning.shapes import find_shape
 from losia_dist.planning.simulation import simulate
 from losia_dist.planning.workload import GB, Cluster, Workload
+from tests.support.cases import slow
 
 
 def compared(model: str, gpus: int, layers: int | None, **settings) -> tuple[int, int]:
@@ -28,7 +29,7 @@ CASES = [
     ("llama-2-70b", 4, {"sequence": 4096}),
     ("llama-2-70b", 64, {"sequence": 4096, "method": "full"}),
     ("llama-2-70b", 4, {"sequence": 4096, "method": "lora", "checkpointing": False}),
-    ("qwen2.5-7b", 4, {"sequence": 2048, "accumulation": 2, "config": LoSiAConfig(layers_per_slot=2)}),
+    slow("qwen2.5-7b", 4, {"sequence": 2048, "accumulation": 2, "config": LoSiAConfig(layers_per_slot=2)}),
     ("qwen3-0.6b", 2, {"sequence": 1024, "micro_batch": 2, "checkpointing": False}),
     ("qwen3-0.6b", 2, {"sequence": 1024, "method": "full"}),
     ("llama-2-7b", 4, {"sequence": 2048, "engine": "hsdp", "shard_ranks": 2}),

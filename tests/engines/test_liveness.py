@@ -42,7 +42,8 @@ def test_so_does_a_killed_first_rank_which_hosts_the_rendezvous_and_the_watch():
     assert_ended(ranks, 0, "losia_dist: rank 0 (host ", "ended without a word")
 
 
-@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [0, 1])
 def test_a_stopped_rank_ends_the_others_after_the_patience(place):
     ranks = run(2, "ddp", f"stop-{place}")
     assert_ended(ranks, place, f"losia_dist: rank {place} (host ", "has been silent for")

@@ -18,6 +18,7 @@ from losia_dist import (
     losia_parameter_groups,
     print_trainable_parameters,
 )
+from tests.support.cases import slow
 from tests.support.models import tiny_llama
 from tests.support.training import Run, train, variant
 
@@ -75,6 +76,7 @@ def count(engine_name: str, dtype: str) -> dict[str, int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_state_of_all_ranks_together_is_that_of_the_subnets_plus_padding(ranks, stage, dtype):
@@ -93,7 +95,7 @@ def test_state_of_all_ranks_together_is_that_of_the_subnets_plus_padding(ranks, 
     assert sum(rank["gradient_storage"] for rank in seen) <= whole + border
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), 2, 3])
 def test_no_buffer_of_a_whole_weights_size_stays_alive(ranks, stage):
     assert [rank["full_size"] for rank in ranks(2, count, f"zero{stage}", "fp32")] == [0, 0]
 

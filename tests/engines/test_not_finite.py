@@ -3,6 +3,7 @@
 import pytest
 import torch.distributed as dist
 
+from tests.support.cases import grid
 from tests.support.training import Run, train, variant
 
 DRAWN = {"rank_factor": 0.25, "period": 2, "selection": "random"}  # nothing collects importance, which would notice
@@ -25,9 +26,11 @@ def train_with_a_bad_batch(engine: str, run: Run) -> None:
     train(engine, run, prepare=spoil)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2", "fsdp2-offload")
+
+
 @pytest.mark.parametrize(
-    "engine", ["ddp", "zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2", "fsdp2-offload"]
+    "engine, dtype", grid(ENGINES, ["fp32", "bf16"], often=["ddp-fp32", "zero2-bf16", "zero3-fp32", "fsdp2-fp32"])
 )
 def test_every_rank_stops_in_the_same_step(ranks, engine, dtype):
     errors = ranks.errors(2, train_with_a_bad_batch, engine, variant(RUN, dtype=dtype))

@@ -104,7 +104,8 @@ def start(engine: str, other: int, shared: bool) -> None:
     LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config).detach()
 
 
-@pytest.mark.parametrize("where, part", [FAULTS[0], pytest.param(*FAULTS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where, part", FAULTS[:2])
 def test_a_replica_of_hsdp_is_read_by_itself_and_named_as_a_whole(ranks, where, part):
     for kind, message in ranks.errors(4, train_with_a_fault, "hsdp", 2, where):
         assert kind == "DivergenceError"

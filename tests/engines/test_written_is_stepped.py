@@ -10,6 +10,7 @@ from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initiali
 from losia_dist.errors import UnsupportedError
 from losia_dist.sharding import zero_state
 from losia_dist.sharding.torch_state import TorchState
+from tests.support.cases import slow
 from tests.support.models import batches, tiny_llama
 from tests.support.training import Run, train, variant
 
@@ -43,8 +44,17 @@ def subnets(losia):
 
 @pytest.mark.parametrize(
     "name, dtype",
-    [("ddp", "bf16"), ("zero0", "bf16"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"), ("zero3-offload", "fp32")]
-    + [("zero2-offload", "bf16"), ("fsdp2", "bf16"), ("fsdp2-offload", "fp32")],
+    [
+        slow("ddp", "bf16"),
+        slow("zero0", "bf16"),
+        ("zero1", "bf16"),
+        slow("zero2", "bf16"),
+        ("zero3", "bf16"),
+        slow("zero3-offload", "fp32"),
+        slow("zero2-offload", "bf16"),
+        ("fsdp2", "bf16"),
+        slow("fsdp2-offload", "fp32"),
+    ],
 )
 def test_the_probe_reaches_every_master_and_leaves_everything_as_it_was(ranks, name, dtype):
     by_rank = ranks(2, tried_on, name, dtype)

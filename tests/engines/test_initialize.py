@@ -11,6 +11,7 @@ import torch.distributed as dist
 from losia_dist import Located, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
+from tests.support.cases import slow
 from tests.support.models import tiny_llama
 
 CONFIG = LoSiAConfig(rank_factor=0.25, period=2)
@@ -164,7 +165,7 @@ def train_with_leaf_modules(chosen: str, **config):
     return train("zero3", Run(steps=2, config={"rank_factor": 0.25, "period": 1}), prepare=prepare)["losses"]
 
 
-@pytest.mark.parametrize("chosen, inputs_need_gradients", [("LlamaAttention", True), ("LlamaDecoderLayer", False)])
+@pytest.mark.parametrize("chosen, inputs_need_gradients", [("LlamaAttention", True), slow("LlamaDecoderLayer", False)])
 def test_leaf_modules_that_would_die_in_their_first_backward_are_refused(ranks, chosen, inputs_need_gradients):
     errors = ranks.errors(2, train_with_leaf_modules, chosen, inputs_need_gradients=inputs_need_gradients)
     for kind, message in errors:

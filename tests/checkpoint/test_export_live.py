@@ -15,6 +15,7 @@ from losia_dist.checkpoint import files, model_directory
 from losia_dist.checkpoint.export import save_whole_model
 from losia_dist.checkpoint.names import unwrap
 from losia_dist.errors import ConfigError, UnsupportedError
+from tests.support.cases import grid
 from tests.support.models import tiny_llama
 from tests.support.training import Run, _deepspeed_loop, _plain_loop, global_batches, prepared_model
 
@@ -43,8 +44,11 @@ def train_and_export(engine: str, run: Run, directory: str) -> tuple[dict[str, t
     return weights, logits
 
 
-@pytest.mark.parametrize("run", [RUN, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("engine", ["one", "ddp", "zero2", "zero3", "fsdp2", "fsdp2-noreshard"])
+ENGINES = ("one", "ddp", "zero2", "zero3", "fsdp2", "fsdp2-noreshard")
+OFTEN = ["one-untied", "one-tied", "ddp-untied", "zero2-tied", "zero3-tied", "fsdp2-untied", "fsdp2-noreshard-tied"]
+
+
+@pytest.mark.parametrize("engine, run", grid(ENGINES, {"untied": RUN, "tied": TIED}, often=OFTEN))
 def test_every_weight_is_the_trained_one_to_the_last_bit(ranks, tmp_path, engine, run):
     target = str(tmp_path / "model")
     result = train_and_export("one", run, target) if engine == "one" else ranks(2, train_and_export, engine, run, target)[0]
