@@ -33,7 +33,7 @@ from losia_dist import (
     losia_parameter_groups,
     save_checkpoint,
 )
-from losia_dist.checkpoint.delta import apply_delta, save_delta
+from losia_dist.export.delta import apply_delta, save_delta
 from losia_dist.formulas import (
     full_checkpoint_bytes,
     importance_checkpoint_bytes,
@@ -46,7 +46,7 @@ LLAMA_70B = {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "
 _EXPORT_ALONE = """
 import sys
 from benchmarks.checkpoints import peak_of
-from losia_dist.checkpoint.offline import export_checkpoint
+from losia_dist.export.offline import export_checkpoint
 print(peak_of(lambda: export_checkpoint(sys.argv[1], sys.argv[2])))
 """
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import header, on_ranks, table, write_json
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
-from losia_dist.integrations.deepspeed import initialize_dense
+from losia_dist.integrations.deepspeed.initialize import initialize_dense
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 PERIOD = 2  # the second of two steps ends the slot, so that both kinds of step are seen

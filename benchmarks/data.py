@@ -93,9 +93,9 @@ def start(model: str, source: str, directory: str) -> list[dict[str, float]]:
     """Everyone's times and peaks of getting a data set ready, on every rank. Called by all ranks."""
     from transformers import AutoTokenizer
 
-    from losia_dist.agreement import Agreement
-    from losia_dist.training.data import load_data
-    from losia_dist.training.options import add_training_arguments
+    from losia_dist.ranks.agreement import Agreement
+    from losia_dist.recipe.options import add_training_arguments
+    from losia_dist.recipe.run_data import load_data
 
     AutoTokenizer.from_pretrained(model)  # what is imported on the way is not counted
     words = ["--model", model, "--train_file", source, "--output_dir", "-", "--data_cache", f"{directory}/kept"]

@@ -22,7 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.shapes import Shape
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, compat, get_losia_model, initialize, losia_parameter_groups
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
+from losia_dist.ranks import compat
 
 _STEPS, _RATE, _TOLERANCE = 8, 1e-3, 1e-4
 _CONFIG = {"rank_factor": 0.25, "period": 2, "rewarm_steps": 0}

@@ -36,8 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, load_checkpoint, losia_parameter_groups, save_checkpoint
 from losia_dist.checkpoint import layout
-from losia_dist.checkpoint.names import unwrap
 from losia_dist.checkpoint.session import wait_for_saving
+from losia_dist.checkpoint.tensor_names import unwrap
 
 STEPS, PERIOD, RANKS = 24, 3, 2
 AIMS = ("any", "save", "re-localization", "accumulation", "evaluation")

@@ -33,13 +33,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import RESULTS, bar, bar_table, header, on_ranks, table, write_json
 from losia_dist import LoSiA, LoSiAConfig, get_losia_model
-from losia_dist.agreement import Agreement
 from losia_dist.errors import ConfigError
-from losia_dist.training import loading, run
-from losia_dist.training.choice import choose_engine
-from losia_dist.training.environment import find_process
-from losia_dist.training.options import add_training_arguments
-from losia_dist.training.weights.files import ReadWhole
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.recipe import load_inputs, script
+from losia_dist.recipe.choice import choose_engine
+from losia_dist.recipe.environment import find_process
+from losia_dist.recipe.options import add_training_arguments
+from losia_dist.recipe.weights.model_files import ReadWhole
 
 LIMIT = 1.3  # times the model's bytes, over all ranks together
 PERIOD = 0.002  # seconds between samples
@@ -155,7 +155,7 @@ def start(directory: str, engine: str, precision: str, whole: bool = False) -> d
     choice = choose_engine(options, process)
     config = LoSiAConfig()
     agreement = Agreement(dist.new_group(backend="gloo"), is_own=True)
-    unreadable = mock.patch.object(loading, "find_weights", side_effect=ReadWhole("is to be read whole"))
+    unreadable = mock.patch.object(load_inputs, "find_weights", side_effect=ReadWhole("is to be read whole"))
     dist.barrier()
     conductor = LoSiA.__init__
 
@@ -170,11 +170,11 @@ def start(directory: str, engine: str, precision: str, whole: bool = False) -> d
         mock.patch.object(LoSiA, "__init__", loaded),
     ):
         began = time.perf_counter()
-        model, weights, _ = loading.load_model(options, choice, process)
+        model, weights, _ = load_inputs.load_model(options, choice, process)
         if (weights is None) != whole:
             raise ConfigError("the weights were not read as they were to be")
         get_losia_model(model, config)
-        ready = run._start(model, config, choice, options, process, 1, weights, agreement)
+        ready = script._start(model, config, choice, options, process, 1, weights, agreement)
         seconds = time.perf_counter() - began
     assert ready.losia is not None
     ready.losia.detach()

@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import header, on_ranks, table, write_json
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.optim.dense_groups import dense_parameter_groups
-from losia_dist.planning.in_flight import FP32
-from losia_dist.planning.memory import plan_memory
-from losia_dist.planning.shapes import ModelShape
-from losia_dist.planning.workload import Cluster, Workload
+from losia_dist.tools.plan.in_flight import FP32
+from losia_dist.tools.plan.memory import plan_memory
+from losia_dist.tools.plan.shapes import ModelShape
+from losia_dist.tools.plan.workload import Cluster, Workload
 
 TINY = ModelShape("tiny", "llama", 2, 64, 128, 4, 4, 16, 128, 64, False)
 

@@ -6,21 +6,21 @@ import importlib
 from typing import Any
 
 from losia_dist._version import __version__
-from losia_dist.checkpoint.delta import apply_delta, save_delta
-from losia_dist.checkpoint.export import export_model
 from losia_dist.checkpoint.load import load_checkpoint
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.checkpoint.session import wait_for_saving
-from losia_dist.cli.arguments import add_config_arguments
-from losia_dist.conductor import WHEN_MADE, LoSiA
-from losia_dist.config import LoSiAConfig
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.config.selection import Drawn, Located
 from losia_dist.errors import LoSiAError
-from losia_dist.integrations.accelerate_saving import refuse_plain_saving
-from losia_dist.integrations.build_locks import guard_builds
-from losia_dist.integrations.deepspeed import initialize
+from losia_dist.export.delta import apply_delta, save_delta
+from losia_dist.export.live import export_model
+from losia_dist.integrations.accelerate.plain_saving import refuse_plain_saving
+from losia_dist.integrations.deepspeed.initialize import initialize
 from losia_dist.model import get_losia_model, print_trainable_parameters
 from losia_dist.optim.adamw import LoSiAAdamW
-from losia_dist.selection import Drawn, Located
+from losia_dist.ranks.build_locks import guard_builds
+from losia_dist.recipe.config_arguments import add_config_arguments
+from losia_dist.run.conductor import WHEN_MADE, LoSiA
 from losia_dist.subnet.groups import losia_parameter_groups
 
 __all__ = [
@@ -51,11 +51,11 @@ __all__ = [
 
 # Imported when they are asked for: they import Transformers, and all but the last Accelerate, which is optional.
 _WHEN_ASKED_FOR = {
-    "LoSiACallback": "losia_dist.integrations.callback",
-    "LoSiATrainer": "losia_dist.integrations.trainer",
-    "LoSiATrainerMixin": "losia_dist.integrations.trainer",
-    "carry_state": "losia_dist.integrations.accelerate_state",
-    "use_chunked_loss": "losia_dist.loss.model",
+    "LoSiACallback": "losia_dist.integrations.trainer.callback",
+    "LoSiATrainer": "losia_dist.integrations.trainer.trainer",
+    "LoSiATrainerMixin": "losia_dist.integrations.trainer.trainer",
+    "carry_state": "losia_dist.integrations.accelerate.carried_state",
+    "use_chunked_loss": "losia_dist.loss.without_logits",
 }
 
 guard_builds()  # here, as DeepSpeed, Accelerate or TrainingArguments may build before anything of this package is called

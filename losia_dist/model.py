@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from losia_dist.config import LoSiAConfig
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import convert, find_sites

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.quality.one_level import flat
 from benchmarks.quality.setting import Setting
-from losia_dist.config import LoSiAConfig
-from losia_dist.removed import without_kept
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.config.removed import without_kept
 
 
 def _setting(record: dict[str, Any]) -> Setting:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from losia_dist.data import Records, load_records
-from losia_dist.data.files import RawRecords
+from losia_dist.data.record_files import RawRecords
 
 CHOICE, HELD_OUT = 32, 96  # problems that the learning rate is chosen by, and others that are reported
 

@@ -1,1 +1,1 @@
-"""Getting a trained model out of a run."""
+"""All of a run's state on disk, from any engine, and a run that goes on from it."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from losia_dist.agreement import Agreement
-from losia_dist.checkpoint import files, layout
+from losia_dist.checkpoint import atomic_files, layout
 from losia_dist.checkpoint.journal import Moved
-from losia_dist.checkpoint.names import Contents
+from losia_dist.checkpoint.tensor_names import Contents
 from losia_dist.errors import CheckpointError
+from losia_dist.ranks.agreement import Agreement
 from losia_dist.sharding.interface import ParameterAccess
 
 
@@ -52,9 +52,9 @@ class Chain:
             raise CheckpointError(f"{base} belongs to another run: save into another directory.")
 
 
-def base_entries(contents: Contents, access: ParameterAccess) -> dict[str, files.Entry]:
+def base_entries(contents: Contents, access: ParameterAccess) -> dict[str, atomic_files.Entry]:
     """What a base holds, in the order in which it is gathered: wider dtypes first, then as the model has them."""
-    entries = {name: files.Entry(p.dtype, tuple(access.shape(p))) for name, p in contents.weights.items()}
+    entries = {name: atomic_files.Entry(p.dtype, tuple(access.shape(p))) for name, p in contents.weights.items()}
     return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
@@ -72,7 +72,7 @@ def write_base(
     total = sum(entry.size for entry in entries.values())
     beside, run = agreement.gather((directory / f"{layout.BASE}.tmp-{uuid.uuid4().hex}", uuid.uuid4().hex))[0]
     try:
-        agreement.attempt(f"saving to {directory}", lambda: files.check_space(directory, total))
+        agreement.attempt(f"saving to {directory}", lambda: atomic_files.check_space(directory, total))
         agreement.on_first(f"saving to {directory}", lambda: beside.mkdir())
         owner = _deal(entries, agreement.world_size)
         mine = {name: entry for name, entry in entries.items() if owner[name] == agreement.rank}
@@ -86,21 +86,21 @@ def write_base(
             }
             content = {"run": run, "files": records, "weights": written, "aliases": contents.aliases, **description}
             manifest = layout.write_manifest(beside, content)
-            files.remove(directory / layout.BASE)  # of a run that never completed a checkpoint here
-            files.remove(directory / layout.JOURNAL)
-            files.rename_directory(beside, directory / layout.BASE)
+            atomic_files.remove(directory / layout.BASE)  # of a run that never completed a checkpoint here
+            atomic_files.remove(directory / layout.JOURNAL)
+            atomic_files.rename_directory(beside, directory / layout.BASE)
             return manifest.crc32
 
         return Chain(directory, run, agreement.on_first(f"saving to {directory}", publish))
     finally:
         if agreement.rank == 0:
-            files.remove(beside)
+            atomic_files.remove(beside)
 
 
 def _stream(
     beside: Path,
-    mine: dict[str, files.Entry],
-    entries: dict[str, files.Entry],
+    mine: dict[str, atomic_files.Entry],
+    entries: dict[str, atomic_files.Entry],
     contents: Contents,
     access: ParameterAccess,
     agreement: Agreement,
@@ -111,10 +111,10 @@ def _stream(
     """
     name_of_file = _file_name(agreement.rank)
     failure: BaseException | None = None
-    writer: files.TensorWriter | None = None
-    record: files.FileRecord | None = None
+    writer: atomic_files.TensorWriter | None = None
+    record: atomic_files.FileRecord | None = None
     try:
-        writer = files.TensorWriter(beside / name_of_file, mine) if mine else None
+        writer = atomic_files.TensorWriter(beside / name_of_file, mine) if mine else None
     except OSError as error:
         failure = error
     thread = ThreadPoolExecutor(max_workers=1)
@@ -128,7 +128,7 @@ def _stream(
     failure = failure or _failure_of(writing)
     thread.shutdown()
 
-    def finish() -> files.FileRecord | None:
+    def finish() -> atomic_files.FileRecord | None:
         if failure is not None:
             raise failure
         return writer.close() if writer is not None else None
@@ -145,7 +145,7 @@ def _failure_of(writing: Future[None] | None) -> BaseException | None:
     return None if writing is None else writing.exception()
 
 
-def _deal(entries: dict[str, files.Entry], ranks: int) -> dict[str, int]:
+def _deal(entries: dict[str, atomic_files.Entry], ranks: int) -> dict[str, int]:
     """Which rank writes which weight: about as many bytes each."""
     load = [0] * ranks
     owner = {}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from losia_dist.checkpoint import values
-from losia_dist.checkpoint.names import Contents
 from losia_dist.checkpoint.reader import Reader
-from losia_dist.conductor import LoSiA
+from losia_dist.checkpoint.tensor_names import Contents
+from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.groups import GROUP_KEY
 
 _NOT_SETTINGS = ("params", "param_names", GROUP_KEY)

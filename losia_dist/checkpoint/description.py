@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from losia_dist.checkpoint import content
-from losia_dist.checkpoint.names import Contents, unwrap
 from losia_dist.checkpoint.reader import Reader
-from losia_dist.conductor import LoSiA
-from losia_dist.config import LoSiAConfig
+from losia_dist.checkpoint.tensor_names import Contents, unwrap
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.config.removed import removed_setting
 from losia_dist.errors import CheckpointError
-from losia_dist.removed import removed_setting
+from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.kinds import whole_shape
 
 _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all

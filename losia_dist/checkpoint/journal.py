@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from losia_dist.checkpoint import files
-from losia_dist.conductor import LoSiA
+from losia_dist.checkpoint import atomic_files
+from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.subnet.kinds import read_subnet, whole_shape
 from losia_dist.subnet.site import Site
@@ -105,11 +105,11 @@ def read_blocks(moved: Moved, access: ParameterAccess, rank: int, world_size: in
     return found
 
 
-def write_journal(path: Path, blocks: list[Block]) -> files.FileRecord:
+def write_journal(path: Path, blocks: list[Block]) -> atomic_files.FileRecord:
     """Write one journal file."""
     tensors: dict[str, Tensor] = {}
     for place, block in enumerate(blocks):
         tensors[f"{place}/{block.site}/rows"] = block.rows
         tensors[f"{place}/{block.site}/columns"] = block.columns
         tensors[f"{place}/{block.site}/values"] = block.values
-    return files.write_tensors(path, tensors)
+    return atomic_files.write_tensors(path, tensors)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from losia_dist.checkpoint import files
+from losia_dist.checkpoint import atomic_files
 from losia_dist.errors import CheckpointError
 
 FORMAT = 1
@@ -127,15 +127,15 @@ def is_leftover(name: str) -> bool:
     return _LEFTOVER.fullmatch(name) is not None
 
 
-def write_manifest(path: Path, content: dict[str, Any]) -> files.FileRecord:
+def write_manifest(path: Path, content: dict[str, Any]) -> atomic_files.FileRecord:
     """Write a manifest of this format into a directory."""
-    return files.write_text(path / MANIFEST, json.dumps({"kind": _KIND, "format": FORMAT, **content}, indent=1) + "\n")
+    return atomic_files.write_text(path / MANIFEST, json.dumps({"kind": _KIND, "format": FORMAT, **content}, indent=1) + "\n")
 
 
-def mark_complete(path: Path, manifest: files.FileRecord, sequence: int, is_latest: bool) -> None:
+def mark_complete(path: Path, manifest: atomic_files.FileRecord, sequence: int, is_latest: bool) -> None:
     """The last write of a save: from here on the checkpoint counts."""
     marker = {"sequence": sequence, "latest": is_latest, "manifest_crc32": manifest.crc32}
-    files.write_text(path / COMPLETE, json.dumps(marker) + "\n")
+    atomic_files.write_text(path / COMPLETE, json.dumps(marker) + "\n")
 
 
 def read_manifest(path: Path, crc32: int | None = None) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def check_files(directory: Path, records: dict[str, list[int]], mine: slice) -> 
         if found != size:
             raise CheckpointError(f"{directory / name} has {found} bytes instead of {size}: truncated or overwritten.")
     for name in sorted(records)[mine]:
-        if files.checksum(directory / name) != records[name][1]:
+        if atomic_files.checksum(directory / name) != records[name][1]:
             raise CheckpointError(f"{directory / name} is damaged: its checksum differs. Restore it, or load another step.")
 
 
@@ -193,10 +193,10 @@ def remove_unneeded(directory: Path, keep_last: int | None) -> None:
     steps = [complete.path for complete in found if complete.path.name.startswith("step-")]
     for path in steps[:-keep_last] if keep_last else []:
         (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
-        files.remove(path)
+        atomic_files.remove(path)
     for path in list(directory.iterdir()):
         if is_leftover(path.name):
-            files.remove(path)
+            atomic_files.remove(path)
     needed = set()
     for complete in complete_checkpoints(directory):
         try:
@@ -205,7 +205,7 @@ def remove_unneeded(directory: Path, keep_last: int | None) -> None:
             return  # what a damaged manifest needs is unknown
     for path in (directory / JOURNAL).glob("*"):
         if f"{JOURNAL}/{path.name}" not in needed:
-            files.remove(path)
+            atomic_files.remove(path)
 
 
 def remove_entries(directory: Path, paths: list[Path]) -> None:
@@ -215,7 +215,7 @@ def remove_entries(directory: Path, paths: list[Path]) -> None:
     with contextlib.suppress(OSError):
         for path in paths:
             (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
-            files.remove(path)
+            atomic_files.remove(path)
         remove_unneeded(directory, None)
 
 

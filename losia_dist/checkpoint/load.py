@@ -8,11 +8,11 @@ from typing import Any
 from losia_dist.checkpoint import content, layout, random_state
 from losia_dist.checkpoint.base import Chain
 from losia_dist.checkpoint.description import check_fits, check_scheduler
-from losia_dist.checkpoint.names import contents_of
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.session import session_of
-from losia_dist.conductor import LoSiA
+from losia_dist.checkpoint.tensor_names import contents_of
 from losia_dist.errors import CheckpointError
+from losia_dist.run.conductor import LoSiA
 
 
 def load_checkpoint(

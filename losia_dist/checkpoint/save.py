@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from losia_dist._version import __version__
-from losia_dist.agreement import Agreement
-from losia_dist.checkpoint import content, files, layout, random_state, values
+from losia_dist.checkpoint import atomic_files, content, layout, random_state, values
 from losia_dist.checkpoint.base import Chain, write_base
 from losia_dist.checkpoint.description import describe_model, describe_parts
 from losia_dist.checkpoint.journal import Block, Moved, read_blocks, write_journal
-from losia_dist.checkpoint.names import Contents, contents_of
 from losia_dist.checkpoint.reader import state_file
 from losia_dist.checkpoint.session import Session, check_conductor, session_of
-from losia_dist.conductor import LoSiA
+from losia_dist.checkpoint.tensor_names import Contents, contents_of
 from losia_dist.errors import CheckpointError, ConfigError
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.run.conductor import LoSiA
 
 _MARGIN = 1 << 20  # bytes: manifests, and what file systems round up
 
@@ -178,9 +178,9 @@ class _Writing:
             if not done:
                 self.chain.unsaved = self.moved  # subnets may have moved on meanwhile: the next save puts both together
                 with contextlib.suppress(OSError):
-                    files.remove(self.directory / journal)
+                    atomic_files.remove(self.directory / journal)
                     if self.agreement.rank == 0:
-                        files.remove(beside)
+                        atomic_files.remove(beside)
 
     def _write(self, beside: Path, journal: str, identity: str) -> None:
         what = f"saving to {self.directory}"
@@ -188,18 +188,18 @@ class _Writing:
         total = sum(self.agreement.gather(size)) + _MARGIN
 
         def prepare() -> None:
-            files.check_space(self.directory, total)
+            atomic_files.check_space(self.directory, total)
             if self.agreement.rank == 0:
                 beside.mkdir()
                 (self.directory / layout.JOURNAL).mkdir(exist_ok=True)
 
         def write() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
             name = state_file(self.agreement.rank)
-            state = files.write_tensors(beside / name, self.tensors, {"random": self.random})
+            state = atomic_files.write_tensors(beside / name, self.tensors, {"random": self.random})
             if not self.blocks:
                 return {name: [state.size, state.crc32]}, {}
             left = write_journal(self.directory / journal, self.blocks)
-            files.sync_directory(self.directory / layout.JOURNAL)
+            atomic_files.sync_directory(self.directory / layout.JOURNAL)
             return {name: [state.size, state.crc32]}, {journal: [left.size, left.crc32]}
 
         self.agreement.attempt(what, prepare)
@@ -217,15 +217,15 @@ class _Writing:
         final, replaced = self.directory / self.name, self.directory / f"{self.name}.replaced-{identity}"
         try:
             if final.exists():
-                files.rename_directory(final, replaced)
-            files.rename_directory(beside, final)
+                atomic_files.rename_directory(final, replaced)
+            atomic_files.rename_directory(beside, final)
             layout.mark_complete(final, manifest, sequence, self.is_latest)
         except OSError:
             # Nothing that is reported as failed may count, even if only the last sync was missing.
             with contextlib.suppress(OSError):
                 if not beside.exists():  # the new one has taken the name
                     (final / layout.COMPLETE).unlink(missing_ok=True)
-                    files.remove(final)
+                    atomic_files.remove(final)
             with contextlib.suppress(OSError):
                 if replaced.exists() and not final.exists():
                     os.replace(replaced, final)
@@ -233,7 +233,7 @@ class _Writing:
         # The checkpoint counts from here on: what follows is tidying, and its failure is not the save's.
         with contextlib.suppress(OSError):
             if self.is_latest:
-                files.write_text(self.directory / layout.LATEST, self.name + "\n")
+                atomic_files.write_text(self.directory / layout.LATEST, self.name + "\n")
             layout.remove_unneeded(self.directory, self.keep_last)
 
 
@@ -264,7 +264,7 @@ def _check_free(directory: Path) -> None:
         layout.read_manifest(base)  # a directory of that name that is not ours is not overwritten
     for path in list(directory.iterdir()):
         if layout.is_leftover(path.name):
-            files.remove(path)
+            atomic_files.remove(path)
 
 
 def check_between_steps(losia: LoSiA) -> None:
@@ -289,7 +289,7 @@ def _check_visible(directory: Path) -> None:
     try:
         probe.touch()
     finally:
-        files.remove(probe)
+        atomic_files.remove(probe)
 
 
 def _plain_values(losia: LoSiA, scheduler: Any, extra: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from losia_dist.agreement import Agreement
 from losia_dist.checkpoint.base import Chain
 from losia_dist.checkpoint.journal import watch
-from losia_dist.checkpoint.names import unwrap
-from losia_dist.conductor import LoSiA
+from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.errors import ConfigError
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.run.conductor import LoSiA
 
 _sessions: weakref.WeakKeyDictionary[LoSiA, Session] = weakref.WeakKeyDictionary()
 

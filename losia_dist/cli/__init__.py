@@ -1,1 +1,1 @@
-"""The command line: `losia-dist` and what training scripts share with it."""
+"""The command line: `losia-dist`."""

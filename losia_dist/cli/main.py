@@ -27,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `losia-dist`; returns the exit code."""
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    from losia_dist.cli.allocate import add_allocate_arguments, run_allocate
-    from losia_dist.cli.cache import add_cache_arguments, run_cache
-    from losia_dist.cli.data import add_data_arguments, run_data
-    from losia_dist.cli.doctor import add_doctor_arguments, run_doctor
-    from losia_dist.cli.export import add_apply_arguments, add_export_arguments, run_apply, run_export
-    from losia_dist.cli.plan import add_plan_arguments, run_plan
-    from losia_dist.cli.report import add_report_arguments, run_report
-    from losia_dist.training.options import add_training_arguments
+    from losia_dist.cli.allocate_command import add_allocate_arguments, run_allocate
+    from losia_dist.cli.cache_command import add_cache_arguments, run_cache
+    from losia_dist.cli.data_command import add_data_arguments, run_data
+    from losia_dist.cli.doctor_command import add_doctor_arguments, run_doctor
+    from losia_dist.cli.export_command import add_apply_arguments, add_export_arguments, run_apply, run_export
+    from losia_dist.cli.plan_command import add_plan_arguments, run_plan
+    from losia_dist.cli.report_command import add_report_arguments, run_report
+    from losia_dist.recipe.options import add_training_arguments
 
     table: list[tuple[str, str, Callable[[Any], object], Callable[[argparse.Namespace], int | Path | list[Path]]]] = [
         ("train", "fine-tune a causal language model", add_training_arguments, run_training),
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of launch/train.py: `losia-dist train` without the word train."""
-    from losia_dist.training.options import add_training_arguments
+    from losia_dist.recipe.options import add_training_arguments
 
     parser = Parser(description="Fine-tune a causal language model, with LoSiA (--losia) or in full.")
     return run_training(add_training_arguments(parser).parse_args(arguments))
@@ -75,9 +75,9 @@ def run_training(options: argparse.Namespace) -> int:
 
     Returns 143 where SIGTERM ended the run and a checkpoint was saved: whatever is to follow a finished run must not.
     """
-    from losia_dist.interruption import EXIT_CODE, Interrupted
-    from losia_dist.training.environment import all_stop, end_process_group, find_process, start_process_group
-    from losia_dist.training.run import train
+    from losia_dist.ranks.interruption import EXIT_CODE, Interrupted
+    from losia_dist.recipe.environment import all_stop, end_process_group, find_process, start_process_group
+    from losia_dist.recipe.script import train
 
     process, agreement_group = find_process(), None
     try:

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from losia_dist.data.files import RawRecords
 from losia_dist.data.forms import canonical, check_form, detect_form
+from losia_dist.data.record_files import RawRecords
 from losia_dist.data.sources import read_sources
 from losia_dist.errors import ConfigError, DataError
 

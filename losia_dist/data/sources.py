@@ -17,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from losia_dist.data.files import SUFFIXES, RawRecords, Table, digest_of, kind_of, read_file
+from losia_dist.data.record_files import SUFFIXES, RawRecords, Table, digest_of, kind_of, read_file
 from losia_dist.errors import ConfigError, DataError
 
 DEFAULT_SPLIT = "train"
@@ -82,7 +82,7 @@ class Named(NamedTuple):
 def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RawRecords:
     """Read one source or several. Every rank calls it and reads the same, so that every rank raises the same error.
 
-    A source is a file (`files.SUFFIXES`, each also .gz or .zst), a directory or glob of such files, a directory of
+    A source is a file (`record_files.SUFFIXES`, each also .gz or .zst), a directory or glob of such files, a directory of
     `datasets.save_to_disk`, or a hub name; the last two take a split, "name:split" (default "train"), or
     "name:configuration:split". `[start:stop]` behind it takes a part of its records.
 

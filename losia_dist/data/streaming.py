@@ -14,8 +14,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from losia_dist.data.files import RawRecords, digest_of, naming_damage, read_file, stream_table, without_nulls
 from losia_dist.data.forms import check_form, detect_form
+from losia_dist.data.record_files import RawRecords, digest_of, naming_damage, read_file, stream_table, without_nulls
 from losia_dist.data.records import Records, rename
 from losia_dist.data.sources import Named, files_of, naming_hub, parse_hub_name, parse_source, read_sources
 from losia_dist.errors import ConfigError, DataError

@@ -18,7 +18,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.importance import importance_
 from losia_dist.localization.search import Query, Sums
-from losia_dist.localization.selection import mask_of, masked_column_sums
+from losia_dist.localization.sharded_choice import mask_of, masked_column_sums
 from losia_dist.subnet.blocks import take_last
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from losia_dist import compat
 from losia_dist.formulas import row_block
+from losia_dist.ranks import compat
 
 
 @dataclass

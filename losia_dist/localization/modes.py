@@ -6,12 +6,12 @@ from typing import Any, Protocol
 
 import torch
 
-from losia_dist.config import LoSiAConfig
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.drawn import DrawnLocalization
+from losia_dist.localization.drawn_mode import DrawnLocalization
 from losia_dist.localization.search import Choice, greedy, keep_without_signal
-from losia_dist.localization.selection import select
+from losia_dist.localization.sharded_choice import select
 from losia_dist.localization.slots import SlotGroup, Wanted
 
 

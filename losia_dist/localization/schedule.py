@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from losia_dist.config import LoSiAConfig
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import layers_per_slot_for
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from losia_dist.config import LoSiAConfig
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.entries import clear_state, keeps_adam_state
 from losia_dist.sharding.interface import StateAccess

@@ -60,7 +60,7 @@ class StateAccess(Protocol):
     def stepped(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
         """This rank's part of the values that the optimizer's step changes, and of the model's copy that the step then writes
         from them: two views of the same places and shape, or None if it keeps none. Found as the engine's own step finds them
-        and by no bookkeeping that the other methods use: `probe` compares the two. No communication."""
+        and by no bookkeeping that the other methods use: `run.masters` compares the two. No communication."""
         ...
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from losia_dist import compat
 from losia_dist.errors import UnsupportedError
+from losia_dist.ranks import compat
 from losia_dist.sharding.leaf_modules import refuse_leaf_modules
 from losia_dist.subnet.blocks import write_subnet
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from losia_dist import compat
 from losia_dist.errors import UnsupportedError
+from losia_dist.ranks import compat
 from losia_dist.sharding.entries import as_tensor, clear_state, store_state
 from losia_dist.subnet.groups import GROUP_KEY
 

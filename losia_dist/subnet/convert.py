@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from losia_dist.config import LoSiAConfig, matches
+from losia_dist.config.losia_config import LoSiAConfig, matches
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
 from losia_dist.subnet.drawn import draw_subnet

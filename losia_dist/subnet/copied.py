@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
-from losia_dist.fingerprint import loading_print
+from losia_dist.ranks.fingerprint import loading_print
 from losia_dist.subnet.site import Site
 
 Module = TypeVar("Module", bound=nn.Module)

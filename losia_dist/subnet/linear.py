@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
-from losia_dist.fingerprint import loading_print
+from losia_dist.ranks.fingerprint import loading_print
 from losia_dist.subnet.copied import check_copy, check_index, deep_copy, note_state
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed

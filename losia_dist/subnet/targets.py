@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from losia_dist.config import LoSiAConfig
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.all_linear import Shape, all_linear, is_expert
 from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, why_unusable

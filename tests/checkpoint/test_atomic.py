@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from losia_dist import load_checkpoint, save_checkpoint
-from losia_dist.checkpoint import files, layout
+from losia_dist.checkpoint import atomic_files, layout
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.session import wait_for_saving
 from losia_dist.errors import CheckpointError, ConfigError
@@ -50,12 +50,12 @@ class FullDisk:
             return CountedFile(file, self)
 
         os.fsync, os.replace, Path.mkdir = (counted(function) for function in self.kept[:3])
-        files.open = counted_open
+        atomic_files.open = counted_open
         return self
 
     def __exit__(self, *_) -> None:
         os.fsync, os.replace, Path.mkdir = self.kept[:3]
-        del files.open
+        del atomic_files.open
 
 
 class CountedFile:
@@ -217,21 +217,21 @@ def save_asynchronously(directory: Path) -> dict:
     runs.train_on(losia, stepper, RUN, 5, lambda done: save_checkpoint(directory, **save))
     wait_for_saving(losia)
     if dist.get_rank() == 1:  # fails in the thread of one rank
-        write, files.write_tensors = files.write_tensors, lambda *_: (_ for _ in ()).throw(OSError("cut wire"))
+        write, atomic_files.write_tensors = atomic_files.write_tensors, lambda *_: (_ for _ in ()).throw(OSError("cut wire"))
     runs.train_on(losia, stepper, RUN, 7, lambda done: done == 7 and save_checkpoint(directory, **save))
     with pytest.raises(CheckpointError, match=r"rank 1 of 2: .*cut wire"):
         save_checkpoint(directory, **save)
     if dist.get_rank() == 1:
-        files.write_tensors = write
+        atomic_files.write_tensors = write
     complete = names(directory)
     runs.train_on(losia, stepper, RUN, 9)
-    write, trained = files.write_tensors, threading.Event()
-    files.write_tensors = lambda *arguments: trained.wait() and write(*arguments)
+    write, trained = atomic_files.write_tensors, threading.Event()
+    atomic_files.write_tensors = lambda *arguments: trained.wait() and write(*arguments)
     save_checkpoint(directory, **save)
     losses = runs.train_on(losia, stepper, RUN, RUN.steps)  # before anything is written
     trained.set()
     wait_for_saving(losia)
-    files.write_tensors = write
+    atomic_files.write_tensors = write
     result = {"losses": losses, "everything": runs.everything(losia), "complete": complete}
     close()
     return result

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups, save_checkpoint
-from losia_dist.agreement import Agreement
-from losia_dist.checkpoint import beside
-from losia_dist.checkpoint.model_directory import ModelDirectory
-from losia_dist.checkpoint.weight_files import INDEX, WEIGHTS
 from losia_dist.errors import ConfigError
-from losia_dist.integrations.best_model import load_plain_weights
+from losia_dist.export import beside
+from losia_dist.export.model_directory import ModelDirectory
+from losia_dist.export.weight_files import INDEX, WEIGHTS
+from losia_dist.integrations.trainer.best_model import load_plain_weights
+from losia_dist.ranks.agreement import Agreement
 from tests.support.models import tiny_llama
 from tests.support.trl_models import save_tiny_model
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups, save_checkpoint
-from losia_dist.checkpoint import model_directory
-from losia_dist.checkpoint.delta import apply_delta, save_delta
-from losia_dist.checkpoint.names import unwrap
+from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.errors import CheckpointError, ConfigError
+from losia_dist.export import model_directory
+from losia_dist.export.delta import apply_delta, save_delta
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups
-from losia_dist.checkpoint import files, model_directory
-from losia_dist.checkpoint.export import save_whole_model
-from losia_dist.checkpoint.names import unwrap
+from losia_dist.checkpoint import atomic_files
+from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.export import model_directory
+from losia_dist.export.live import save_whole_model
 from tests.support.cases import grid
 from tests.support.models import tiny_llama
 from tests.support.training import Run, _deepspeed_loop, _plain_loop, global_batches, prepared_model
@@ -83,14 +84,14 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def break_in_the_middle(monkeypatch) -> None:
     """The configuration and some of the weights are written; then the disk is full."""
-    write = files.TensorWriter.write
+    write = atomic_files.TensorWriter.write
 
     def broken(self, name, tensor):
         if "layers.1" in name:
             raise OSError(28, "No space left on device")
         write(self, name, tensor)
 
-    monkeypatch.setattr(files.TensorWriter, "write", broken)
+    monkeypatch.setattr(atomic_files.TensorWriter, "write", broken)
 
 
 def test_an_interrupted_export_leaves_the_old_model_whole(monkeypatch, tmp_path):
@@ -134,7 +135,7 @@ def export_what_cannot_be_saved(engine: str, where: str, directory: str) -> None
     import torch.distributed as dist
 
     losia, _, close = _plain_loop(engine, prepared_model(RUN), LoSiAConfig(**RUN.config), RUN)
-    kept = files.TensorWriter.write, model_directory.copy_beside
+    kept = atomic_files.TensorWriter.write, model_directory.copy_beside
 
     def broken(*_):
         raise OSError("cut wire")
@@ -142,13 +143,13 @@ def export_what_cannot_be_saved(engine: str, where: str, directory: str) -> None
     if where == "configuration":
         unwrap(losia.model).generation_config.temperature = -1.0
     if where == "weights" and dist.get_rank() == 0:
-        files.TensorWriter.write = broken
+        atomic_files.TensorWriter.write = broken
     if where == "tokenizer":
         model_directory.copy_beside = broken
     try:
         export_model(losia, directory, base_model=str(Path(directory).parent))
     finally:
-        files.TensorWriter.write, model_directory.copy_beside = kept
+        atomic_files.TensorWriter.write, model_directory.copy_beside = kept
         close()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from losia_dist import load_checkpoint, save_checkpoint
-from losia_dist.checkpoint import files, layout
+from losia_dist.checkpoint import atomic_files, layout
 from losia_dist.errors import LoSiAError
 from tests.support import resume as runs
 
@@ -43,9 +43,9 @@ def edit_manifest(path: Path, change) -> None:
     """Change a manifest and make its checksum right again: what is left is what the manifest says."""
     content = json.loads((path / "manifest.json").read_text())
     change(content)
-    record = files.write_text(path / "manifest.json", json.dumps(content))
+    record = atomic_files.write_text(path / "manifest.json", json.dumps(content))
     marker = json.loads((path / "COMPLETE").read_text())
-    files.write_text(path / "COMPLETE", json.dumps({**marker, "manifest_crc32": record.crc32}))
+    atomic_files.write_text(path / "COMPLETE", json.dumps({**marker, "manifest_crc32": record.crc32}))
 
 
 def flip(path: Path) -> None:
@@ -69,7 +69,7 @@ DAMAGES = {
     "manifest missing": (lambda d: some(d, "step-*/manifest.json").unlink(), r"manifest\.json is missing"),
     "manifest corrupted": (lambda d: flip(some(d, "step-*/manifest.json")), r"manifest\.json is damaged"),
     "manifest foreign": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.pop("kind")), "is not a manifest of this"),
-    "base of another run": (lambda d: files.write_text(d / "base/manifest.json", "{}"), "is damaged"),
+    "base of another run": (lambda d: atomic_files.write_text(d / "base/manifest.json", "{}"), "is damaged"),
     "newer format": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.update(format=99)), "format 99; this version"),
     "a removed selection": (
         lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(selection="alternating")),
@@ -84,8 +84,8 @@ DAMAGES = {
         r"saved with a setting that is gone: moments='kept' was removed",
     ),
     "never complete": (lambda d: [p.unlink() for p in d.glob("*/COMPLETE")], "no complete checkpoint in"),
-    "empty": (lambda d: [files.remove(p) for p in d.iterdir()], "no complete checkpoint in"),
-    "not there": (lambda d: files.remove(d), "the directory does not exist"),
+    "empty": (lambda d: [atomic_files.remove(p) for p in d.iterdir()], "no complete checkpoint in"),
+    "not there": (lambda d: atomic_files.remove(d), "the directory does not exist"),
 }
 
 

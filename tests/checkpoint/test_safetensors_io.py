@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from losia_dist.checkpoint import files
+from losia_dist.checkpoint import atomic_files
 from losia_dist.checkpoint.safetensors_io import DTYPES, read_header
-from losia_dist.training.weights.stored import StoredFile
+from losia_dist.recipe.weights.stored import StoredFile
 
 TENSORS = {
     "byte": torch.tensor([True, False, True]),
@@ -18,7 +18,7 @@ TENSORS = {
 
 def test_what_is_written_the_library_reads(tmp_path):
     tensors = TENSORS | {name: torch.zeros(3).to(dtype) for name, dtype in DTYPES.items()}
-    record = files.write_tensors(tmp_path / "file", tensors, {"format": "pt"})
+    record = atomic_files.write_tensors(tmp_path / "file", tensors, {"format": "pt"})
     read = load_file(tmp_path / "file")
     assert read.keys() == tensors.keys()
     assert all(read[name].dtype == t.dtype and torch.equal(read[name].float(), t.float()) for name, t in tensors.items())

@@ -14,13 +14,13 @@ import losia_dist
 from losia_dist import LoSiAConfig, initialize
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.formulas import cycle_steps
-from losia_dist.integrations.accelerate import LaunchSettings, read_launch_settings
+from losia_dist.integrations.accelerate.launch_settings import LaunchSettings, read_launch_settings
 from losia_dist.localization.schedule import resolve_layers_per_slot
-from losia_dist.training.fsdp import Sharding
+from losia_dist.recipe.fsdp import Sharding
 from tests.support.models import tiny_llama
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PACKAGED = Path(losia_dist.__file__).parent / "configs"
+PACKAGED = Path(losia_dist.__file__).parent / "config" / "presets"
 LOSIA, DEEPSPEED, ACCELERATE = (sorted(kind.iterdir()) for kind in (PACKAGED, CONFIGS / "deepspeed", CONFIGS / "accelerate"))
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError
-from losia_dist.heartbeat import Hub, Spoke
-from losia_dist.liveness import EXIT_CODE, Limits, read_limits
+from losia_dist.ranks.watch.heartbeat import Hub, Spoke
+from losia_dist.ranks.watch.liveness import EXIT_CODE, Limits, read_limits
 from tests.support.models import tiny_llama
 from tests.support.watched import PATIENCE, run
 
@@ -206,7 +206,7 @@ def test_one_rank_alone_has_nothing_to_watch():
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr("losia_dist.heartbeat._own_addresses", lambda: ["127.0.0.1"])
+    monkeypatch.setattr("losia_dist.ranks.watch.heartbeat._own_addresses", lambda: ["127.0.0.1"])
     hub = Hub()
     yield hub
     hub.close()

@@ -9,15 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from losia_dist import (
-    LoSiA,
-    LoSiAAdamW,
-    LoSiAConfig,
-    compat,
-    get_losia_model,
-    losia_parameter_groups,
-    print_trainable_parameters,
-)
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups, print_trainable_parameters
+from losia_dist.ranks import compat
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
 from tests.support.training import Run, train, variant

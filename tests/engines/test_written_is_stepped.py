@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups, probe
+from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.errors import UnsupportedError
+from losia_dist.run import masters
 from losia_dist.sharding import zero_state
 from losia_dist.sharding.torch_state import TorchState
 from tests.support.cases import slow
@@ -28,7 +29,7 @@ def tried_on(name: str, dtype: str):
         before = [t.clone() for t in losia.state.state_tensors()] + [
             losia.parameters.read_whole(layer.subnet) for layer in losia.sites
         ]
-        probe.check_masters(losia.parts)
+        masters.check_masters(losia.parts)
         after = losia.state.state_tensors() + [losia.parameters.read_whole(layer.subnet) for layer in losia.sites]
         seen["kept"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         seen["reached"] = [0 if found is None else found[0].numel() for found in map(losia.state.stepped, subnets(losia))]
@@ -88,7 +89,7 @@ def test_partitions_in_another_order_than_the_writers_are_seen_at_the_start(rank
 
 def start_with_two_masters():
     """DeepSpeed's bf16 masters with LoSiAAdamW's own inside, with every refusal out of the way."""
-    from losia_dist.integrations import deepspeed as integration
+    from losia_dist.integrations.deepspeed import initialize as integration
     from losia_dist.sharding import handed_over
 
     kept = integration.refuse_unsupported, handed_over.refuse_unsupported, zero_state._refuse_low_precision
@@ -157,7 +158,7 @@ def test_a_subnet_that_no_optimizer_steps_is_an_error():
     copies = {subnet: subnet.detach().clone() for subnet in subnets(losia)}  # which its optimizer does not hold
     state = TorchState(losia.state.optimizer, masters=copies)
     with pytest.raises(UnsupportedError, match="no optimizer steps model.layers.0.self_attn.q_proj"):
-        probe.check_masters(replace(losia.parts, state=state))
+        masters.check_masters(replace(losia.parts, state=state))
 
 
 def handed_over(extra: dict):

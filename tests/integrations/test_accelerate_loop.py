@@ -23,7 +23,7 @@ from losia_dist import (
     save_checkpoint,
 )
 from losia_dist.errors import CheckpointError, ConfigError, UnsupportedError
-from losia_dist.integrations.accelerate_state import MARKER, carry_state
+from losia_dist.integrations.accelerate.carried_state import MARKER, carry_state
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
 from tests.support.resume import everything

@@ -16,9 +16,9 @@ from losia_dist import (
     get_losia_model,
     losia_parameter_groups,
 )
-from losia_dist.checkpoint.names import plain_entries
+from losia_dist.checkpoint.tensor_names import plain_entries
 from losia_dist.errors import ConfigError
-from losia_dist.integrations import best_model
+from losia_dist.integrations.trainer import best_model
 from tests.support import training
 from tests.support.cases import only, slow
 from tests.support.compare import assert_same_run

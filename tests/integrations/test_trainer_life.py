@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiACallback, LoSiAConfig, get_losia_model, losia_parameter_groups
-from losia_dist.compat import DDP_KEEPS_BUFFERS
 from losia_dist.errors import DivergenceError, UnsupportedError
+from losia_dist.ranks.compat import DDP_KEEPS_BUFFERS
 from tests.support.cases import only, slow
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from losia_dist import LoSiAAdamW, LoSiACallback, LoSiAConfig, LoSiATrainer, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, LoSiAError, UnsupportedError
-from losia_dist.integrations.trainer_checks import refuse_arguments, refuse_engine
+from losia_dist.integrations.trainer.refusals import refuse_arguments, refuse_engine
 from tests.support.models import tiny_llama
 from tests.support.trainers import TrainerOnCPU, arguments, examples, fresh_accelerate, train_with_trainer
 from tests.support.training import Run

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from losia_dist.cli import main as cli
-from losia_dist.training import run as script
-from losia_dist.training.environment import find_process
+from losia_dist.recipe import script
+from losia_dist.recipe.environment import find_process
 from tests.launch.test_script_engines import options_of
 from tests.support.launching import ROOT, arguments, launch, torchrun
 

@@ -6,7 +6,7 @@ from datetime import date
 import pytest
 from transformers import AutoTokenizer
 
-from losia_dist.training import data as run_data
+from losia_dist.recipe import run_data
 from tests.launch.test_bad_inputs import refused
 from tests.launch.test_script_engines import losses, train
 from tests.support.launching import arguments
@@ -82,7 +82,7 @@ def test_ranks_tokenize_together_and_the_next_start_finds_it(ranks, material, tm
     alone = train(arguments(material, tmp_path / "alone", **options | {"data_cache": "off", "micro_batch": 2}))[0]
     assert alone["data_from"].startswith("tokenized by every rank for itself in ") and alone["data"] == made["data"]
     before = names(directory)
-    monkeypatch.setattr("losia_dist.training.data.cache.write_part", None)  # nothing is tokenized again
+    monkeypatch.setattr("losia_dist.recipe.run_data.cache.write_part", None)  # nothing is tokenized again
     found = train(arguments(material, tmp_path / "found", **options | {"micro_batch": 2}))[0]
     assert found["data_from"].startswith("found in ") and names(directory) == before
     assert losses(tmp_path / "found") == losses(tmp_path / "alone")

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 from losia_dist.cli import main as cli
-from losia_dist.doctor import links, machine, storage
-from losia_dist.doctor import ranks as over_ranks
-from losia_dist.doctor.facts import Gpu, code_hash, collect
-from losia_dist.doctor.findings import ERROR, WARNING, error, merge, ok, render, spans, to_json
-from losia_dist.doctor.meeting import RendezvousFailed, launched_process, until
+from losia_dist.tools.doctor import across_ranks as over_ranks
+from losia_dist.tools.doctor import links, machine, storage
+from losia_dist.tools.doctor.findings import ERROR, WARNING, error, merge, ok, render, spans, to_json
+from losia_dist.tools.doctor.machine_facts import Gpu, code_hash, collect
+from losia_dist.tools.doctor.rendezvous import RendezvousFailed, launched_process, until
 from tests.support.launching import BIN, ROOT, torchrun
 
 FULL = Gpu("H100", "GPU-0", 79 * 10**9, 80 * 10**9, has_bf16=True)
@@ -301,7 +301,7 @@ def test_a_rank_that_does_not_come_is_named_within_the_limit():
 
 def test_a_call_without_a_limit_of_its_own_ends_with_a_line():
     call = "with until(1, 'rank 3 (host h): waiting did not end'): time.sleep(60)"
-    code = f"import time; from losia_dist.doctor.meeting import until\n{call}"
+    code = f"import time; from losia_dist.tools.doctor.rendezvous import until\n{call}"
     done = run([str(BIN / "python"), "-c", code])
     assert done.returncode == 1 and "error: rank 3 (host h): waiting did not end within 1 s." in done.stderr
     with until(60, "never"):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from losia_dist.config import LoSiAConfig
-from losia_dist.training.fsdp import Sharding
-from losia_dist.training.options import check
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.recipe.fsdp import Sharding
+from losia_dist.recipe.options import check
 from tests.launch.conftest import zero
 from tests.launch.test_resume import assert_same_model, complete, steps_of
 from tests.launch.test_script_engines import options_of, train

@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import loading as benchmark
-from losia_dist.checkpoint.export import _gather
 from losia_dist.errors import ConfigError
+from losia_dist.export.live import _gather
+from losia_dist.recipe import script
+from losia_dist.recipe.weights.empty import parameters_on_meta
+from losia_dist.recipe.weights.model_files import ReadWhole, find_weights
+from losia_dist.recipe.weights.renaming import keep_precision
+from losia_dist.recipe.weights.streamed import StreamedWeights
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import find_sites
-from losia_dist.training import run as script
-from losia_dist.training.weights.empty import parameters_on_meta
-from losia_dist.training.weights.files import ReadWhole, find_weights
-from losia_dist.training.weights.names import keep_precision
-from losia_dist.training.weights.streamed import StreamedWeights
 from tests.launch.test_script_engines import alone, losses, options_of, train  # noqa: F401 (a fixture)
 from tests.support.cases import only
 from tests.support.families import EXPERT_FAMILIES, FAMILIES, tiny_model

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from losia_dist.cli import main as cli
-from losia_dist.training.logs import RunLog
+from losia_dist.recipe.logs import RunLog
 from tests.launch.test_bad_inputs import refused
 from tests.launch.test_resume import Lost, complete, steps_of, train_until_lost
 from tests.launch.test_script_engines import train

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from losia_dist.checkpoint.session import session_of
 from losia_dist.cli import main as cli
 from losia_dist.errors import ConfigError, DivergenceError
-from losia_dist.interruption import Interrupted
-from losia_dist.training.checkpoints import Checkpoints
-from losia_dist.training.engines import PlainRun
-from losia_dist.training.logs import RunLog
+from losia_dist.ranks.interruption import Interrupted
+from losia_dist.recipe.checkpoints import Checkpoints
+from losia_dist.recipe.engines import PlainRun
+from losia_dist.recipe.logs import RunLog
 from tests.launch.test_bad_inputs import GOOD, refused
 from tests.launch.test_script_engines import losses, train
 from tests.support.launching import arguments
@@ -292,7 +292,7 @@ def test_what_has_diverged_is_not_saved(material, tmp_path, monkeypatch):
 
 def test_no_example_is_read_to_find_the_place_in_the_data(material, saved, monkeypatch):
     """Nor is anything seen twice: the batches of a loader after some are those it would have gone on with."""
-    from losia_dist.training.loop import _endless
+    from losia_dist.recipe.loop import _endless
 
     class Counting(torch.utils.data.Dataset):
         read: list = []

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from losia_dist import LoSiAConfig
 from losia_dist.errors import DivergenceError
-from losia_dist.training import run as script
-from losia_dist.training.environment import find_process
-from losia_dist.training.options import add_training_arguments
-from losia_dist.training.preset import choose_preset, learning_rate_for
+from losia_dist.recipe import script
+from losia_dist.recipe.environment import find_process
+from losia_dist.recipe.options import add_training_arguments
+from losia_dist.recipe.preset import choose_preset, learning_rate_for
 from tests.launch.conftest import zero
 from tests.support.cases import only
 from tests.support.launching import arguments

@@ -41,7 +41,7 @@ def test_one_process_localizes_as_it_always_does():
 
 def count_gradient_traffic(reduction: str) -> dict[str, int]:
     """Largest transfers of a step in which groups localize: of localization's own collectives, in elements."""
-    from losia_dist import compat
+    from losia_dist.ranks import compat
 
     sent = {"reduce_scatter": 0}
     original = compat.reduce_scatter_flat

@@ -15,7 +15,7 @@ from typing import Any
 
 def lose(step: int, by: str) -> None:
     """Let this process come to its end after a step."""
-    from losia_dist.training.logs import RunLog
+    from losia_dist.recipe.logs import RunLog
 
     advance = RunLog.advance
 

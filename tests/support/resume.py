@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from losia_dist import LoSiA, LoSiAConfig, load_checkpoint, save_checkpoint
-from losia_dist.checkpoint.names import unwrap
+from losia_dist.checkpoint.tensor_names import unwrap
 from tests.support.training import (
     Run,
     _deepspeed_loop,

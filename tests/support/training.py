@@ -14,8 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
-from losia_dist.checkpoint.export import _gather
-from losia_dist.checkpoint.names import unwrap
+from losia_dist.checkpoint.tensor_names import unwrap
+from losia_dist.export.live import _gather
 from losia_dist.subnet.convert import find_sites
 from tests.reference.dense import DenseLoSiA, DenseWithOptimizer
 from tests.support.families import decoder_layers, tiny_model

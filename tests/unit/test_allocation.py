@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
-from losia_dist.allocation import Captured, allocate, best_shapes, measure, shapes_of
 from losia_dist.errors import ConfigError
+from losia_dist.tools.allocation import Captured, allocate, best_shapes, measure, shapes_of
 from tests.reference.dense import select
 from tests.support.models import tiny_llama
 from tests.support.training import Run, calibration_batches

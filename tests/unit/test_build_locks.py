@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from losia_dist.integrations import build_locks
-from losia_dist.integrations.build_locks import GuardedBaton, Judgement, stale_locks
+from losia_dist.ranks import build_locks
+from losia_dist.ranks.build_locks import GuardedBaton, Judgement, stale_locks
 
 here = multiprocessing.get_context("fork")
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.loss import use_chunked_loss
-from losia_dist.training.options import add_training_arguments, check
+from losia_dist.recipe.options import add_training_arguments, check
 from tests.support.families import FAMILIES, tiny_model
 from tests.support.models import tiny_llama
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, load_checkpoint, losia_parameter_groups, save_checkpoint
 from losia_dist.errors import ConfigError, DivergenceError, EngagementError, UnsupportedError
-from losia_dist.fingerprint import fingerprint
+from losia_dist.ranks.fingerprint import fingerprint
 
 
 class TwoBranches(nn.Module):
@@ -281,6 +281,6 @@ def test_a_fingerprint_is_a_copys_too_and_changes_nothing(monkeypatch):
         whole = fingerprint(values)
         assert torch.equal(values, before)
         assert fingerprint(values.view(10, 100).t().contiguous().t()) == whole
-        monkeypatch.setattr("losia_dist.fingerprint._PIECE", 37)  # as a large tensor, piece by piece
+        monkeypatch.setattr("losia_dist.ranks.fingerprint._PIECE", 37)  # as a large tensor, piece by piece
         assert fingerprint(values) == whole
         monkeypatch.undo()

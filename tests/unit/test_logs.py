@@ -5,8 +5,8 @@ import json
 import pytest
 
 from losia_dist.cli.main import train_main
-from losia_dist.training.logs import RunLog
-from losia_dist.training.trajectory import Progress
+from losia_dist.recipe.logs import RunLog
+from losia_dist.recipe.trajectory import Progress
 from tests.support.launching import arguments, make_material
 
 

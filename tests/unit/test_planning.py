@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM
 from losia_dist import Drawn, Located, LoSiAConfig, get_losia_model
 from losia_dist.cli.main import main
 from losia_dist.formulas import cycle_steps, layers_per_slot_for
-from losia_dist.planning.costs import plan_traffic
-from losia_dist.planning.memory import plan_memory, sizes
-from losia_dist.planning.plan import make_plan, recommend
-from losia_dist.planning.shapes import BUILT_IN, find_shape
-from losia_dist.planning.tables import describe
-from losia_dist.planning.workload import GB, Cluster, Workload
 from losia_dist.subnet.convert import find_sites
+from losia_dist.tools.plan.costs import plan_traffic
+from losia_dist.tools.plan.memory import plan_memory, sizes
+from losia_dist.tools.plan.shapes import BUILT_IN, find_shape
+from losia_dist.tools.plan.tables import describe
+from losia_dist.tools.plan.workload import GB, Cluster, Workload
+from losia_dist.tools.plan.workload_plan import make_plan, recommend
 from tests.support.models import tiny_llama
 
 # Parameters as their makers count them.

@@ -11,12 +11,12 @@ import yaml
 
 from losia_dist import LoSiAConfig
 from losia_dist.cli.main import main
-from losia_dist.integrations.accelerate import read_launch_settings
-from losia_dist.planning.launch import deepspeed_settings
-from losia_dist.planning.shapes import find_shape
-from losia_dist.planning.workload import Cluster, Workload
-from losia_dist.training.fsdp import Sharding
-from losia_dist.training.options import check
+from losia_dist.integrations.accelerate.launch_settings import read_launch_settings
+from losia_dist.recipe.fsdp import Sharding
+from losia_dist.recipe.options import check
+from losia_dist.tools.plan.launch_files import deepspeed_settings
+from losia_dist.tools.plan.shapes import find_shape
+from losia_dist.tools.plan.workload import Cluster, Workload
 from tests.contracts.test_configs import launch_environment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -31,7 +31,7 @@ def script_options(directory: Path) -> tuple[str, object]:
     """The launcher's words, and the script's options as its own parser reads them."""
     import argparse
 
-    from losia_dist.training.options import add_training_arguments
+    from losia_dist.recipe.options import add_training_arguments
 
     text = (directory / "launch.sh").read_text()
     subprocess.run(["bash", "-n", directory / "launch.sh"], check=True)

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from losia_dist import LoSiAConfig
 from losia_dist.cli.main import main
 from losia_dist.errors import ConfigError
-from losia_dist.planning.memory import plan_memory
-from losia_dist.planning.shapes import find_shape
-from losia_dist.planning.simulation import simulate
-from losia_dist.planning.workload import GB, Cluster, Workload
+from losia_dist.tools.plan.memory import plan_memory
+from losia_dist.tools.plan.shapes import find_shape
+from losia_dist.tools.plan.simulation import simulate
+from losia_dist.tools.plan.workload import GB, Cluster, Workload
 from tests.support.cases import slow
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist.config.removed import refuse_removed_variables
 from losia_dist.errors import ConfigError
-from losia_dist.removed import refuse_removed_variables
 from tests.support.models import tiny_llama
 
 

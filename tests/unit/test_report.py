@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.cli.main import main, train_main
 from losia_dist.localization.moves import SubnetMove
-from losia_dist.reporting import movement, page, subnet_log
-from losia_dist.reporting.run import read_run
-from losia_dist.training.logs import RunLog
+from losia_dist.recipe.logs import RunLog
+from losia_dist.run import subnet_log
+from losia_dist.tools.report import movement, page
+from losia_dist.tools.report.run_directory import read_run
 from tests.support.launching import arguments as words_of
 from tests.support.launching import make_material
 from tests.support.models import batches, tiny_llama
@@ -249,7 +250,7 @@ def test_a_line_that_is_no_subnet_is_passed_over(change):
 
 
 def test_the_map_has_each_neuron_in_its_place_and_colour():
-    from losia_dist.reporting import maps
+    from losia_dist.tools.report import maps
 
     found = movement.Movement()
     found.add(record(0, [0, 1], [0]))

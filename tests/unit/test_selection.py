@@ -6,7 +6,7 @@ import torch
 
 from losia_dist.localization import search
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.selection import select
+from losia_dist.localization.sharded_choice import select
 
 
 def greedy(score: torch.Tensor, kept: tuple[int, int]):

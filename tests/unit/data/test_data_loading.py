@@ -6,14 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from losia_dist.data import (
-    PackedDataset,
-    TokenizedDataset,
-    collator_for,
-    count_targets,
-    make_evaluation_loader,
-    make_loader,
-)
+from losia_dist.data import PackedDataset, TokenizedDataset, collator_for, count_targets, make_evaluation_loader, make_loader
 from losia_dist.data.encoding import Encoded
 from losia_dist.errors import ConfigError, DataError
 

@@ -1,0 +1,1 @@
+"""Plain model directories and deltas, from a live run or a checkpoint."""

@@ -1,0 +1,171 @@
+"""A plain Transformers directory from a live run or a checkpoint: no trace of subnets, loadable without this library."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losia_dist.checkpoint import atomic_files
+from losia_dist.checkpoint.description import is_renamed_on_disk
+from losia_dist.checkpoint.session import session_of
+from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
+from losia_dist.errors import ConfigError
+from losia_dist.export.inference import missing_for_inference
+from losia_dist.export.model_directory import write_model_directory
+from losia_dist.export.offline import export_checkpoint
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.run.conductor import LoSiA
+from losia_dist.sharding.interface import ParameterAccess
+from losia_dist.sharding.resolve import resolve_parameters
+
+
+def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None, tokenizer: Any = None) -> Path:
+    """Write the trained model as a plain directory (safetensors, config, tokenizer). Called by all ranks; rank 0 writes.
+
+    The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. One weight is
+    in memory at a time beyond what the ranks hold anyway. Models that Transformers stores under other names than they have in
+    memory, or fused (some mixtures of experts), are the exception: rank 0 holds their live weights in host memory together.
+
+    From a checkpoint neither the model nor a GPU is needed.
+
+    A token that ends a turn in the tokenizer's chat template, or its eos, that generation_config.json lacks is added to its
+    eos_token_id, with a warning. Another warning names what the directory lacks for inference: a tokenizer, a processor, code.
+
+    Args:
+        checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed); or a directory that
+            checkpoints were saved to (the newest complete one counts), one step's directory in it, or a run's output
+            directory.
+        directory: made if missing; what is in it changes only after all was written.
+        base_model: directory of the model that was fine-tuned, of which everything is copied but weights and training state:
+            tokenizer, processors, chat templates, `.py` files of the model's own; None: nothing is.
+        tokenizer: the tokenizer or processor of the run, which is written too; it takes the place of the base's.
+
+    Returns:
+        the directory.
+
+    Raises:
+        ConfigError: neither a conductor nor a path, or the directory cannot be written (on every rank).
+        CheckpointError: a checkpoint that is damaged or incomplete, not enough space, or `base_model` is no directory (on
+            every rank). The directory is as it was then.
+    """
+    directory = Path(directory)
+    if isinstance(checkpoint_or_losia, str | Path):
+        checkpoint = checkpoint_or_losia
+        agreement = Agreement.of_all()
+        agreement.on_first(None, lambda: str(export_checkpoint(checkpoint, directory, base_model, tokenizer)))
+        _tell_missing(directory, agreement)
+        return directory
+    if not isinstance(checkpoint_or_losia, LoSiA):
+        raise ConfigError(
+            f"export_model was given a {type(checkpoint_or_losia).__name__}: pass the conductor of a live run (LoSiA, or "
+            "engine.losia), or the directory of a checkpoint."
+        )
+    losia = checkpoint_or_losia
+    losia.consolidate()
+    agreement = session_of(losia, losia.model, losia.state.optimizer).agreement
+    save_whole_model(losia.model, directory, losia.parameters, base_model=base_model, tokenizer=tokenizer, agreement=agreement)
+    _tell_missing(directory, agreement)
+    return directory
+
+
+def save_whole_model(
+    model: nn.Module,
+    directory: str | Path,
+    access: ParameterAccess | None = None,
+    *,
+    base_model: str | Path | None = None,
+    tokenizer: Any = None,
+    agreement: Agreement | None = None,
+) -> Path:
+    """Write any model, sharded or not, as `export_model` does. Called by all ranks; rank 0 writes.
+
+    Args:
+        access: to the model's weights; None: found out.
+        base_model, tokenizer: as for `export_model`.
+        agreement: of all ranks; None: one is made.
+    """
+    plain: Any = unwrap(model)
+    access = access or resolve_parameters(plain)
+    named: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    if is_renamed_on_disk(plain):
+        state = _gather(plain, access)  # what is renamed and fused how is known to save_pretrained alone
+    else:
+        named = dict(plain_entries(plain))
+        named = _stored_once(plain, named) if hasattr(plain, "save_pretrained") else named
+    entries = {name: atomic_files.Entry(tensor.dtype, _shape(access, tensor)) for name, tensor in named.items()}
+    write_model_directory(
+        directory,
+        entries,
+        lambda name: _read(access, named[name]),
+        write_texts_of(plain, state),
+        base_model=base_model,
+        tokenizer=tokenizer,
+        agreement=agreement or Agreement.of_all(),
+    )
+    return Path(directory)
+
+
+def _tell_missing(directory: Path, agreement: Agreement) -> None:
+    missing = missing_for_inference(directory) if agreement.rank == 0 else []
+    if missing:
+        warnings.warn(f"{directory} holds the model's weights, and for inference it lacks {'; '.join(missing)}.", stacklevel=3)
+
+
+def write_texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
+    """Lets the model's own class write its configuration, and code that it brings; and its weights where `state` has them."""
+
+    def write(directory: Path) -> None:
+        if hasattr(model, "save_pretrained"):
+            # The class's: a model with subnets refuses its own, which knows nothing of them.
+            type(model).save_pretrained(model, directory, state_dict=state)
+            _drop_quantization_note(directory / "config.json")
+
+    return write
+
+
+def _stored_once(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the further names of shared tensors, and what the model's class leaves out: as `save_pretrained` has it."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    names: dict[int, list[str]] = {}
+    for name, tensor in named.items():
+        names.setdefault(id(tensor), []).append(name)
+    kept = {min(same, key=lambda name: name in tied) for same in names.values()}
+    return {name: tensor for name, tensor in named.items() if name in kept - ignored}
+
+
+@torch.no_grad()
+def _gather(model: nn.Module, access: ParameterAccess) -> dict[str, Tensor]:
+    """Every tensor of the state dict but LoSiA's own, on rank 0's CPU. Tied names share one tensor."""
+    is_first = torch.distributed.get_rank() == 0 if torch.distributed.is_initialized() else True
+    gathered: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in plain_entries(model):
+        if id(tensor) not in gathered:
+            whole = _read(access, tensor)
+            gathered[id(tensor)] = whole.cpu() if is_first else torch.empty(0)
+        state[name] = gathered[id(tensor)]
+    return state
+
+
+@torch.no_grad()
+def _read(access: ParameterAccess, tensor: Tensor) -> Tensor:
+    return access.read_whole(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+
+
+def _shape(access: ParameterAccess, tensor: Tensor) -> tuple[int, ...]:
+    return access.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
+
+
+def _drop_quantization_note(path: Path) -> None:
+    """A model read from a quantized file is saved dequantized; its configuration must not claim otherwise."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("quantization_config", None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,91 @@
+"""A plain model directory from a checkpoint: no model in memory, no GPU, one weight at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_dist.checkpoint.atomic_files import Entry
+from losia_dist.checkpoint.reader import Reader, open_checkpoint
+from losia_dist.errors import CheckpointError
+from losia_dist.export.model_directory import write_json_files, write_model_directory
+
+
+class ExportedWeights:
+    """The weights that a checkpoint's model computes with, under the names of a plain model's files.
+
+    Raises:
+        CheckpointError: files that are missing or damaged, or a model whose files have other names than its parameters.
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.reader: Reader = open_checkpoint(checkpoint)
+        self.reader.check_files(0, 1)
+        base, manifest = self.reader.base, self.reader.manifest
+        if base["renamed_on_disk"]:
+            raise CheckpointError(
+                f"{self.reader.path} holds a {base['model_class']}, whose files have other names than its parameters: export "
+                "it from the live run (export_model(losia, directory)) after load_checkpoint."
+            )
+        held = {
+            **base["weights"],
+            **{n: e for n, e in manifest["trained"].items() if not self._is_subnet(n)},
+            **manifest["buffers"],
+        }
+        self.entries = {name: Entry(getattr(torch, e["dtype"]), tuple(e["shape"])) for name, e in held.items()}
+        self._alias: dict[str, str] = {}
+        if base["config"] is None:
+            # A plain torch module's state dict has every name; Transformers ties shared weights by itself.
+            self._alias = {alias: name for alias, name in base["aliases"].items() if name in self.entries}
+            self.entries |= {alias: self.entries[name] for alias, name in self._alias.items()}
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """Configuration files: name -> JSON content, or None where the model has none."""
+        return {"config.json": self.reader.base["config"], "generation_config.json": self.reader.base["generation_config"]}
+
+    def read(self, name: str) -> Tensor:
+        """One weight, whole."""
+        name = self._alias.get(name, name)
+        if name in self.reader.base["weights"]:
+            return self.reader.weight(name, with_subnet=True)
+        return self.reader.model_copy(name) if name in self.reader.manifest["trained"] else self.reader.tensor(f"buffer/{name}")
+
+    def blocks(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """Places of a weight, as it is stored, that subnets were in since the base: (first index, second index) each."""
+        found = []
+        for site, entry in self.reader.manifest["subnets"].items():
+            if entry["weight"] == self._alias.get(name, name):
+                for rows, columns, _ in self.reader.blocks(site, with_subnet=True):
+                    found.append((columns, rows) if entry["transposed"] else (rows, columns))
+        return found
+
+    def _is_subnet(self, name: str) -> bool:
+        return name.endswith(".subnet") and name.removesuffix(".subnet") in self.reader.manifest["subnets"]
+
+
+def export_checkpoint(
+    checkpoint: str | Path, directory: str | Path, base_model: str | Path | None = None, tokenizer: Any = None
+) -> Path:
+    """Write the model of a checkpoint as a plain directory. Called by one process.
+
+    Args:
+        checkpoint: a directory that was saved to (its newest complete checkpoint), or one step's directory in it.
+        directory: made if missing; files of the same name are replaced only after all were written.
+        base_model, tokenizer: as for `export_model`.
+
+    Raises:
+        CheckpointError: see `ExportedWeights`; or not enough space.
+        ConfigError: a write failed; the directory is as it was.
+    """
+    weights = ExportedWeights(checkpoint)
+
+    def write_texts(beside: Path) -> None:
+        write_json_files(beside, weights.texts)
+
+    return write_model_directory(
+        directory, weights.entries, weights.read, write_texts, base_model=base_model, tokenizer=tokenizer
+    )

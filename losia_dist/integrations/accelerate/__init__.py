@@ -1,0 +1,1 @@
+"""What `accelerate launch` asks for, and Accelerate's saved states, with subnets."""

@@ -1,0 +1,1 @@
+"""`deepspeed.initialize` and an engine's checkpoints, with subnets."""

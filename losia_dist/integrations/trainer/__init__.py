@@ -1,0 +1,1 @@
+"""LoSiA in Transformers' Trainer and TRL's."""

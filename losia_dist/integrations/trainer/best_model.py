@@ -1,0 +1,99 @@
+"""Weights of a plain model directory back into a live run, whatever engine holds it: `load_best_model_at_end`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
+from losia_dist.errors import ConfigError
+from losia_dist.export.weight_files import weight_map
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.run.conductor import LoSiA
+from losia_dist.subnet.kinds import read_subnet
+
+
+def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreement) -> None:
+    """Whether `load_plain_weights` will find every weight; called on all ranks, reads names only.
+
+    Raises:
+        ConfigError: the directory stores weights under other names than the model's (some architectures are rewritten on
+            saving). Same on every rank.
+        CheckpointError: a file cannot be read. Same on every rank.
+    """
+    agreement.on_first(f"reading {directory}", lambda: _files_of(entries_of(model), Path(directory)))
+
+
+@torch.no_grad()
+def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device, agreement: Agreement) -> None:
+    """Give the model the weights of a directory that `export_model` wrote; the subnets stay where they are.
+
+    Called on all ranks; rank 0 reads, one tensor at a time, and broadcasts. The optimizer's master values follow; its
+    moments are left.
+
+    Args:
+        device: where the ranks' process group communicates.
+        agreement: of all ranks.
+
+    Raises:
+        ConfigError, CheckpointError: as `check_restorable`, on every rank before any weight is changed.
+    """
+    losia.parameters.reshard()
+    entries = entries_of(losia.model)
+    files = agreement.on_first(f"reading {directory}", lambda: _files_of(entries, Path(directory)))
+    for tensor, (file, key) in zip(entries, files, strict=True):
+        shape = losia.parameters.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
+        values = torch.empty(shape, dtype=tensor.dtype, device=device)
+        if agreement.rank == 0:
+            with safe_open(file, framework="pt") as opened:
+                values.copy_(opened.get_tensor(key))
+        if agreement.world_size > 1:
+            dist.broadcast(values, src=0)
+        _write(losia, tensor, values)
+    for site in losia.sites:
+        values = read_subnet(losia.parameters, site, site.row_index, site.col_index)
+        _write(losia, site.subnet, values)
+
+
+def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
+    if not isinstance(tensor, nn.Parameter):
+        tensor.copy_(values)
+        return
+    losia.parameters.write_whole(tensor, values)
+    if tensor.requires_grad:
+        losia.state.write_master(tensor, values.to(torch.float32))
+
+
+def entries_of(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank."""
+    entries: dict[Tensor, list[str]] = {}
+    for name, tensor in plain_entries(unwrap(model)):
+        entries.setdefault(tensor, []).append(name)
+    return entries
+
+
+def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:
+    """For each entry, the file that holds it and the name it has there (a tied tensor is stored under one of its names)."""
+    stored = weight_map(directory)
+    found = place_entries(entries, stored, directory)
+    return [(str(directory / stored[name]), name) for name in found]
+
+
+def place_entries(entries: dict[Tensor, list[str]], stored: dict[str, str], where: str | Path) -> list[str]:
+    """For each entry the name that it is stored under, of those in `stored`.
+
+    Raises:
+        ConfigError: one of them is stored under none of its names.
+    """
+    found = [next((name for name in names if name in stored), None) for names in entries.values()]
+    missing = [names[0] for names, name in zip(entries.values(), found, strict=True) if name is None]
+    if missing:
+        raise ConfigError(
+            f"{where} does not hold {missing[0]} ({len(missing)} weights in all) under this name, so the best weights "
+            "could not be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."
+        )
+    return [name for name in found if name is not None]

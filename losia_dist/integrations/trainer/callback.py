@@ -1,0 +1,181 @@
+"""`LoSiACallback`: moves the conductor from the events of Transformers' Trainer, whatever engine runs underneath."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.run.conductor import LoSiA
+from losia_dist.run.finite import refuse_skipped
+from losia_dist.run.log_files import FACTS
+from losia_dist.run.run_facts import GB, peak_memory, write_facts
+from losia_dist.run.subnet_log import SubnetLog
+
+# Of the training arguments, for the report.
+_ARGUMENTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "weight_decay",
+    "max_grad_norm",
+    "bf16",
+    "gradient_checkpointing",
+    "optim",
+    "seed",
+)
+
+
+class LoSiACallback(TrainerCallback):
+    """Makes the conductor when training begins and calls it once per optimizer step. `LoSiATrainerMixin` adds it.
+
+    `on_train_begin` comes after Accelerate has wrapped the model and the optimizer, and `on_optimizer_step` directly after
+    the optimizer's step and before the gradients are cleared: once per accumulation boundary, and under DeepSpeed after the
+    last `accelerator.backward`, which holds the engine's step. A step that the engine skipped does not move the clock.
+    Every event runs on every rank.
+
+    By itself, in a plain `transformers.Trainer`, it needs a model from `get_losia_model`, an optimizer from
+    `losia_parameter_groups` passed as `optimizers=(optimizer, None)`, and `save_strategy="no"`: that Trainer would write
+    checkpoints of weights without their subnets' present values. Keep the result with
+    `export_model(callback.losia, directory)`.
+
+    On the first rank it writes `subnets.jsonl`, `losia_run.json` and `losia_config.json` into `output_dir`, which
+    `losia-dist report` reads beside the Trainer's own logs. Where they cannot be written, a warning says so.
+
+    Args:
+        losia_config: the configuration the model was converted with.
+
+    Attributes:
+        losia: the conductor, from the beginning of training on; it stays after its end, for exports.
+
+    Raises:
+        ConfigError: (when training begins) no configuration, or what `LoSiA` refuses.
+        UnsupportedError: (when training begins) a plain Trainer that saves checkpoints, or resumes from one.
+    """
+
+    def __init__(self, losia_config: LoSiAConfig | None = None) -> None:
+        self.losia_config = losia_config
+        self.losia: LoSiA | None = None
+        # Set by a trainer that exports instead of saving its state dict, and resumes once the conductor is there.
+        self.saves_plain_models = False
+        self.when_made: Callable[[LoSiA], None] | None = None
+        # The trainer's own loss of a batch, for calibration; None: the model's.
+        self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+        self._localized: list[str] = []
+        self._subnets: SubnetLog | None = None
+        self._device = torch.device("cpu")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.losia_config is None:
+            raise ConfigError("LoSiACallback has no configuration: use LoSiACallback(losia_config), or LoSiATrainer.")
+        saving = str(getattr(args.save_strategy, "value", args.save_strategy))
+        asked = "enable_jit_checkpoint=True" if getattr(args, "enable_jit_checkpoint", False) else None
+        asked = asked if saving == "no" else f"save_strategy={saving!r}"
+        if not self.saves_plain_models and asked is not None:
+            raise UnsupportedError(
+                f"{asked}: a plain Trainer with LoSiACallback would save weights without their subnets' values. Use "
+                "LoSiATrainer (or LoSiATrainerMixin), or save_strategy='no' and export_model(callback.losia, ...)."
+            )
+        if not self.saves_plain_models and state.global_step > 0:
+            raise UnsupportedError(
+                f"a plain Trainer with LoSiACallback cannot resume (it is at step {state.global_step}): its checkpoints hold "
+                "no subnets. Use LoSiATrainer (or LoSiATrainerMixin), or take resume_from_checkpoint out."
+            )
+        if self.losia is not None:  # train() called again
+            self._stop_log()
+            self.losia.detach()
+        optimizer = kwargs["optimizer"]
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config, total_steps=state.max_steps, watch=True)
+        self._localized, self._device = [], args.device
+        if state.is_world_process_zero:
+            self._subnets = SubnetLog(self.losia)
+        if self.when_made is not None:
+            self.when_made(self.losia)
+        if not self.losia.located:
+            self.losia.locate(self._first_batches(kwargs["train_dataloader"]), self.compute_loss)
+        if self._subnets is not None:
+            self._describe(args, state)
+            self._subnets.begin(Path(args.output_dir), continues=state.global_step > 0)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.losia is not None
+        localizing, steps = self.losia.localizing, self.losia.steps
+        self.losia.step()
+        if self.losia.steps == steps:
+            self.losia.discard_step()
+            if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+                refuse_skipped(steps + 1)
+        else:
+            self._localized = localizing
+        if self._subnets is not None:
+            self._subnets.write()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.losia is not None
+        self._stop_log()
+        self.losia.consolidate()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the latest optimizer step, for logging: each group's true learning rate, and which group localized.
+
+        "losia/learning_rate/<group>": rewarming included ("learning_rate" is the scheduler's). "losia/localizing": place of
+        the (first) localizing group in localization order, from 0; with several per slot, those that follow it too.
+        It is left out where subnets are drawn, and nothing localizes.
+        "losia/peak_memory_gb": what this rank held at most so far, in 10^9 bytes, on its GPU or as a process on a CPU.
+        """
+        if self.losia is None or not self._localized:
+            return {}
+        rates = {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
+        found = {**rates, "losia/peak_memory_gb": peak_memory(self._device) / GB}
+        if self.losia.config.located is not None:
+            found["losia/localizing"] = self.losia.clock.names.index(self._localized[0])
+        return found
+
+    def _describe(self, args: Any, state: Any) -> None:
+        losia = self.losia
+        assert losia is not None and self.losia_config is not None
+        facts = {
+            "method": "losia",
+            "engine": f"Trainer, {AcceleratorState().distributed_type.value}",
+            "ranks": args.world_size,
+            "steps": state.max_steps,
+            "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in losia.model.parameters() if p.requires_grad),
+            "groups_per_slot": losia.clock.per_slot,
+            "options": {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)},
+        }
+        try:
+            write_facts(Path(args.output_dir), self.losia_config, losia.clock.names, self._device, **facts)
+        except OSError as error:
+            warnings.warn(f"{FACTS} cannot be written ({error}): the run's report will lack it.", stacklevel=2)
+
+    def _first_batches(self, loader: Any) -> list[Any]:
+        """The batches that training begins with, as many as calibration asks for; the order of the data stays what it was."""
+        assert self.losia is not None
+        device = self._device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            batches = list(itertools.islice(loader, self.losia.config.calibration_batches))
+        if hasattr(loader, "end"):
+            loader.end()  # Accelerate keeps a loader for active until it has run to its end
+        return [send_to_device(batch, device) for batch in batches]
+
+    def _stop_log(self) -> None:
+        if self._subnets is not None:
+            self._subnets.close()
+            self._subnets = None

@@ -1,0 +1,68 @@
+"""What fails at the first save alone is tried before the first step: everything of a checkpoint but weights and state."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from losia_dist.checkpoint.description import is_renamed_on_disk
+from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
+from losia_dist.errors import ConfigError, LoSiAError
+from losia_dist.export.inference import write_tokenizer
+from losia_dist.export.live import write_texts_of
+from losia_dist.integrations.trainer.best_model import entries_of, place_entries
+from losia_dist.ranks.agreement import Agreement
+
+
+def try_to_save(model: Any, args: Any, processor: Any, agreement: Agreement, *, in_output_dir: bool) -> None:
+    """Write configuration, tokenizer and arguments into a directory that is then deleted. Called on all ranks; rank 0 writes.
+
+    Args:
+        args: the training arguments.
+        processor: tokenizer or processor that is saved with the model, or None.
+        in_output_dir: the run saves there by itself, so that it must be writable.
+
+    Raises:
+        ConfigError: what a save would fail with, on every rank.
+    """
+    plain: Any = unwrap(model)
+
+    def attempt() -> None:
+        try:
+            if in_output_dir:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            where = args.output_dir if in_output_dir else None
+            with tempfile.TemporaryDirectory(prefix=".trial-", dir=where) as directory:
+                write_texts_of(plain, {})(Path(directory))
+                if processor is not None:
+                    write_tokenizer(processor, Path(directory))
+                torch.save(args, os.path.join(directory, "training_args.bin"))
+        except LoSiAError:
+            raise
+        except Exception as error:  # a model's, a tokenizer's or an argument's own saving may fail with any
+            raise ConfigError(
+                f"nothing of this run could be saved, so it does not begin: {type(error).__name__}: "
+                f"{' '.join(str(error).split())} Mend what is named "
+                "(a setting of model.generation_config, the tokenizer, output_dir ...) and start again."
+            ) from error
+        if args.load_best_model_at_end and is_renamed_on_disk(plain):
+            stored = _names_on_disk(plain)
+            if stored is not None:
+                place_entries(entries_of(plain), dict.fromkeys(stored, ""), "a checkpoint of this model")
+
+    agreement.on_first(None, attempt)
+
+
+def _names_on_disk(model: Any) -> list[str] | None:
+    """What Transformers will call the weights; None: it cannot be told without their values."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in plain_entries(model)}
+        return list(revert_weight_conversion(model, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}))
+    except Exception:  # a release that keeps its rules elsewhere, or a rule that reads: the first save will tell
+        return None

@@ -1,0 +1,1 @@
+"""Processes among each other: agreement, comparison, interruption, and noticing that one of them is lost."""

@@ -1,0 +1,149 @@
+"""What the training loop asks of an engine: plain PyTorch (one process, DDP, FSDP2), or DeepSpeed, with one surface."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from losia_dist.data import count_targets
+from losia_dist.run.conductor import LoSiA
+
+Batch = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """A model that trains. Every method is called by all ranks, in the same order."""
+
+    name: str
+    model: Any  # the model without wrappers
+    device: torch.device
+    losia: LoSiA | None
+    grad_norm: Tensor | None  # of the latest step, before clipping
+    is_sharded: bool  # forward passes communicate, so that all ranks must make equally many
+
+    def train_step(self, batches: list[Batch]) -> Tensor:
+        """One optimizer step over this rank's micro-batches (on the CPU), for the mean loss over all target tokens of the
+        global batch. Returns this rank's share: the mean over the ranks is that loss. Nothing is waited for."""
+        ...
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses of the target tokens of a batch (on the CPU)."""
+        ...
+
+    def learning_rate(self) -> float:
+        """The scheduled learning rate (rewarming of single groups not included)."""
+        ...
+
+    def checkpoint_parts(self) -> dict[str, Any]:
+        """What `save_checkpoint` and `load_checkpoint` take, with LoSiA."""
+        ...
+
+
+class PlainRun:
+    """One process, DDP over all ranks, or a model that `fully_shard` was applied to."""
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Any,
+        losia: LoSiA | None,
+        *,
+        max_grad_norm: float,
+        device: torch.device,
+    ) -> None:
+        self.name, self.wrapped, self.optimizer, self.scheduler, self.losia = name, model, optimizer, scheduler, losia
+        self.max_grad_norm, self.device = max_grad_norm, device
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.grad_norm: Tensor | None = None
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self.is_sharded = any(hasattr(p, "placements") for p in self._trained)
+
+    def train_step(self, batches: list[Batch]) -> Tensor:
+        self.wrapped.train()
+        total = torch.zeros((), device=self.device)
+        targets = _targets_per_part(batches, self.device)
+        for place, batch in enumerate(batches):
+            hold = isinstance(self.wrapped, DistributedDataParallel) and place < len(batches) - 1
+            with self.wrapped.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
+                batch = _on(batch, self.device)
+                loss = self.wrapped(**batch, use_cache=False, num_items_in_batch=targets).loss / len(batches)
+                loss.backward()
+            total += loss.detach()
+        if self.max_grad_norm > 0:
+            norm: Any = torch.nn.utils.clip_grad_norm_(self._trained, self.max_grad_norm)
+            self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.optimizer.step()
+        if self.losia is not None:
+            self.losia.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return total
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        return self.model(**_on(batch, self.device), use_cache=False, num_items_in_batch=1).loss
+
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def checkpoint_parts(self) -> dict[str, Any]:
+        return {"model": self.wrapped, "optimizer": self.optimizer, "losia": self.losia, "scheduler": self.scheduler}
+
+
+class DeepSpeedRun:
+    """A DeepSpeed engine, which owns accumulation, clipping and the scheduler."""
+
+    def __init__(self, engine: Any, losia: LoSiA | None) -> None:
+        self.engine, self.losia, self.model = engine, losia, engine.module
+        self.device = engine.device
+        self.name = f"deepspeed-zero{engine.zero_optimization_stage()}"
+        self.grad_norm: Tensor | None = None
+        self.is_sharded = engine.zero_optimization_stage() == 3
+
+    def train_step(self, batches: list[Batch]) -> Tensor:
+        self.engine.train()
+        total = torch.zeros((), device=self.device)
+        targets = _targets_per_part(batches, self.device)
+        for batch in batches:
+            loss = self.engine(**_on(batch, self.device), use_cache=False, num_items_in_batch=targets).loss
+            self.engine.backward(loss)  # divides by the number of micro-batches
+            self.engine.step()
+            total += loss.detach() / len(batches)
+        norm = self.engine.get_global_grad_norm()
+        self.grad_norm = norm if norm is None or isinstance(norm, Tensor) else torch.tensor(norm)
+        return total
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        return self.engine(**_on(batch, self.device), use_cache=False, num_items_in_batch=1).loss
+
+    def learning_rate(self) -> float:
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    def checkpoint_parts(self) -> dict[str, Any]:
+        engine = self.engine
+        return {"model": engine, "optimizer": engine.optimizer, "losia": self.losia, "scheduler": engine.lr_scheduler}
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _targets_per_part(batches: list[Batch], device: torch.device) -> Tensor:
+    """Target tokens of the global batch over its parts (micro-batches of all ranks), a float32 scalar.
+
+    Engines average the gradient over the parts. With each part's summed loss divided by this, that average is the gradient
+    of the mean over all tokens, however unevenly the tokens fall on the parts.
+    """
+    count = torch.tensor(float(sum(count_targets(batch) for batch in batches)), device=device)
+    parts = len(batches)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        parts *= dist.get_world_size()
+    return count / parts

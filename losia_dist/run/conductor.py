@@ -1,0 +1,396 @@
+"""`LoSiA`, the conductor: after every optimizer step it moves the slot clock, and at a slot's end the subnets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.config.removed import refuse_removed_variables, removed_variables
+from losia_dist.config.selection import Located
+from losia_dist.errors import ConfigError
+from losia_dist.localization.accumulator import ImportanceAccumulator
+from losia_dist.localization.backward import Batch
+from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.modes import Localization, make_localization
+from losia_dist.localization.moves import Reason, SubnetMove, describe_moves
+from losia_dist.localization.schedule import layers_per_slot, resolve_layers_per_slot
+from losia_dist.localization.search import Choice
+from losia_dist.localization.slots import SlotClock, SlotGroup
+from losia_dist.optim.rewarming import Rewarming
+from losia_dist.ranks.agreement import Agreement, own_group
+from losia_dist.ranks.watch.liveness import join_watch
+from losia_dist.ranks.watch.liveness import settings as liveness_settings
+from losia_dist.run.checks import (
+    EngagementCheck,
+    check_choices,
+    check_relocalized,
+    check_same_subnets,
+    refuse_unlocated,
+    refuse_unusable,
+    subnet_prints,
+)
+from losia_dist.run.drift import DriftCheck
+from losia_dist.run.finite import FiniteCheck
+from losia_dist.run.first_subnets import find_outliers, locate_all
+from losia_dist.run.masters import FirstMove, check_masters
+from losia_dist.run.parts import RunParts
+from losia_dist.run.placement import Placement
+from losia_dist.sharding.clearing import check_clearing
+from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
+from losia_dist.subnet.convert import find_sites, group_names
+from losia_dist.subnet.copied import copies_changed
+from losia_dist.subnet.intact import check_intact
+from losia_dist.subnet.operator import make_findable
+from losia_dist.subnet.site import Site
+
+WHEN_MADE: list[Callable[[], None]] = []  # what integrations do in a process that gets a conductor
+
+
+class LoSiA:
+    """Drives localization for a converted model and its optimizer, whatever engine holds them.
+
+    Made on every rank, after the engine has wrapped the model (DDP, DeepSpeed) and before the first step. In a plain loop
+    call `step()` after `optimizer.step()`; engines that `losia_dist.initialize` returns do it themselves.
+
+    Args:
+        model: a model that `get_losia_model` converted, wrapped or not.
+        optimizer: built from `losia_parameter_groups(model, ...)`; a DeepSpeed wrapper is fine.
+        config: the configuration the model was converted with.
+        process_group: ranks that see different data; None: all ranks, if torch.distributed is initialized.
+        total_steps: optimizer steps of the whole run, which layers_per_slot="auto" is chosen for.
+        watch: whether ranks watch each other, so that one that is lost ends the others with its name (`liveness`): a thread, a
+            port on the first rank, and `sys.excepthook`. The script, the Trainer and `initialize` turn it on.
+
+    Raises:
+        ConfigError: the model has no subnets, or lost some since it was converted; the optimizer does not hold them by decoder
+            layer; ranks differ.
+        UnsupportedError: an engine or a dtype that the support matrix refuses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: LoSiAConfig,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        total_steps: int | None = None,
+        watch: bool = False,
+    ) -> None:
+        self.model, self.config = model, config
+        self.sites = find_sites(model)
+        if not self.sites:
+            raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
+        refuse_unusable(self.sites)
+        group = own_group(process_group)
+        agreement = Agreement(group, is_own=True)
+        agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})
+        self.collectives = RowCollectives(group)
+        groups = len(group_names(self.sites))
+        self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
+        agreement.same("the model", {site.name: list(site.subnet.shape) for site in self.sites})
+        agreement.same("the environment", {**liveness_settings(), **removed_variables()})
+        refuse_removed_variables()
+        self._watch = join_watch(group) if watch else None
+        # Before the engine's own hook, which may wait for other ranks already.
+        hook = None if self._watch is None else model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
+        self._watch_hook = hook
+        self.parameters = resolve_parameters(model)
+        check_intact(model, self.sites, self.parameters, trains=True)
+        check_asked_sharding(model, self.collectives.world_size)
+        self.state = resolve_state(model, optimizer)
+        self.parts = RunParts(self.sites, self.parameters, self.state, self.collectives)
+        self.placement = Placement(self.parts)
+        is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
+        check_clearing(self.state, self.sites, config, is_cut=is_cut)
+        create_state = getattr(self.state.optimizer, "create_state", None)
+        if create_state is not None:
+            create_state()
+        for site in self.sites:
+            site.copied = None  # a copy of another model that is driven by itself from here on
+            site.weight_is_resident = self.parameters.weight_is_resident
+        make_findable(self.sites)
+        self.localization: Localization = make_localization(
+            config, self.collectives, weight_is_resident=self.parameters.weight_is_resident
+        )
+        per_slot = self.localization.groups_per_slot(layers_per_slot(config))
+        self.clock = SlotClock(group_names(self.sites), config.period, per_slot, config.effective_rewarm_steps)
+        self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
+        self.rewarming.allow = self._check_located
+        self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.sites[0].row_index.device)
+        self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
+        self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
+        self.placement.cut_awaited(config.seed, agreement)
+        check_same_subnets(self.parts)
+        check_masters(self.parts)
+        self._first_move = FirstMove(self.parts)
+        self._engagement: EngagementCheck | None = EngagementCheck(self.parts)
+        self._drift: DriftCheck | None = DriftCheck(self.parts)
+        self._accumulators: dict[Site, ImportanceAccumulator] = {}
+        # Called, on all ranks, for a group that is about to be re-localized.
+        self.on_relocalize: list[Callable[[SlotGroup], None]] = []
+        # Called, on all ranks, for every layer whose subnet is about to move, with the values [r, c] it leaves in the weight.
+        self.on_retire: list[Callable[[Site, Tensor], None]] = []
+        # Called, on all ranks, for every layer that got another subnet, once the whole group has.
+        self.on_move: list[Callable[[SubnetMove], None]] = []
+        # Further objects (state_dict, load_state_dict; plain values) that checkpoints carry: an engine's own counters.
+        self.carried: dict[str, Any] = {}
+        self._open_slot()
+        for prepare in WHEN_MADE:
+            prepare()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return self.clock.step
+
+    @property
+    def accumulators(self) -> dict[Site, ImportanceAccumulator]:
+        """What collects importance on this rank in this slot; between steps it may be read and filled."""
+        return self._accumulators
+
+    @property
+    def in_mid_step(self) -> bool:
+        """Whether micro-batches of an optimizer step were run that `step()` has not seen the end of, on this rank."""
+        return self.rewarming.stepped or any(site.in_mid_step for site in self.sites)
+
+    @property
+    def localizing(self) -> list[str]:
+        """Names of the groups that get new subnets at the end of the slot in progress, and collect importance until then."""
+        return self.clock.localizing
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate that each group was really stepped with last, rewarming included."""
+        return {name: self.rewarming.applied.get(name, 0.0) for name in self.clock.names}
+
+    def step(self) -> bool:
+        """Call on every rank after each `optimizer.step()`. Does nothing if the optimizer has not stepped since.
+
+        Returns:
+            whether subnets were re-localized.
+
+        Raises:
+            EngagementError: after the first step, if a subnet does not train.
+            UnsupportedError: something was averaged into a deep copy of the model (`subnet.copied`), on any rank.
+            DivergenceError: the step's gradients were not finite (on a GPU said one step later, or before anything is saved);
+                after the first steps, if nothing reduces the ranks' gradients; at a slot's end, if ranks disagree or importance
+                is not finite. Same on every rank.
+        """
+        if not self.rewarming.stepped:
+            return False  # an accumulation step under a wrapper that holds the optimizer back
+        self.rewarming.stepped = False
+        self._note_changes()
+        self.parameters.reshard()
+        self._finite.end_step(self.steps + 1, copies_changed(self.sites, thoroughly=self.clock.in_last_step))
+        if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
+            self._engagement = None
+        if self._drift is not None and self._drift.verify():
+            self._drift = None
+        self._first_move.verify()
+        for accumulator in self._accumulators.values():
+            accumulator.end_step()
+        relocalized = self.clock.localizing if self.clock.in_last_step else []
+        if relocalized:
+            self.check_latest_step()
+        moved: list[tuple[list[Site], list[Choice]]] = []
+        for place, name in enumerate(relocalized):
+            sites = [site for site in self.sites if site.group_name == name]
+            moved.append((sites, self._relocalize(SlotGroup(name, place), sites)))
+        self.clock.advance(relocalized)
+        if relocalized:
+            self._open_slot()
+        for sites, choices in moved:
+            self._tell("relocalized", sites, choices)
+        if self._watch is not None:
+            self._watch.step_done()
+        return bool(relocalized)
+
+    def locate(self, batches: Sequence[Batch], compute_loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> int:
+        """Give every layer the subnet that importance in these batches asks for; before the first step, on every rank.
+
+        With `Drawn` and an outlier_limit: a subnet drawn without the input neurons that stand out in these batches,
+        as all later ones will be. One forward pass; n numbers a layer are kept and communicated (`localization.inputs`).
+
+        The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
+        gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
+        one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one
+        where all rows or all columns are kept.
+
+        Args:
+            batches: this rank's micro-batches, keyword arguments of the model on its device; equally many on every rank.
+            compute_loss: (model, batch) -> mean loss; None: `model(**batch).loss`. The model is unwrapped from DDP.
+
+        Returns:
+            passes over the batches.
+
+        Raises:
+            ConfigError: `Drawn` without outlier_limit, no batch, unequal counts, training has begun, a layer that
+                no gradient (or forward) reaches, or an outlier_limit that leaves too few neurons. Same on every rank.
+            DivergenceError: importance, or the inputs, are not finite.
+        """
+        located, limit = self.config.located, self.config.outlier_limit
+        if located is None and limit is None:
+            raise ConfigError("Drawn() draws subnets and locates none: leave losia.locate(...) out, or set its outlier_limit.")
+        mine = torch.tensor([len(batches)], device=self.sites[0].row_index.device)
+        counts = self.collectives.stack(mine).flatten().tolist()
+        if len(set(counts)) > 1 or not counts[0]:
+            raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
+        if self.steps or self.in_mid_step:
+            raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
+        if limit is None:
+            importance = (located or Located()).importance
+            choices, passes = locate_all(self.model, self.parts, importance, batches, compute_loss)
+        else:
+            self.outliers = find_outliers(self.model, self.parts, limit, batches, compute_loss)
+            everyone, passes = SlotGroup("", 0), 1  # all groups, at once
+            wanted = [self.placement.wanted(site, 0, self.outliers) for site in self.sites]
+            choices = [self.localization.choose(everyone, None, one) for one in wanted]
+        check_choices(choices, self.sites, self.collectives)
+        with torch.no_grad():
+            for site, choice in zip(self.sites, choices, strict=True):
+                self.placement.cut(site, choice.rows, choice.columns)
+        self._note_changes()
+        check_same_subnets(self.parts)
+        self._engagement = EngagementCheck(self.parts)
+        self._drift = DriftCheck(self.parts)
+        self._open_slot()
+        self.located = True
+        self._tell("located", self.sites, choices)
+        return passes
+
+    def discard_step(self) -> None:
+        """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
+        for site in self.sites:
+            site.in_mid_step = False
+        for accumulator in self._accumulators.values():
+            accumulator.discard_step()
+
+    def progress(self) -> dict[str, Any]:
+        """Where the run stands, in plain values and the same on every rank: for a checkpoint, between steps."""
+        return {
+            "clock": self.clock.state(),
+            "applied": [[name, rate] for name, rate in self.rewarming.applied.items()],
+            "engaged": self._engagement is None,
+            "located": self.located,
+            "outliers": self.outliers,
+        }
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Go on from what `progress` gave, after subnets and optimizer state were put back. Called by all ranks.
+
+        The importance of the slot in progress starts empty: fill `accumulators` afterwards.
+        """
+        self._note_changes()
+        self.clock.restore(progress["clock"])
+        self.rewarming.restore(dict(progress["applied"]))
+        self._finite.forget()
+        self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
+        for site in self.sites:
+            site.gradient_witness = None
+        self._first_move = FirstMove(self.parts)
+        self._engagement = None if progress["engaged"] else EngagementCheck(self.parts)
+        check_same_subnets(self.parts)
+        self._open_slot()
+
+    def check_latest_step(self) -> None:
+        """Refuse to save what a step by infinite gradients, or NaN, has left; called by all ranks. Waits for the device.
+
+        Raises:
+            DivergenceError: the latest step was one, or one before it that was seen. Same on every rank.
+        """
+        if self.rewarming.stepped:  # `step` has not been called since
+            self._finite.end_step(self.steps + 1)
+        self._finite.read_latest()
+
+    def consolidate(self) -> None:
+        """Make every shard of every weight hold its subnet's present values. Called by all ranks, before saving.
+
+        Raises:
+            ConfigError: layers of the model were replaced since `LoSiA(...)` was made.
+            DivergenceError: as `check_latest_step`.
+        """
+        self.check_latest_step()
+        self.parameters.reshard()
+        check_intact(self.model, self.sites, self.parameters, trains=False)
+        for site in self.sites:
+            self.placement.write_back(site)
+
+    def detach(self) -> None:
+        """Take the conductor off the model and the optimizer; the subnets' values stay where they are.
+
+        This rank then counts as having left the training: another that goes on to a later step is ended with that message.
+        """
+        self.rewarming.remove()
+        self._finite.remove()
+        if self._watch is not None and self._watch_hook is not None:
+            self._watch_hook.remove()
+            self._watch.release()
+            self._watch = self._watch_hook = None
+        for site in self.sites:
+            site.gradient_sink = site.gradient_witness = None
+        self._accumulators = {}
+
+    def _lr_scale(self, group: str | None) -> float:
+        """Factor on the scheduled learning rate of a group in the step in progress; None: what trains in full."""
+        return self.config.full_lr_scale if group is None else self.clock.scale(group)
+
+    def _note_changes(self) -> None:
+        for site in self.sites:
+            site.note_change()
+
+    def _open_slot(self) -> None:
+        """Let the groups of the slot in progress accumulate, and no other."""
+        groups = {name: SlotGroup(name, place) for place, name in enumerate(self.clock.localizing)}
+        self._accumulators = {}
+        for site in self.sites:
+            site.gradient_sink = None
+            if site.group_name not in groups:
+                continue
+            group, device = groups[site.group_name], site.row_index.device
+            accumulator = self.localization.accumulator(group, self.placement.shape(site), device)
+            if accumulator is not None:
+                self._accumulators[site] = site.gradient_sink = accumulator
+
+    @torch.no_grad()
+    def _relocalize(self, group: SlotGroup, sites: list[Site]) -> list[Choice]:
+        """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
+        for told in self.on_relocalize:
+            told(group)
+        choices: list[Choice] = []
+        for site in sites:
+            wanted = self.placement.wanted(site, self.steps + 1, self.outliers)
+            # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
+            accumulator = self._accumulators.pop(site, None)
+            choices.append(self.localization.choose(group, accumulator, wanted))
+        check_choices(choices, sites, self.collectives)
+        self._first_move.before(sites)
+        prints: list[Tensor] = []
+        for site, choice in zip(sites, choices, strict=True):
+            left = self.placement.write_back(site)
+            for listener in self.on_retire:
+                listener(site, left)
+            prints.append(subnet_prints(site, left, self.placement.cut(site, choice.rows, choice.columns)))
+        check_relocalized(sites, torch.stack(prints), self.collectives)
+        self.state.clear(sites[0].group_name, self.config.reset_bias_correction)
+        if self._engagement is not None:
+            self._engagement.moved(sites)
+        self._first_move.after(sites)
+        return choices
+
+    def _tell(self, reason: Reason, sites: list[Site], choices: list[Choice]) -> None:
+        """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
+        if not self.on_move:
+            return
+        shapes = [self.placement.shape(site) for site in sites]
+        for move in describe_moves(self.steps, reason, sites, shapes, choices):
+            for told in self.on_move:
+                told(move)
+
+    def _check_located(self) -> None:  # an optimizer step is about to be made
+        if not self.located:
+            refuse_unlocated(self.config)

@@ -1,0 +1,131 @@
+"""First subnets from calibration batches: located by importance, or drawn without the input neurons that stand out there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from losia_dist.errors import ConfigError
+from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
+from losia_dist.localization.calibration import Located, locate
+from losia_dist.localization.inputs import input_sizes, outliers_of
+from losia_dist.localization.search import Choice, Query, Search, Sums, greedy, keep_without_signal
+from losia_dist.run.parts import RunParts
+from losia_dist.subnet.kinds import whole_shape
+from losia_dist.subnet.linear import TiedSubnetEmbedding
+from losia_dist.subnet.site import Site
+
+Batches = Sequence[Batch]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def locate_all(
+    model: nn.Module, parts: RunParts, importance: str, batches: Batches, compute_loss: Loss | None = None
+) -> tuple[list[Choice], int]:
+    """Choices for all layers by the greedy search, and the passes that they took. Nothing is moved.
+
+    Called by all ranks, with equally many micro-batches on each.
+    """
+
+    def search_of(site: Site) -> Search:
+        kept = (site.row_index.numel(), site.col_index.numel())
+        return greedy(whole_shape(parts.parameters, site), kept)
+
+    found, passes = run_searches(model, parts, importance, search_of, batches, compute_loss)
+    return [keep_without_signal(one.result, (one.site.row_index, one.site.col_index)) for one in found], passes
+
+
+def find_outliers(
+    model: nn.Module, parts: RunParts, limit: float, batches: Batches, compute_loss: Loss | None = None
+) -> dict[str, list[int]]:
+    """Layer name -> input neurons that stand out in the calibration batches, of the layers that have some.
+
+    One forward pass, in evaluation mode. Called by all ranks; nothing is moved.
+
+    limit: `outlier_limit` of the configuration.
+    """
+    model = _unwrapped(model)
+    loss, was_training = compute_loss or _own_loss, model.training
+
+    def run_pass() -> None:
+        for batch in batches:
+            with torch.compiler.set_stance("force_eager"):  # hooks, for a few batches only
+                loss(model, batch)
+
+    model.eval()
+    try:
+        sizes = input_sizes(parts.sites, run_pass, parts.collectives)
+    finally:
+        model.train(was_training)
+        parts.parameters.reshard()
+    found = {site.name: outliers_of(site, size, limit) for site, size in zip(parts.sites, sizes, strict=True)}
+    return {name: outliers for name, outliers in found.items() if outliers}
+
+
+def run_searches(
+    model: nn.Module,
+    parts: RunParts,
+    importance: str,
+    search_of: Callable[[Site], Generator[Query, Sums, Any]],
+    batches: Batches,
+    compute_loss: Loss | None,
+) -> tuple[list[Located], int]:
+    """Run a search of each layer over the calibration batches; the weights' gradients are formed, and no parameter changes.
+
+    importance: the kind of it, of the configuration. Called by all ranks.
+    """
+    model = _unwrapped(model)
+    tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
+    searches = [
+        Located(site, whole_shape(parts.parameters, site), search_of(site), parts=2 if site in tied else 1)
+        for site in parts.sites
+    ]
+    backward = CalibrationBackward(model, compute_loss or _own_loss)
+    _refuse_reentrant(model)
+    device, was_training = parts.sites[0].row_index.device, model.training
+    witnesses = [site.gradient_witness for site in parts.sites]
+    for site in parts.sites:
+        site.gradient_witness = None  # what calibration shows is no sign that the subnet trains
+
+    def run_pass() -> None:
+        for place, batch in enumerate(batches):
+            # Not compiled: the embedding is watched by a hook, for a few batches only.
+            with same_noise(device, place), torch.compiler.set_stance("force_eager"):
+                backward.run(batch)
+
+    model.train()  # activations are recomputed in training mode only
+    try:
+        passes = locate(searches, run_pass, parts.collectives, kind=importance)
+    finally:
+        model.train(was_training)
+        for site, witness in zip(parts.sites, witnesses, strict=True):
+            site.gradient_witness = witness
+        parts.parameters.reshard()
+    return searches, passes
+
+
+def _refuse_reentrant(model: nn.Module) -> None:
+    for module in model.modules():
+        recompute = getattr(module, "_gradient_checkpointing_func", None)
+        if not (getattr(module, "gradient_checkpointing", False) and isinstance(recompute, partial)):
+            continue
+        if recompute.keywords.get("use_reentrant", True):
+            raise ConfigError(
+                "locating subnets (start='importance') does not work with reentrant gradient checkpointing, which gives a "
+                "gradient to parameters only: use gradient_checkpointing_kwargs={'use_reentrant': False} (in the training "
+                "script --gradient_checkpointing non-reentrant), or start='random'."
+            )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss

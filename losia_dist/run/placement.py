@@ -1,0 +1,78 @@
+"""`Placement`: where the subnets stand. Indices, values and master values change here, together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from losia_dist.errors import ConfigError
+from losia_dist.localization.slots import Wanted
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.run.parts import RunParts
+from losia_dist.subnet.drawn import draw_subnet
+from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
+from losia_dist.subnet.site import Site
+
+
+class Placement:
+    """Cuts subnets out of their weights and writes them back, through whatever engine holds both.
+
+    Everything is called by all ranks, in the same order.
+
+    Args:
+        parts: of the run.
+    """
+
+    def __init__(self, parts: RunParts) -> None:
+        self.sites, self.parameters, self.state = parts.sites, parts.parameters, parts.state
+
+    def shape(self, site: Site) -> tuple[int, int]:
+        """(m, n) of the whole weight."""
+        return whole_shape(self.parameters, site)
+
+    @torch.no_grad()
+    def cut(self, site: Site, rows: Tensor, columns: Tensor) -> Tensor:
+        """Place a subnet; its values, in the model and in the optimizer, become those that the weight has there: [r, c]."""
+        site.row_index.copy_(rows)
+        site.col_index.copy_(columns)
+        values = read_subnet(self.parameters, site, rows, columns)
+        self.parameters.write_whole(site.subnet, values)
+        self.state.write_master(site.subnet, values.to(torch.float32))
+        return values
+
+    def write_back(self, site: Site) -> Tensor:
+        """Make every shard of the weight hold the subnet's present values; returns them, [r, c]."""
+        values = self.parameters.read_whole(site.subnet)
+        write_back(self.parameters, site, site.row_index, site.col_index, values)
+        return values
+
+    def wanted(self, site: Site, step: int, outliers: Mapping[str, Sequence[int]]) -> Wanted:
+        """What is asked for where the layer is to get another subnet after `step` optimizer steps.
+
+        outliers: columns that are not drawn, by layer.
+        """
+        present = (site.row_index, site.col_index)
+        return Wanted(site.name, step, self.shape(site), present, outliers.get(site.name, ()))
+
+    def cut_awaited(self, seed: int, agreement: Agreement) -> None:
+        """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
+
+        Where one rank alone had the weights (the others receive them from it), all ranks cut again, to the same values.
+
+        Raises:
+            ConfigError: the model is still on the meta device. Same on every rank.
+        """
+        if not agreement.any(any(site.awaits_weights for site in self.sites)):
+            return
+        if agreement.any(any(p.device.type == "meta" for site in self.sites for p in (site.weight, site.row_index))):
+            raise ConfigError(
+                "the model is still on the meta device: after get_losia_model (and fully_shard) call "
+                "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
+            )
+        for site in self.sites:
+            size, device = (site.row_index.numel(), site.col_index.numel()), site.row_index.device
+            rows, columns = draw_subnet(site.name, self.shape(site), size, seed)
+            self.cut(site, rows.to(device), columns.to(device))
+            site.awaits_weights = False

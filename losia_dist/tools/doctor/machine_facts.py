@@ -1,0 +1,147 @@
+"""What one process sees of its machine; collected here, judged elsewhere. Nothing is communicated."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from losia_dist import errors
+from losia_dist.ranks.build_locks import stale_locks
+
+PACKAGE = Path(errors.__file__).parent
+# What decides how a run behaves and is to be equal on all ranks, beside the interfaces' names, which may differ.
+_COMPARED = ("NCCL_", "TORCH_NCCL_", "LOSIA_", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_KEPT = (*_COMPARED, "GLOO_", "ACCELERATE_", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE")
+_MAY_DIFFER = ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_TOPO_FILE")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A visible GPU. Memory in bytes, as free for this process and in all."""
+
+    name: str
+    uuid: str
+    free: int
+    total: int
+    has_bf16: bool
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Plain values, so that ranks can exchange them.
+
+    requirements: as "name;bounds;extra", of the installed package's metadata. shared_memory: bytes of /dev/shm, or None.
+    locked_memory: bytes that a process may lock, None: no limit. stale_locks: files left by a build that was killed.
+    """
+
+    host: str
+    python: str
+    versions: dict[str, str]
+    requirements: list[tuple[str, str, str]]
+    code: str
+    has_distributed: bool
+    backends: list[str]
+    cuda_build: str
+    gpus: list[Gpu]
+    has_gpu_device_file: bool
+    programs: list[str]
+    has_cuda_home: bool
+    stale_locks: list[str]
+    interfaces: list[str]
+    has_infiniband: bool
+    locked_memory: int | None
+    shared_memory: int | None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def collect(environment: Mapping[str, str] = os.environ) -> Facts:
+    """Look at this machine through this process's eyes."""
+    requirements = _requirements()
+    locked, shared = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], Path("/dev/shm")
+    extensions = environment.get("TORCH_EXTENSIONS_DIR")
+    backends = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available} if dist.is_available() else {}
+    return Facts(
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        versions=_versions({"torch", "ninja", *(name for name, _, _ in requirements)}),
+        requirements=requirements,
+        code=code_hash(),
+        has_distributed=dist.is_available(),
+        backends=[name for name, is_there in backends.items() if is_there()],
+        cuda_build=str(getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None) or ""),
+        gpus=_gpus(),
+        has_gpu_device_file=any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd")),
+        programs=[name for name in ("c++", "ninja", "nvcc") if shutil.which(name)],
+        has_cuda_home=bool(environment.get("CUDA_HOME")) or Path("/usr/local/cuda").is_dir(),
+        stale_locks=stale_locks(
+            Path(extensions or Path(environment.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")).expanduser()
+        ),
+        interfaces=[name for _, name in socket.if_nameindex()],
+        has_infiniband=any(Path("/sys/class/infiniband").glob("*")),
+        locked_memory=None if locked == resource.RLIM_INFINITY else locked,
+        shared_memory=shutil.disk_usage(shared).total if shared.is_dir() else None,
+        environment={name: value for name, value in environment.items() if name.startswith(_KEPT)},
+    )
+
+
+def compared(environment: dict[str, str]) -> dict[str, str]:
+    """The settings that must be the same on all ranks."""
+    return {k: v for k, v in environment.items() if k.startswith(_COMPARED) and k not in _MAY_DIFFER}
+
+
+def code_hash(directory: Path = PACKAGE) -> str:
+    """16 hexadecimal digits of this package's source: paths and bytes of its Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*.py")):
+        digest.update(str(path.relative_to(directory)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _requirements() -> list[tuple[str, str, str]]:
+    """(name, bounds, extra) of the metadata of setup.cfg; empty where the package is run without being installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("losia_dist") or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        requirement = Requirement(line)
+        marker = str(requirement.marker or "")
+        found.append((requirement.name, str(requirement.specifier), marker.rpartition("==")[2].strip(" \"'")))
+    return found
+
+
+def _versions(names: set[str]) -> dict[str, str]:
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["python"] = ".".join(map(str, sys.version_info[:2]))
+    return found
+
+
+def _gpus() -> list[Gpu]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        with torch.cuda.device(index):
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        found.append(Gpu(properties.name, str(getattr(properties, "uuid", index)), free, total, has_bf16))
+    return found

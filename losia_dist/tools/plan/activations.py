@@ -1,0 +1,77 @@
+"""Bytes of activations, by what autograd keeps of a bf16 decoder layer of Transformers (Llama, Mistral, Qwen2, Qwen3; SDPA).
+
+Dimensions: t tokens of one forward pass, H hidden, I intermediate, A and K elements of all query and key-value heads, V
+vocabulary. Norms compute in fp32 (4 bytes), everything else is bf16 (2 bytes).
+"""
+
+from __future__ import annotations
+
+from losia_dist.formulas import subnet_size
+from losia_dist.tools.plan.workload import Workload
+
+
+def checkpoint_bytes(workload: Workload) -> int:
+    """What stays of a decoder layer whose inside is recomputed: its input, 2 t H."""
+    return 2 * workload.tokens * workload.shape.hidden
+
+
+def shared_bytes(workload: Workload) -> int:
+    """What all layers share: the attention mask (1 byte a pair of positions), cosines and sines of the positions."""
+    shape = workload.shape
+    return workload.micro_batch * (workload.sequence**2 + 4 * workload.sequence * shape.head_size)
+
+
+def saved_bytes(workload: Workload, localizing: bool = False) -> int:
+    """What backward of one decoder layer reads, apart from weights.
+
+    Both norms keep their fp32 input; attention q, k, v (repeated to all heads, as the mask demands) and its output; the MLP
+    both branches, the activation and, where its weights train, the product. A linear layer keeps its input if it trains in
+    full or localizes (also LoRA, for its first matrix), and only the subnet's columns under LoSiA.
+    """
+    shape, tokens = workload.shape, workload.tokens
+    hidden, inner, attended = shape.hidden, shape.intermediate, shape.attended
+    keys = shape.kv_heads * shape.head_size
+    # Per token: norms; q, k, v and the output of attention; its log-sum-exp; gate, activation and up.
+    size = 8 * hidden + 8 * attended + 4 * shape.heads + 6 * inner
+    if shape.family == "qwen3":
+        size += 4 * (attended + keys)  # norms of q and k, in fp32
+    inputs = 4 * hidden + 2 * inner  # of q, k, v; of gate and up; of down. That of o is attention's output, counted above
+    if workload.method == "full":
+        size += inputs + 4 * hidden + (2 * (attended + keys) if shape.family == "qwen3" else 0)  # norms' weights train too
+    elif workload.method == "lora":
+        size += inputs + 2 * workload.lora_rank * len(shape.linears())
+    elif localizing:
+        size += inputs
+    else:
+        size += 2 * sum(subnet_size(n, workload.config.column_factor) for _, n in shape.linears().values())
+    return size * tokens
+
+
+def backward_bytes(workload: Workload, localizing: bool = False) -> int:
+    """What the fullest moment of a layer's backward takes beyond what was saved.
+
+    Gradients of the layer's output, of the product of both MLP branches and of each of its factors; what the last linear
+    layer had saved of the product has been let go by then.
+    """
+    shape = workload.shape
+    whole = workload.method in ("full", "lora") or localizing
+    product = shape.intermediate if whole else subnet_size(shape.intermediate, workload.config.column_factor)
+    return workload.tokens * (2 * shape.hidden + 6 * shape.intermediate - 2 * product)
+
+
+def second_gradient_bytes(workload: Workload) -> int:
+    """What backward of a localizing layer takes beyond what was saved, when its second full gradient (`up_proj`'s) is there.
+
+    Gradients of the layer's output, of both branches and of the input; both branches and the product have been let go.
+    """
+    return 4 * workload.tokens * (workload.shape.hidden - workload.shape.intermediate // 2)
+
+
+def head_bytes(workload: Workload) -> int:
+    """What the last norm and the output layer keep: 4 t H, and 2 t H for the weight's gradient or columns."""
+    return 6 * workload.tokens * workload.shape.hidden
+
+
+def logits_bytes(workload: Workload) -> int:
+    """Logits in the loss's backward: fp32 log-probabilities, their gradient and the logits' gradient, 12 t V."""
+    return 12 * workload.tokens * workload.shape.vocabulary

@@ -1,0 +1,260 @@
+"""Bytes of one GPU at the fullest moment of a step, by what they are for.
+
+What stays all the time is added to each moment of a step in turn (forward, loss, backward of every layer, update), and the
+fullest moment counts. FSDP2's moments follow torch's implementation, and are held against simulations; DeepSpeed's follow the
+buffers that version 0.19.8 allocates under the files in configs/deepspeed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from losia_dist.formulas import subnet_size
+from losia_dist.tools.plan import activations
+from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
+from losia_dist.tools.plan.workload import Workload
+
+# DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
+REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+
+PARTS = {
+    "weights": "weights that this GPU keeps",
+    "subnet": "subnets (LoSiA) or adapters (LoRA), and their indices",
+    "gradients": "gradients of what trains, and buffers they are reduced in",
+    "masters": "fp32 master values",
+    "moments": "AdamW's two moments",
+    "importance": "averages of the localizing layers, and their full gradients on the way",
+    "activations": "activations, saved and in use",
+    "gathered": "whole layers gathered from shards",
+    "logits": "logits and their gradients in the loss",
+    "update": "temporaries of the optimizer's update",
+    "reserve": "driver, NCCL, fragments of the allocator",
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """parts: bytes by the names of PARTS, at the fullest moment. moment: which one that is. host: bytes in host memory."""
+
+    parts: dict[str, int]
+    moment: str
+    host: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Everything but the reserve: what a tracker of tensors sees."""
+        return self.total - self.parts["reserve"]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass
+class _Sizes:
+    """Elements. layer_*: of one decoder layer; outer_*: outside of them. added: subnets or adapters beside the weights."""
+
+    layer_weights: int
+    outer_weights: int
+    layer_added: int
+    outer_added: int
+    layer_trained: int
+    outer_trained: int
+    indices: int = 0
+    localizing: int = 0  # elements of the weights that one rank works at in a slot
+
+    def all_trained(self, layers: int) -> int:
+        return layers * self.layer_trained + self.outer_trained
+
+
+def sizes(workload: Workload) -> _Sizes:
+    """Elements of a workload's model, of what is added to it, and of what trains."""
+    shape, config = workload.shape, workload.config
+    linears = shape.linears().values()
+    found = _Sizes(shape.layer_parameters, shape.outer_parameters, 0, 0, shape.layer_parameters, shape.outer_parameters)
+    if workload.method == "losia":
+        kept = [(subnet_size(m, config.row_factor), subnet_size(n, config.column_factor)) for m, n in linears]
+        found.layer_added = found.layer_trained = sum(r * c for r, c in kept)
+        found.indices = shape.layers * sum(r + c for r, c in kept)
+        found.outer_trained = 0
+        if config.output_rank_factor is not None:
+            rows = subnet_size(shape.vocabulary, config.output_rank_factor)
+            found.outer_added = found.outer_trained = rows * shape.hidden
+            found.indices += rows + shape.hidden
+        found.localizing = workload.localizing_layers * shape.layer_weights
+    elif workload.method == "lora":
+        found.layer_added = found.layer_trained = sum(workload.lora_rank * (m + n) for m, n in linears)
+        found.outer_trained = 0
+    return found
+
+
+def plan_memory(workload: Workload) -> Memory:
+    """The fullest moment of a step on the fullest GPU, and the host memory that offloading takes on every node."""
+    found = sizes(workload)
+    steady = _steady(workload, found)
+    host = 0
+    if workload.offload != "none":
+        moved = ["masters", "moments"] + (["weights", "subnet"] if workload.offload == "all" else [])
+        host = sum(steady[name] for name in moved) * workload.cluster.gpus_per_node
+        steady |= dict.fromkeys(moved, 0)
+    moments = _sharded_moments(workload, found) if workload.shards_weights else _whole_moments(workload, found)
+    moments["update"] = _update(workload, found)
+    if workload.method == "losia" and workload.config.located is not None and workload.config.needs_calibration:
+        moments["loss, locating first subnets"] = _locating(workload, moments["loss"])
+    fullest = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory({name: steady.get(name, 0) + moments[fullest].get(name, 0) for name in PARTS}, fullest, host)
+
+
+def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
+    """What stays between steps."""
+    layers, shards, ranks = workload.shape.layers, workload.shards, workload.cluster.gpus
+    trained = found.all_trained(layers)
+    weights = layers * found.layer_weights + found.outer_weights
+    added = layers * found.layer_added + found.outer_added
+    over = shards if workload.shards_weights else 1
+    parallel = workload.config.by_rank
+    steady = {
+        "weights": BF16 * weights // over,
+        "subnet": BF16 * added // over + INT64 * found.indices,
+        "masters": FP32 * trained // shards,
+        "moments": 2 * FP32 * trained // shards,
+        "importance": 2 * FP32 * found.localizing // (1 if parallel else ranks),
+        "activations": activations.shared_bytes(workload),
+        "reserve": workload.cluster.reserve,
+    }
+    if workload.engine == "zero2":
+        steady["gradients"] = 2 * BF16 * REDUCE_BUCKET  # two, so that one is filled while the other is reduced
+    elif workload.engine == "zero3":
+        steady["gradients"] = BF16 * REDUCE_BUCKET
+    return steady
+
+
+def _locating(workload: Workload, loss: dict[str, int]) -> dict[str, int]:
+    """The loss of a calibration batch: every layer keeps what localizing asks for, and no gradient is there yet."""
+    layers = workload.shape.layers
+    saved = _layer_activations(workload, layers, layers) + activations.head_bytes(workload)
+    return {**loss, "activations": saved, "importance": 0, "gradients": 0}
+
+
+def _layer_activations(workload: Workload, layers: int, localizing: int) -> int:
+    """Saved of `layers` decoder layers whose backward is still to come, `localizing` of them with whole inputs."""
+    if workload.checkpointing:
+        return layers * activations.checkpoint_bytes(workload)
+    return (layers - localizing) * activations.saved_bytes(workload) + localizing * activations.saved_bytes(workload, True)
+
+
+def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
+    """Moments of an engine that gathers one layer at a time: the layer at work, the next one, and the outer parameters."""
+    layers, shards, passes = workload.shape.layers, workload.shards, workload.accumulation
+    unit = BF16 * (found.layer_weights + found.layer_added)
+    outer = BF16 * (found.outer_weights + found.outer_added)
+    live = BF16 * min(MAX_LIVE_PARAMETERS + found.layer_weights, layers * found.layer_weights + found.outer_weights)
+    zero3 = workload.engine == "zero3"
+    gathered = {count: live if zero3 else outer + count * unit for count in (1, 2, 3)}
+    localizing = min(workload.localizing_layers, layers)
+    whole = found.all_trained(layers)
+    # With accumulation, of earlier micro-batches: the sums of gradients, and what localizing layers keep.
+    before = BF16 * whole // shards if passes > 1 else 0
+    earlier = {"gradients": before, "importance": in_flight(workload, passes - 1, localizing)}
+    moments = {
+        # What was gathered for the layer before is let go when the next layer's weights are copied out of it.
+        "forward of layer 1": {
+            "gathered": live if zero3 else 2 * (outer + unit),
+            "activations": activations.checkpoint_bytes(workload),
+            **earlier,
+        },
+        "forward": {
+            "gathered": gathered[3 if layers > 1 else 2],
+            "activations": _layer_activations(workload, layers if workload.checkpointing else layers - 1, 0),
+            **earlier,
+        },
+        "loss": {"gathered": gathered[1], **earlier, **_loss(workload)},
+    }
+    head = BF16 * workload.shape.vocabulary * workload.shape.hidden if workload.method == "full" else found.outer_trained * BF16
+    largest = max(m * n for m, n in workload.shape.linears().values()) if workload.method == "full" else 0
+    for done in range(layers):  # layers whose backward is over; the one at work comes next
+        left = layers - done
+        reduced = max(before, BF16 * done * found.layer_trained // shards)
+        sending = FP32 * found.layer_trained if done else 0
+        waiting = gathered[2 if left > 1 else 1]
+        common = {"gathered": waiting, "gradients": reduced + sending + head + BF16 * largest}
+        moments |= {name: {**common, **taken} for name, taken in _backward(workload, done).items()}
+        rest = left if workload.checkpointing else left - 1
+        moments[f"reduction of layer {left}"] = {
+            "gathered": waiting - (0 if zero3 else unit),
+            "gradients": reduced + head + (BF16 + FP32) * found.layer_trained + FP32 * found.layer_trained // shards,
+            "importance": in_flight(workload, passes, min(done + 1, localizing)),
+            "activations": _layer_activations(workload, rest, 0) + activations.checkpoint_bytes(workload),
+        }
+    moments["reduction outside the layers"] = {
+        "gradients": BF16 * whole // shards + (BF16 + FP32) * found.outer_trained + BF16 * found.outer_trained // shards,
+        "importance": in_flight(workload, passes, localizing),
+    }
+    return moments
+
+
+def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
+    """Moments of an engine whose GPUs keep all weights: loss, and backward of every layer."""
+    layers, passes = workload.shape.layers, workload.accumulation
+    whole = BF16 * found.all_trained(layers)
+    if workload.engine == "ddp":
+        whole *= 2  # gradients, and the buckets they are reduced in
+    elif workload.engine == "zero2":
+        whole //= workload.shards
+    before = whole if passes > 1 or workload.engine == "ddp" else 0
+    flying = in_flight(workload, passes - 1, min(workload.localizing_layers, layers))
+    moments = {"loss": {"gradients": before, "importance": flying, **_loss(workload)}}
+    for done in range(layers):
+        gradients = max(before, whole * (done + 1) // layers)
+        moments |= {name: {"gradients": gradients, **taken} for name, taken in _backward(workload, done).items()}
+    return moments
+
+
+def _loss(workload: Workload) -> dict[str, int]:
+    """What the loss's backward finds of activations, on every engine."""
+    layers = workload.shape.layers
+    saved = _layer_activations(workload, layers, min(workload.localizing_layers, layers))
+    return {"activations": saved + activations.head_bytes(workload), "logits": activations.logits_bytes(workload)}
+
+
+def _backward(workload: Workload, done: int) -> dict[str, dict[str, int]]:
+    """Moments of one layer's backward on every engine, after those of `done` layers.
+
+    A localizing layer has a second one: two of its linear layers' full gradients are there.
+    """
+    left = workload.shape.layers - done
+    localizing = min(workload.localizing_layers, workload.shape.layers)
+    localizes = done < localizing
+    saved = activations.saved_bytes(workload, localizes)
+    saved += _layer_activations(workload, left if workload.checkpointing else left - 1, max(0, localizing - done - 1))
+    # Name: linear layers whose full gradients are there, bytes beyond what was saved.
+    inside = {"backward": (int(localizes), activations.backward_bytes(workload, localizes))}
+    if localizes:
+        inside["gradients"] = (2, activations.second_gradient_bytes(workload))
+    return {
+        f"{name} of layer {left}": {
+            "importance": in_flight(workload, workload.accumulation, min(done, localizing), linears),
+            "activations": saved + used,
+        }
+        for name, (linears, used) in inside.items()
+    }
+
+
+def _update(workload: Workload, found: _Sizes) -> dict[str, int]:
+    """The optimizer's step: all gradients, and fp32 copies of one parameter group's.
+
+    There is a group for each decoder layer, and one for each module outside of them.
+    """
+    layers, shards = workload.shape.layers, workload.shards
+    trained = found.all_trained(layers)
+    table = workload.shape.vocabulary * workload.shape.hidden  # of the embedding, and of the output layer
+    group = max(found.layer_trained, min(found.outer_trained, table))
+    copies = 2 if workload.engine == "ddp" else 1
+    over = 1 if workload.engine in ("ddp", "zero1") else shards
+    if workload.offload != "none":
+        group = 0  # the update runs on the host
+    return {
+        "gradients": copies * BF16 * trained // over,
+        "importance": in_flight(workload, workload.accumulation, min(workload.localizing_layers, layers)),
+        "update": FP32 * group // shards,
+    }
