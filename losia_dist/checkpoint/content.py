@@ -23,9 +23,11 @@ _NOT_SETTINGS = ("params", "param_names", GROUP_KEY)
 
 @torch.no_grad()
 def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int) -> dict[str, Tensor]:
-    """This rank's share of the run's tensors, copied to host memory. Called by all ranks.
+    """This rank's share of the run's tensors, copied to host memory. Called by all ranks; waits for the device.
 
-    Parameters are gathered one at a time and dealt out to the ranks in turn; importance stays where its rows are.
+    Name -> tensor in the run's dtype: a parameter's state as `StateAccess.read_state` gives it (a subnet's [r, c]), rows
+    int64 [r], columns int64 [c], importance fp32 [rows, n] of this rank's rows, buffers whole. Parameters are gathered one
+    at a time and dealt out to the ranks in turn; importance stays where its rows are.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -52,7 +54,10 @@ def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int) -
 
 
 def read_values(losia: LoSiA, scheduler: Any, extra: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The run's plain values as JSON; tensors among them are added to `tensors`."""
+    """The run's plain values as JSON; tensors among them, of any shape and dtype, are added to `tensors` as CPU copies.
+
+    Called by all ranks; waits for the device.
+    """
     carried = {name: thing.state_dict() for name, thing in losia.carried.items()}
     found = {
         "progress": losia.progress(),

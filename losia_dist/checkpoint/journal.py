@@ -32,7 +32,10 @@ class Moved:
         self._whole: dict[Site, None] = {}  # an ordered set: all ranks go through it alike
 
     def add(self, site: Site, rows: Tensor, columns: Tensor, weight_size: int) -> None:
-        """Note that a subnet leaves; the indices may be on any device. `weight_size`: elements of the layer's weight."""
+        """Note that a subnet leaves. Waits for the device.
+
+        rows: int64 [r], columns: int64 [c], on any device. weight_size: m n of the layer's weight.
+        """
         if site in self._whole:
             return
         places = self._places.setdefault(site, [])

@@ -45,11 +45,11 @@ class Reader:
         layout.check_files(self.directory, {**records, **own}, slice(rank, None, world_size))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the step's own files."""
+        """A tensor of the step's own files: on the CPU, whole, in the dtype that it was saved in."""
         return self._file(self._places()[name]).get_tensor(name)  # type: ignore[no-any-return]
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Optimizer state of a parameter, whole: `StateAccess.read_state`'s entries."""
+        """Optimizer state of a parameter, on the CPU: `StateAccess.read_state`'s entries, whole (a subnet's [r, c]) or []."""
         prefix = f"state/{name}/"
         return {key.removeprefix(prefix): self.tensor(key) for key in self._places() if key.startswith(prefix)}
 
@@ -63,7 +63,10 @@ class Reader:
         ]
 
     def weight(self, name: str, with_subnet: bool) -> Tensor:
-        """A weight that does not train, whole, in its dtype: base, then the journal in order, then (asked for) the subnet."""
+        """A weight that does not train, whole, in its dtype: base, then the journal in order, then (asked for) the subnet.
+
+        On the CPU, as it is stored: a target layer's [m, n] or [n, m].
+        """
         tensor: Tensor = self._file(f"{layout.BASE}/{self.base['weights'][name]['file']}").get_tensor(name)
         sites = {site: entry for site, entry in self.manifest["subnets"].items() if entry["weight"] == name}
         for site, entry in sites.items():
@@ -76,7 +79,10 @@ class Reader:
         return tensor
 
     def blocks(self, site: str, with_subnet: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(rows, columns, values) of what was written into a layer's weight since the base, in order."""
+        """(rows, columns, values) of what was written into a layer's weight since the base, in order.
+
+        On the CPU: int64 [r], int64 [c], and [r, c] in the weight's dtype, the subnet's in its own; rows are output neurons.
+        """
         found = []
         for file, prefix in self._journal().get(site, []):
             handle = self._file(file)
@@ -87,7 +93,7 @@ class Reader:
         return found  # type: ignore[return-value]
 
     def model_copy(self, name: str) -> Tensor:
-        """A trained parameter as the model computes with it: its saved value in the parameter's dtype."""
+        """A trained parameter as the model computes with it: its saved value in the parameter's dtype, [r, c] of a subnet."""
         dtype: torch.dtype = getattr(torch, self.manifest["trained"][name]["dtype"])
         return self.tensor(f"state/{name}/value").to(dtype)
 

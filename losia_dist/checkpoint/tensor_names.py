@@ -23,7 +23,7 @@ class Contents:
         weights: parameters that do not train, target weights among them: what base/ holds.
         trained: parameters that train: the subnets ("<layer>.subnet") and whatever else.
         buffers: persistent buffers but the subnets' indices.
-        layers: "<layer>" -> its Site.
+        sites: "<layer>" -> its site.
         weight_of: "<layer>" -> the name of its weight.
         aliases: further names of a shared parameter or buffer -> the first one.
     """

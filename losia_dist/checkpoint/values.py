@@ -16,7 +16,8 @@ _MARKS = ("$tensor", "$array", "$tuple", "$dict")
 def encode(value: Any, tensors: dict[str, Tensor], prefix: str, where: str) -> Any:
     """JSON for a nested value of dictionaries, lists, tuples, numbers, strings, None, tensors and numpy arrays.
 
-    Tensors are added to `tensors` as CPU copies under `prefix/<number>`. `where` names the value in the error.
+    Tensors and arrays, of any shape, are added to `tensors` as CPU copies under `prefix/<number>`, in their dtype (unsigned
+    numbers wider than a byte as int64); waits for their device. `where` names the value in the error.
 
     Raises:
         CheckpointError: something else is in it, and where.
@@ -51,7 +52,7 @@ def encode(value: Any, tensors: dict[str, Tensor], prefix: str, where: str) -> A
 
 
 def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `encode` was given; `tensors` maps the names in it to CPU tensors."""
+    """What `encode` was given, shapes and dtypes too; `tensors` maps the names in it to CPU tensors, which are copied."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -140,7 +140,10 @@ def make_evaluation_loader(
 
 
 def count_targets(batch: Mapping[str, Tensor]) -> int:
-    """The number of tokens over which a batch's loss is summed. The first label of a row has nothing to predict it."""
+    """The number of tokens over which a batch's loss is summed. The first label of a row has nothing to predict it.
+
+    batch: "labels" int64 [B, L]; waits for its device.
+    """
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 

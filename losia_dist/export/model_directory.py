@@ -50,7 +50,7 @@ class ModelDirectory:
         return name in self._where
 
     def tensor(self, name: str) -> Tensor:
-        """A weight, whole, as it is stored."""
+        """A weight, whole, in the shape and dtype that it is stored in, on the CPU."""
         return self._where[name].get_tensor(name)  # type: ignore[no-any-return]
 
 

@@ -48,14 +48,17 @@ class ExportedWeights:
         return {"config.json": self.reader.base["config"], "generation_config.json": self.reader.base["generation_config"]}
 
     def read(self, name: str) -> Tensor:
-        """One weight, whole."""
+        """One weight, whole, on the CPU, in the dtype and shape of its entry (a target layer's [m, n] or [n, m], as stored)."""
         name = self._alias.get(name, name)
         if name in self.reader.base["weights"]:
             return self.reader.weight(name, with_subnet=True)
         return self.reader.model_copy(name) if name in self.reader.manifest["trained"] else self.reader.tensor(f"buffer/{name}")
 
     def blocks(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Places of a weight, as it is stored, that subnets were in since the base: (first index, second index) each."""
+        """Places of a weight, as it is stored, that subnets were in since the base: (first index, second index) each.
+
+        int64 on the CPU: [r] and [c], or [c] and [r] where the weight is stored [n, m].
+        """
         found = []
         for site, entry in self.reader.manifest["subnets"].items():
             if entry["weight"] == self._alias.get(name, name):

@@ -56,6 +56,8 @@ class PendingRows:
 class RowCollectives:
     """Reductions of row-sharded matrices over a process group of its own, so that they can run beside the engine's.
 
+    All methods but `rows_of` are called by all ranks of the group. Tensors keep their dtype.
+
     Args:
         group: process group, passed in and never looked up; None: this process alone.
     """
@@ -90,7 +92,10 @@ class RowCollectives:
         return PendingRows(received, stop - start, self.world_size, self._under_way)
 
     def gather_rows(self, values: Tensor, size: int) -> Tensor:
-        """One number per row of this rank's block -> one per row of the whole matrix: m numbers sent in all."""
+        """One number per row of this rank's block, [<= b] -> one per row of the whole matrix, [m]: m numbers sent in all.
+
+        size: m.
+        """
         if self.world_size == 1:
             return values
         block = -(-size // self.world_size)
@@ -101,19 +106,19 @@ class RowCollectives:
         return whole[:size]
 
     def sum_columns(self, values: Tensor) -> Tensor:
-        """Column sums of this rank's block -> column sums of the whole matrix: n numbers."""
+        """Column sums [n] of this rank's block -> column sums [n] of the whole matrix, in place: n numbers."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def largest(self, values: Tensor) -> Tensor:
-        """Elementwise maximum over the ranks."""
+        """Elementwise maximum over the ranks, in place; values of one shape on every rank."""
         if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
     def broadcast(self, values: Tensor, source: int) -> Tensor:
-        """A vector of the group's rank `source`, on every rank."""
+        """A vector [k] of the group's rank `source`, on every rank; in place: the others give one to fill, of its dtype."""
         if self.world_size > 1:
             dist.broadcast(values, group=self.group, group_src=source)
         return values

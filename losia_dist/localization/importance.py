@@ -8,9 +8,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def importance_(gradient: Tensor, weight: Tensor, kind: str) -> Tensor:
-    """Overwrite the gradient (fp32, any shape) with I, given the weight before the update (any floating dtype).
+    """Overwrite the gradient [b, n] fp32 with I, and return it; weight [b, n] before the update, any floating dtype.
 
-    "param_mix": |w g - (w g)^2 / 2|; "first_order": |w g|; "second_order": (w g)^2. No temporary is made.
+    "param_mix": |w g - (w g)^2 / 2|; "first_order": |w g|; "second_order": (w g)^2. Any one shape will do; no temporary.
     """
     product = gradient.mul_(weight)
     if kind == "param_mix":

@@ -68,6 +68,11 @@ def input_sizes(sites: list[Site], run_pass: Callable[[], None], collectives: Ro
 def outliers_of(site: Site, sizes: Tensor, limit: float) -> list[int]:
     """Input neurons larger than `limit` times the layer's median one, ascending; none where the subnet takes all columns.
 
+    No communication; waits for the device.
+
+    Args:
+        sizes: float64 [n], from `input_sizes`.
+
     Raises:
         ConfigError: fewer neurons than the subnet takes are within the limit.
     """

@@ -35,7 +35,7 @@ class Sums:
 
 
 class Choice(NamedTuple):
-    """A subnet: rows and columns (int64, sorted), the score inside it and in all of the layer (float64 scalars).
+    """A subnet: rows int64 [r] and columns int64 [c], sorted; the score inside it and in all of the layer, float64 [].
 
     A total of 0: the layer had no gradient other than zero, and nothing was chosen. Of -1: no score was measured.
     """
@@ -47,13 +47,16 @@ class Choice(NamedTuple):
 
     @classmethod
     def unmeasured(cls, rows: Tensor, columns: Tensor) -> Choice:
-        """A subnet that was not chosen by a score."""
+        """A subnet that was not chosen by a score: rows int64 [r] and columns int64 [c], sorted."""
         return cls(rows, columns, rows.new_zeros((), dtype=torch.float64), rows.new_full((), -1, dtype=torch.float64))
 
 
 def keep_without_signal(chosen: Choice, present: tuple[Tensor, Tensor]) -> Choice:
     """The choice, or the present rows and columns where the score is zero everywhere: ties would move the subnet to the first
-    rows and columns. No host synchronisation."""
+    rows and columns. No host synchronisation.
+
+    present: rows int64 [r] and columns int64 [c], on the choice's device.
+    """
     silent = chosen.total == 0
     rows, columns = (torch.where(silent, old, new) for new, old in zip(chosen[:2], present, strict=True))
     return chosen._replace(rows=rows, columns=columns)

@@ -32,7 +32,10 @@ class LossHead(nn.Module):
         return head
 
     def forward(self, input: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-        """Logits without targets; with targets (int64, one per hidden state) the fp32 sum of their losses."""
+        """Logits [..., V] without targets; with targets the fp32 sum [] of their losses.
+
+        input: hidden states [..., n], any floating dtype. targets: int64 [...], one per hidden state.
+        """
         project: Any = super().forward
         if targets is None:
             return project(input)

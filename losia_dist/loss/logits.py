@@ -30,7 +30,7 @@ class LogitsRule:
         return cls(divisor, getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """In the logits' own dtype, as the models do it before their loss is computed in fp32."""
+        """logits [..., V] -> [..., V] in their own dtype, as the models do it before their loss is computed in fp32."""
         if self.divisor != 1.0:
             logits = logits / self.divisor
         if self.cap is not None:

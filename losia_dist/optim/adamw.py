@@ -100,7 +100,10 @@ class LoSiAAdamW(Optimizer):
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The block of a DTensor that this rank keeps, sharing its memory: the update is per element and needs no other."""
+    """The block of a DTensor that this rank keeps (a subnet's rows [<= r, c]), sharing its memory; any other tensor as it is.
+
+    The update is per element and needs no other block.
+    """
     to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -117,7 +120,10 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW update in place of fp32 lists; `steps` counts from 1 (Adam, algorithm 1).
+    """One AdamW update in place; `steps` counts from 1 (Adam, algorithm 1).
+
+    values, gradients, means, squares: equally many tensors, fp32, those in one place of any one shape ([r, c], rows of it, or
+    flat); steps: one number for each place.
 
     One pass over memory, by torch's fused kernel, where the device has one; elsewhere step by step over the whole list.
     """

@@ -10,11 +10,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(values: Tensor) -> Tensor:
-    """Sum over the elements of (bits + 1) times place, modulo 2^64; int64 scalar on the tensor's device.
+    """Sum over the elements of (bits + 1) times place, modulo 2^64; int64 [] on the tensor's device.
 
-    values: any shape and dtype. A change of one element, or an exchange of two, always changes the sum; -0.0 and 0.0 and
-    two kinds of NaN differ. Integer arithmetic: the same on every device, in whatever order it is summed. No host
-    synchronisation.
+    values: any shape, dtypes of 1, 2, 4 or 8 bytes. A change of one element, or an exchange of two, always changes the sum;
+    -0.0 and 0.0 and two kinds of NaN differ. Integer arithmetic: the same on every device, in whatever order it is summed. No
+    host synchronisation.
     """
     flat = values.detach().reshape(-1)
     bits = flat.view(_INTEGERS[flat.element_size()])
@@ -26,5 +26,8 @@ def fingerprint(values: Tensor) -> Tensor:
 
 
 def loading_print(values: Tensor) -> Tensor:
-    """`fingerprint` of values rounded to bf16: the same before and after an engine has cast a model up or down."""
+    """`fingerprint` of values rounded to bf16, int64 []: the same before and after an engine has cast a model up or down.
+
+    values: any shape and floating dtype.
+    """
     return fingerprint(values.detach().to(torch.bfloat16))

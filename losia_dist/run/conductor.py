@@ -219,11 +219,12 @@ class LoSiA:
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
         gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
         one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one
-        where all rows or all columns are kept.
+        where all rows or all columns are kept. Either way the host waits for the device.
 
         Args:
-            batches: this rank's micro-batches, keyword arguments of the model on its device; equally many on every rank.
-            compute_loss: (model, batch) -> mean loss; None: `model(**batch).loss`. The model is unwrapped from DDP.
+            batches: this rank's micro-batches, keyword arguments of the model on its device (input_ids int64 [B, L], ...);
+                equally many on every rank.
+            compute_loss: (model, batch) -> mean loss []; None: `model(**batch).loss`. The model is unwrapped from DDP.
 
         Returns:
             passes over the batches.

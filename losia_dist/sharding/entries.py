@@ -38,7 +38,7 @@ def clear_state(optimizer: Optimizer, holders: list[Any], restart_bias_correctio
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """An entry of optimizer state as a tensor; None for what is neither a tensor nor a number."""
+    """An entry of optimizer state as a tensor, a number as [] (int64, or torch's default dtype); None for what is neither."""
     if isinstance(value, Tensor):
         return value
     return torch.tensor(value) if isinstance(value, int | float) else None
@@ -51,9 +51,9 @@ def store_state(
 
     Args:
         kept: the optimizer's entries for the holder; its "master" is left alone.
-        state: as `StateAccess.read_state` gives it; "value" is left to the caller.
-        like: the holder; entries that the optimizer has not made yet are made in its form.
-        store: (entry, whole values): writes the part of the values that the entry stands for.
+        state: as `StateAccess.read_state` gives it, whole tensors and scalars []; "value" is left to the caller.
+        like: the holder, in whatever part this rank keeps; entries that the optimizer has not made yet are made in its form.
+        store: (entry, whole values): writes the part of the values that the entry, of the holder's shape, stands for.
         optimizer: whose state it is.
     """
     if not keeps_adam_state(optimizer):

@@ -117,7 +117,10 @@ class FullyShardState:
 
 @torch.no_grad()
 def whole_of(tensor: Tensor) -> Tensor:
-    """A DTensor's whole values on every rank, on the mesh's device; a copy of any other tensor."""
+    """A DTensor's whole values, of its own shape and dtype, on every rank, on the mesh's device; a copy of any other tensor.
+
+    Called by all ranks of the mesh.
+    """
     if not isinstance(tensor, DTensor):
         return tensor.detach().clone()
     # Offloaded to the CPU, a shard is out of reach of the mesh's backend.
@@ -127,7 +130,7 @@ def whole_of(tensor: Tensor) -> Tensor:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's block of a DTensor, sharing its memory; any other tensor as it is."""
+    """This rank's block of a DTensor (a subnet's rows [<= r, c]), sharing its memory; any other tensor as it is."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             return tensor.to_local()
@@ -135,7 +138,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, values: Tensor) -> Tensor:
-    """The part of whole `values` that this rank keeps of `tensor` (a view)."""
+    """The part of whole `values`, of the tensor's shape and any dtype, that this rank keeps of `tensor`: a view of them, of its
+    block's shape. No communication."""
     if not isinstance(tensor, DTensor):
         return values
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -146,8 +150,8 @@ def cut_like(tensor: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def own_range(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank keeps of a tensor that `fully_shard` cut by rows: flat, sharing its memory, and the number of elements
-    before it in the whole. All of a tensor that is not sharded. No communication."""
+    """What this rank keeps of a tensor that `fully_shard` cut by rows: flat [k], sharing its memory, and the number of
+    elements before it in the whole. All of a tensor that is not sharded. No communication."""
     local = local_part(tensor).view(-1)
     if not isinstance(tensor, DTensor):
         return local, 0

@@ -22,7 +22,7 @@ class ParameterAccess(Protocol):
         ...
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
+        """Shape of the whole parameter as it is stored: a subnet's (r, c), a weight's (m, n) or (n, m). No communication."""
         ...
 
     def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -30,15 +30,16 @@ class ParameterAccess(Protocol):
         ...
 
     def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        """weight[rows][:, columns] = values; each rank writes what it keeps."""
+        """weight[rows][:, columns] = values [r, c], cast to the weight's dtype; each rank writes what it keeps."""
         ...
 
     def read_whole(self, parameter: Tensor) -> Tensor:
-        """A whole parameter, in its dtype, on every rank. For subnets, and one at a time for export."""
+        """A whole parameter, of `shape` and in its dtype, on every rank. For subnets, and one at a time for export."""
         ...
 
     def write_whole(self, parameter: Tensor, values: Tensor) -> None:
-        """Replace a whole parameter (a subnet) in the engine's model copy; masters are `StateAccess`'s."""
+        """Replace a whole parameter in the engine's model copy; masters are `StateAccess`'s. values: of `shape`, on any device,
+        equal on every rank; cast to the parameter's dtype."""
         ...
 
 
@@ -50,17 +51,20 @@ class StateAccess(Protocol):
     one_scalar_per_group: bool
 
     def write_master(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Set the values that the optimizer updates; `values` has the parameter's whole shape."""
+        """Set the values that the optimizer updates. values: fp32 in the parameter's whole shape (a subnet's [r, c]), equal on
+        every rank."""
         ...
 
     def master_fragment(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's part of the values the optimizer updates (a view, flat or not), or None if it keeps none."""
+        """This rank's part of the values the optimizer updates, a view, or None if it keeps none: [r, c], rows of it
+        [<= r, c], or flat [k], maybe with padding behind; fp32, or the parameter's dtype without masters. No communication."""
         ...
 
     def stepped(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
         """This rank's part of the values that the optimizer's step changes, and of the model's copy that the step then writes
-        from them: two views of the same places and shape, or None if it keeps none. Found as the engine's own step finds them
-        and by no bookkeeping that the other methods use: `run.masters` compares the two. No communication."""
+        from them: two views of the same places and shape ([r, c], rows of it, or flat [k] without padding), each in its own
+        dtype, or None if it keeps none. Found as the engine's own step finds them and by no bookkeeping that the other
+        methods use: `run.masters` compares the two. No communication."""
         ...
 
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -73,7 +77,8 @@ class StateAccess(Protocol):
 
     def write_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         """Put back what `read_state` gave, on any engine; what it does not name is cleared. The engine's model copy of the
-        parameter is `ParameterAccess.write_whole`'s."""
+        parameter is `ParameterAccess.write_whole`'s. state: whole tensors ("value" and a subnet's moments [r, c]) and
+        scalars [], on any device, equal on every rank."""
         ...
 
     def clear(self, group_name: str, restart_bias_correction: bool) -> None:
@@ -81,5 +86,6 @@ class StateAccess(Protocol):
         ...
 
     def state_tensors(self) -> list[Tensor]:
-        """Every floating-point tensor of optimizer state, and every master copy, that this rank holds."""
+        """Every tensor of optimizer state but scalars, and every master copy, that this rank holds, as it holds them: whole,
+        rows, or flat [k]; in their own dtypes. No communication."""
         ...

@@ -55,7 +55,10 @@ class TorchState:
         self.store_entries(parameter, state, lambda entry, values: entry.copy_(values))
 
     def store_entries(self, parameter: nn.Parameter, state: dict[str, Tensor], store: Callable[[Tensor, Tensor], Any]) -> None:
-        """`write_state` without the master: `store(entry, whole values)` cuts the values as the entry is cut."""
+        """`write_state` without the master: `store(entry, whole values)` cuts the values as the entry is cut.
+
+        state: as `StateAccess.write_state` takes it, whole: a subnet's "value" and moments [r, c], scalars [].
+        """
         holder = self._holder(parameter)
         store_state(self.optimizer.state[holder], state, holder, store, self.optimizer)
 

@@ -102,8 +102,8 @@ class Zero3Parameters:
 
 @torch.no_grad()
 def own_range(tensor: Any) -> tuple[Tensor, int]:
-    """What this rank keeps of a partitioned parameter: flat, sharing its memory, and the number of elements before it in the
-    whole. All of a tensor that is not partitioned. No communication."""
+    """What this rank keeps of a partitioned parameter: flat [k] without padding, sharing its memory, and the number of elements
+    before it in the whole. All of a tensor that is not partitioned. No communication."""
     if not hasattr(tensor, "ds_tensor"):
         return tensor.detach().view(-1), 0
     shard, start, stop = Zero3Parameters._shard(tensor)

@@ -88,7 +88,10 @@ def _was_changed(site: Site, thoroughly: bool) -> bool:
 
 
 def check_index(site: Site, name: str, index: Tensor, size: int) -> None:
-    """A place that a state dict brings: whole numbers, ascending, inside the weight.
+    """A place that a state dict brings: whole numbers, ascending, inside the weight. Waits for the device.
+
+    Args:
+        name: of the index in its module. index: [r] or [c]. size: m or n.
 
     Raises:
         UnsupportedError: a mean of several, or no place at all.

@@ -19,11 +19,11 @@ class BlockAccess(Protocol):
     """The part of `sharding.interface.ParameterAccess` that subnets are cut with; indices follow the stored order."""
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
+        """Shape of the whole parameter as it is stored: (m, n) or (n, m)."""
         ...
 
     def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """weight[rows][:, columns] on every rank; called by all of them."""
+        """weight[rows][:, columns], [r, c] as stored, in the weight's dtype, on every rank; called by all of them."""
         ...
 
     def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:

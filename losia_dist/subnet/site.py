@@ -101,12 +101,12 @@ class Site:
 
     @property
     def rows(self) -> Tensor | None:
-        """Row index, or None where all rows belong to the subnet (then nothing need be gathered)."""
+        """Row index int64 [r], or None where all rows belong to the subnet (then nothing need be gathered)."""
         return None if self.takes_all_rows else self.row_index
 
     @property
     def columns(self) -> Tensor | None:
-        """Column index, or None where all columns belong to the subnet."""
+        """Column index int64 [c], or None where all columns belong to the subnet."""
         return None if self.takes_all_columns else self.col_index
 
     def as_rows(self, weight: Tensor) -> Tensor:
@@ -115,6 +115,8 @@ class Site:
 
     def must_write(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether the weight may lack the subnet's present values; the caller then writes them.
+
+        weight [m, n] or as stored, subnet [r, c]: whole, of any dtype. No value is read, so that no device is waited for.
 
         Where the engine keeps the weight, once per optimizer step is enough: further micro-batches find it written. Versions
         show what was changed in place since, and `note_change` tells of the rest (ZeRO updates memory behind a parameter).

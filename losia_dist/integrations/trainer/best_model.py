@@ -69,7 +69,10 @@ def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
 
 
 def entries_of(model: nn.Module) -> dict[Tensor, list[str]]:
-    """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank."""
+    """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank.
+
+    The model's own tensors, as this rank holds them (whole, a DTensor, or empty under ZeRO-3). No communication.
+    """
     entries: dict[Tensor, list[str]] = {}
     for name, tensor in plain_entries(unwrap(model)):
         entries.setdefault(tensor, []).append(name)
@@ -84,7 +87,10 @@ def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[s
 
 
 def place_entries(entries: dict[Tensor, list[str]], stored: dict[str, str], where: str | Path) -> list[str]:
-    """For each entry the name that it is stored under, of those in `stored`.
+    """For each entry the name that it is stored under, of those in `stored`. Reads names, and no tensor.
+
+    Args:
+        entries: from `entries_of`. stored: keys are the names. where: names the place in the error.
 
     Raises:
         ConfigError: one of them is stored under none of its names.
