@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -12,7 +11,16 @@ from typing import Any
 from losia_dist.config.older_form import nested, refuse_flat
 from losia_dist.config.reading import read_settings
 from losia_dist.config.removed import refuse_removed_settings, without_kept
-from losia_dist.config.selection import Drawn, Located, Selection, check_count, is_number, plain_selection, read_selection
+from losia_dist.config.selection import (
+    Drawn,
+    Located,
+    Selection,
+    check_count,
+    check_known,
+    is_number,
+    plain_selection,
+    read_selection,
+)
 from losia_dist.errors import ConfigError
 
 CONFIG_NAME = "losia_config.json"
@@ -194,12 +202,8 @@ class LoSiAConfig:
         Settings of an earlier version pass where they ask for what was kept, with one warning that names the line of now.
         """
         refuse_removed_settings(values, source)
-        values, known = nested(without_kept(values), source), [one.name for one in fields(cls)]
-        for name in values:
-            if name not in known:
-                nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-                hint = f" Did you mean {' or '.join(nearest)}?" if nearest else f" Known: {', '.join(known)}."
-                raise ConfigError(f"{source}: unknown option {name!r}.{hint}")
+        values = nested(without_kept(values), source)
+        check_known(values, [one.name for one in fields(cls)], source)
         return cls(**values)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -106,13 +106,17 @@ def plain_selection(selection: Selection) -> dict[str, Any]:
 def _read(cls: type[Located] | type[Drawn], kind: str, options: Any) -> Selection:
     if not isinstance(options, Mapping):
         raise ConfigError(f"selection: {kind}: {options!r}: 'name: value' lines are needed.")
-    known = [field.name for field in fields(cls)]
-    for name in options:
-        if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, n=2, cutoff=0.4)
-            hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Known: {', '.join(known)}."
-            raise ConfigError(f"selection: {kind}: unknown option {name!r}. {hint}")
+    check_known(options, [field.name for field in fields(cls)], f"selection: {kind}")
     return cls(**options)
+
+
+def check_known(names: Iterable[Any], known: Sequence[str], where: str) -> None:
+    """Raises: ConfigError for a name that is not known, with the nearest ones."""
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+            hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Known: {', '.join(known)}."
+            raise ConfigError(f"{where}: unknown option {name!r}. {hint}")
 
 
 def is_number(value: Any) -> bool:
