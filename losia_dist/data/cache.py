@@ -82,14 +82,14 @@ def key_of(records: Source, tokenizer: Any, settings: Settings) -> str | None:
     if identity is None or not getattr(tokenizer, "is_fast", False):
         return None
     digest = hashlib.blake2b(digest_size=16)
-    told = [
+    parts = [
         *(file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))),
         identity,
         tokenizer.backend_tokenizer.to_str(),
         json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], sort_keys=True, default=str),
         json.dumps(asdict(settings), sort_keys=True, default=str),
     ]
-    for text in told:
+    for text in parts:
         digest.update(hashlib.blake2b(text.encode(errors="surrogatepass")).digest())
     return digest.hexdigest()
 
@@ -120,10 +120,10 @@ def kept(directory: Path) -> list[Kept]:
     found = []
     for manifest in directory.glob(f"*/{_MANIFEST}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            told = _read_manifest(manifest.parent)
+            saved = _read_manifest(manifest.parent)
             if not manifest.parent.name.startswith("making-"):
-                size = sum(told["sizes"].values())
-                one = (manifest.parent.name, told["source"], told["report"]["examples"], size, manifest.stat().st_mtime)
+                size = sum(saved["sizes"].values())
+                one = (manifest.parent.name, saved["source"], saved["report"]["examples"], size, manifest.stat().st_mtime)
                 found.append(Kept(*one))
     return sorted(found, key=lambda one: -one.used)
 
@@ -182,8 +182,8 @@ def join(making: Path, parts: int, key: str, name: str) -> None:
     unused: set[str] = set()
     with _naming(making):
         for part in range(parts):
-            told = json.loads((making / f"{part}.json").read_text())
-            report, unused = report + Report(**told["report"]), unused | set(told["unused"])
+            saved = json.loads((making / f"{part}.json").read_text())
+            report, unused = report + Report(**saved["report"]), unused | set(saved["unused"])
         for file_name in _FILES:
             with (making / file_name).open("wb") as whole:
                 pieces = _ends(making, parts) if file_name == "ends.bin" else _bytes(making, parts, file_name)

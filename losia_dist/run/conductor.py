@@ -360,8 +360,8 @@ class LoSiA:
     @torch.no_grad()
     def _relocalize(self, group: SlotGroup, sites: list[Site]) -> list[Choice]:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
-        for told in self.on_relocalize:
-            told(group)
+        for about_to_move in self.on_relocalize:
+            about_to_move(group)
         choices: list[Choice] = []
         for site in sites:
             wanted = self.placement.wanted(site, self.steps + 1, self.outliers)
@@ -389,8 +389,8 @@ class LoSiA:
             return
         shapes = [self.placement.shape(site) for site in sites]
         for move in describe_moves(self.steps, reason, sites, shapes, choices):
-            for told in self.on_move:
-                told(move)
+            for listener in self.on_move:
+                listener(move)
 
     def _check_located(self) -> None:  # an optimizer step is about to be made
         if not self.located:
