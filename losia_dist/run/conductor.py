@@ -145,6 +145,11 @@ class LoSiA:
             prepare()
 
     @property
+    def layers(self) -> list[Site]:
+        """`sites`, by the older name."""
+        return self.sites
+
+    @property
     def steps(self) -> int:
         """Optimizer steps done."""
         return self.clock.step

@@ -197,6 +197,7 @@ def counted_parameters(engine_name: str) -> str:
 
     def inspect(stage, losia, engine):
         if stage == "before":
+            assert losia.layers is losia.sites  # the older name
             with contextlib.redirect_stdout(shown):
                 print_trainable_parameters(losia.model)
 
