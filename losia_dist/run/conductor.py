@@ -144,10 +144,7 @@ class LoSiA:
         for prepare in WHEN_MADE:
             prepare()
 
-    @property
-    def layers(self) -> list[Site]:
-        """`sites`, by the older name."""
-        return self.sites
+    layers = property(lambda self: self.sites, doc="`sites`, by the older name.")
 
     @property
     def steps(self) -> int:
