@@ -59,10 +59,14 @@ def print_trainable_parameters(model: nn.Module) -> None:
     Counts whole parameters under ZeRO-3 and FSDP2 too. Call it on one rank or on all; nothing is communicated.
     """
     subnets = {id(site.subnet) for site in find_sites(model)}
-    parameters = list(model.parameters())
-    trainable = sum(_count(parameter) for parameter in parameters if parameter.requires_grad)
-    every = sum(_count(parameter) for parameter in parameters if id(parameter) not in subnets)
+    trainable = count_trainable(model)
+    every = sum(_count(parameter) for parameter in model.parameters() if id(parameter) not in subnets)
     print(f"trainable params: {trainable:,} || all params: {every:,} || trainable%: {100 * trainable / every:.4f}")
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Values that train, of whole parameters, however an engine cuts them."""
+    return sum(_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _count(parameter: nn.Parameter) -> int:

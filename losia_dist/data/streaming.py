@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ class Stream:
         self.unused: set[str] = set()
         opened = [_open(one) for one in named]
         self._parts = [part for parts, _ in opened for part in parts]
-        self._identities = [identity for _, identity in opened]
+        self._identities = [identify for _, identify in opened]
         first = next(((row, part.place(0)) for part in self._parts for row in part.rows()), None)
         if first is None:
             raise DataError(f"{self.name}: the data set is empty. Give a source with at least one record.")
@@ -60,7 +60,7 @@ class Stream:
 
     def identity(self) -> str:
         """A text that is another one when the records are others."""
-        return json.dumps([self._identities, self.form, dict(self.columns)])
+        return json.dumps([[identify() for identify in self._identities], self.form, dict(self.columns)])
 
     def blocks(self, part: int, parts: int, size: int) -> Iterator[Records]:
         """The records that are this part's of the whole, in their order, at most `size` at a time."""
@@ -81,25 +81,26 @@ class _Block(RawRecords):
         return self._place(self._first + index)
 
 
-def _open(named: Named) -> tuple[list[_Part], Any]:
-    """The parts of a source, and what tells its content from another."""
+def _open(named: Named) -> tuple[list[_Part], Callable[[], Any]]:
+    """The parts of a source, and what tells its content from another, which reads all of it: one rank of a machine asks."""
     files = files_of(named.text)
     if files is not None:
-        parts = [_of_table(file) or _of_records(cache(lambda file=file: read_file(file))) for file in files]
-        identity: Any = [digest_of(file) for file in files]
+        parts = [_of_table(file) or _of_records(cache(partial(read_file, file))) for file in files]
+        identify: Callable[[], Any] = lambda: [digest_of(file) for file in files]  # noqa: E731
     elif Path(named.text.partition(":")[0]).is_dir():
         raw = read_sources(named.text)
-        parts, identity = [_of_records(lambda: raw)], raw.identity()
+        parts, identify = [_of_records(lambda: raw)], raw.identity
     else:
-        parts, identity = of_hub(named.text, *parse_hub_name(named.text))
+        parts, version = of_hub(named.text, *parse_hub_name(named.text))
+        identify = lambda: version  # noqa: E731
     if named.part == slice(None):
-        return parts, identity
+        return parts, identify
     start, stop = named.part.start or 0, named.part.stop
     whole = _Part(
         lambda: islice(chain.from_iterable(part.rows() for part in parts), start, stop),
         lambda index: f"{named.text}, record {start + index}",
     )
-    return [whole], [identity, start, stop]
+    return [whole], lambda: [identify(), start, stop]
 
 
 def _of_table(file: Path) -> _Part | None:

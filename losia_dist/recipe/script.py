@@ -19,6 +19,7 @@ from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.export.live import export_model, save_whole_model
+from losia_dist.model import count_trainable
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.ranks.agreement import Agreement
@@ -107,7 +108,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         "precision": choice.precision,
         "ranks": process.world_size,
         "steps": steps,
-        "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters() if p.requires_grad),
+        "trainable_parameters": count_trainable(run.model),
         "data": str(inputs.train.report()),
         "data_from": data.origin,
     }

@@ -56,11 +56,10 @@ class Shared:
         alike = agreement.gather((platform.node(), str(self.directory), os.path.abspath("."), name))
         members = [rank for rank, theirs in enumerate(alike) if theirs == alike[agreement.rank]]
         is_first = members[0] == agreement.rank
-        found = agreement.gather(agreement.attempt(None, lambda: self._look(work) if is_first else _Making(None, None)))[
-            members[0]
-        ]
-        parts = len(members) * self.workers
-        mine = range(members.index(agreement.rank) * self.workers, (members.index(agreement.rank) + 1) * self.workers)
+        looked = agreement.attempt(None, lambda: self._look(work) if is_first else _Making(None, None))
+        found = agreement.gather(looked)[members[0]]
+        parts, first = len(members) * self.workers, members.index(agreement.rank) * self.workers
+        mine = range(first, first + self.workers)
 
         def make() -> tuple[TokenizedDataset | None, tuple[str, str] | None]:
             try:
@@ -116,10 +115,8 @@ class Shared:
     def _write(self, making: Path, mine: range, parts: int, work: Tokenizing, read: Callable[[], Tokenizing]) -> None:
         """This rank's parts, each in a process of its own if they are several. Raises: DataError."""
         count = len(work.records) // parts * len(mine) if isinstance(work.records, Records) else None
-        hidden = (
-            True if self.agreement.rank != 0 or (count or _WORTH_A_BAR) < _WORTH_A_BAR else None
-        )  # None: without a terminal
-        with tqdm(total=count, desc="tokenizing", unit=" records", disable=hidden) as bar:
+        hidden = self.agreement.rank != 0 or (count or _WORTH_A_BAR) < _WORTH_A_BAR
+        with tqdm(total=count, desc="tokenizing", unit=" records", disable=hidden or None) as bar:  # None: no terminal, no bar
             if len(mine) == 1:
                 cache.write_part(making, mine[0], parts, *work, bar.update)
                 return

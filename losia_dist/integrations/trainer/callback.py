@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.model import count_trainable
 from losia_dist.run.conductor import LoSiA
 from losia_dist.run.finite import refuse_skipped
 from losia_dist.run.log_files import FACTS
@@ -156,7 +157,7 @@ class LoSiACallback(TrainerCallback):
             "engine": f"Trainer, {AcceleratorState().distributed_type.value}",
             "ranks": args.world_size,
             "steps": state.max_steps,
-            "trainable_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in losia.model.parameters() if p.requires_grad),
+            "trainable_parameters": count_trainable(losia.model),
             "groups_per_slot": losia.clock.per_slot,
             "options": {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)},
         }
