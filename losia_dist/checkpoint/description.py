@@ -15,7 +15,6 @@ from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.config.removed import removed_setting
 from losia_dist.errors import CheckpointError
 from losia_dist.run.conductor import LoSiA
-from losia_dist.subnet.kinds import whole_shape
 
 _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
@@ -39,7 +38,7 @@ def describe_parts(losia: LoSiA, contents: Contents) -> dict[str, Any]:
         "subnets": {
             name: {
                 "weight": contents.weight_of[name],
-                "of": list(whole_shape(access, site)),
+                "of": list(site.shape),
                 "transposed": site.weight_is_transposed,
             }
             for name, site in contents.sites.items()

@@ -16,7 +16,7 @@ from torch import Tensor
 from losia_dist.checkpoint import atomic_files
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.interface import ParameterAccess
-from losia_dist.subnet.kinds import read_subnet, whole_shape
+from losia_dist.subnet.kinds import read_subnet
 from losia_dist.subnet.site import Site
 
 
@@ -80,7 +80,7 @@ def watch(losia: LoSiA, listeners: Callable[[], list[Moved]]) -> None:
     """From here on every subnet that moves on is noted in all that `listeners` gives at that time."""
 
     def retire(site: Site, values: Tensor) -> None:
-        rows, columns = whole_shape(losia.parameters, site)
+        rows, columns = site.shape
         for moved in listeners():
             moved.add(site, site.row_index, site.col_index, rows * columns)
 

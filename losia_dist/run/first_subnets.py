@@ -16,7 +16,6 @@ from losia_dist.localization.calibration import Located, locate
 from losia_dist.localization.inputs import input_sizes, outliers_of
 from losia_dist.localization.search import Choice, Query, Search, Sums, greedy, keep_without_signal
 from losia_dist.run.parts import RunParts
-from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.linear import TiedSubnetEmbedding
 from losia_dist.subnet.site import Site
 
@@ -34,7 +33,7 @@ def locate_all(
 
     def search_of(site: Site) -> Search:
         kept = (site.row_index.numel(), site.col_index.numel())
-        return greedy(whole_shape(parts.parameters, site), kept)
+        return greedy(site.shape, kept)
 
     found, passes = run_searches(model, parts, importance, search_of, batches, compute_loss)
     return [keep_without_signal(one.result, (one.site.row_index, one.site.col_index)) for one in found], passes
@@ -81,10 +80,7 @@ def run_searches(
     """
     model = _unwrapped(model)
     tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
-    searches = [
-        Located(site, whole_shape(parts.parameters, site), search_of(site), parts=2 if site in tied else 1)
-        for site in parts.sites
-    ]
+    searches = [Located(site, site.shape, search_of(site), parts=2 if site in tied else 1) for site in parts.sites]
     backward = CalibrationBackward(model, compute_loss or _own_loss)
     _refuse_reentrant(model)
     device, was_training = parts.sites[0].row_index.device, model.training

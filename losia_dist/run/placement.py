@@ -12,7 +12,7 @@ from losia_dist.localization.slots import Wanted
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.parts import RunParts
 from losia_dist.subnet.drawn import draw_subnet
-from losia_dist.subnet.kinds import read_subnet, whole_shape, write_back
+from losia_dist.subnet.kinds import read_subnet, write_back
 from losia_dist.subnet.site import Site
 
 
@@ -30,7 +30,7 @@ class Placement:
 
     def shape(self, site: Site) -> tuple[int, int]:
         """(m, n) of the whole weight."""
-        return whole_shape(self.parameters, site)
+        return site.shape
 
     @torch.no_grad()
     def cut(self, site: Site, rows: Tensor, columns: Tensor) -> Tensor:

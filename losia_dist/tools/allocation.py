@@ -16,7 +16,6 @@ from losia_dist.formulas import subnet_size
 from losia_dist.localization.search import Choice, Query, Sums, greedy, together
 from losia_dist.run.conductor import LoSiA
 from losia_dist.run.first_subnets import Batches, Loss, run_searches
-from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.site import Site
 
 Factors = tuple[float, float]
@@ -65,7 +64,7 @@ def measure(
         return possible
 
     def search_of(site: Site) -> Generator[Query, Sums, list[Choice]]:
-        shape = whole_shape(losia.parameters, site)
+        shape = site.shape
         return together([greedy(shape, size) for _, size in sizes(shape)])
 
     importance = (losia.config.located or Located()).importance

@@ -29,10 +29,8 @@ from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
-from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
-from losia_dist.subnet.kinds import whole_shape
 from losia_dist.subnet.site import Site
 from losia_dist.tools.plan.workload import Workload
 
@@ -127,13 +125,13 @@ def _sharded_model(workload: Workload) -> Any:
 
 def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, list[Site]]:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
-    sites, access = find_sites(model), resolve_parameters(model)
+    sites = find_sites(model)
     names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_layers]
     localization = make_localization(workload.config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [site for site in sites if site.group_name in names]
     for site in localizing:
         place = SlotGroup(site.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
-        site.gradient_sink = localization.accumulator(place, whole_shape(access, site), torch.device("cpu"))
+        site.gradient_sink = localization.accumulator(place, site.shape, torch.device("cpu"))
     return localization, localizing
 
 
