@@ -6,18 +6,23 @@ It imports nothing of the package and shares no code with it. Slow and plain on 
 from __future__ import annotations
 
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tests.reference.experts import ExpertInputs
+
 
 class DenseLoSiA:
     """Trains subnets of an ordinary model whose weights are all dense.
 
-    groups: weight names per group, in localization order (decoder layers, output layer last).
-    initial_subnets: weight name -> (rows, columns); their sizes stay for the whole run.
+    A subnet is one parameter S, with a key: the name of its weight for a linear layer, S [r, c] in one matrix [m, n]; a key of
+    `experts` for experts, S [X, r, c] in as many matrices of one weight. Whatever speaks of a matrix is by (key, place in S).
+
+    groups: keys of subnets per group, in localization order (decoder layers, parts of experts, output layer last).
+    initial_subnets: key -> (rows [r] or [X, r], columns [c] or [X, c]); their sizes stay for the whole run.
     lr_schedule: learning rate at the 0-based optimizer step, rewarming not included.
     trainable_names: further parameters, trained densely by the same AdamW, never rewarmed or cleared, at full_lr_scale times
         the learning rate.
@@ -25,6 +30,9 @@ class DenseLoSiA:
         N equal parts of the data (modulo N); None: every group from all data.
     selection: "greedy", by the score; "random": drawn by seed, layer and step.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
+    experts: key of a subnet of experts -> (name of its weight, first expert, one past the last).
+    transposed: names of weights whose matrices are stored as [n, m].
+    rate_scales: of names in trainable_names, in place of full_lr_scale (routers).
     """
 
     def __init__(
@@ -50,17 +58,23 @@ class DenseLoSiA:
         seed: int = 0,
         outlier_limit: float | None = None,
         full_lr_scale: float = 1.0,
+        experts: Mapping[str, tuple[str, int, int]] | None = None,
+        transposed: Collection[str] = (),
+        rate_scales: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.groups = groups
         self.subnets = dict(initial_subnets)
+        self.experts, self.transposed = dict(experts or {}), set(transposed)
         self.period = period
         self.lr_schedule = lr_schedule
         self.localization_ranks = localization_ranks
         self.selection, self.seed = selection, seed
         self.outlier_limit = outlier_limit
-        self.drawable = {name: torch.arange(self.parameters[name].shape[1]) for name in initial_subnets}
+        self.drawable = {
+            (key, place): torch.arange(matrix.shape[1]) for key in initial_subnets for place, matrix in self._matrices(key)
+        }
         self.layers_per_slot = min(layers_per_slot * (localization_ranks or 1), len(groups))
         self.importance = importance
         self.importance_betas = importance_betas
@@ -70,19 +84,21 @@ class DenseLoSiA:
         self.max_grad_norm = max_grad_norm
         self.trainable_names = list(trainable_names)
         self.full_lr_scale = full_lr_scale
+        self.rate_scales = dict(rate_scales or {})
 
         self.t = 0
         self.group_of = {name: index for index, group in enumerate(groups) for name in group}
         self.relocalized_at: dict[int, int] = {}
-        self.I_mean: dict[str, Tensor] = {}
-        self.I_deviation: dict[str, Tensor] = {}
+        self.I_mean: dict[tuple[str, int], Tensor] = {}
+        self.I_deviation: dict[tuple[str, int], Tensor] = {}
         self.adam: dict[str, dict[str, Any]] = {}
-        for name, (rows, columns) in self.subnets.items():
-            self.adam[name] = self._fresh_moments((len(rows), len(columns)))
+        for key, (rows, columns) in self.subnets.items():
+            self.adam[key] = self._fresh_moments((*rows.shape, columns.shape[-1]))
         for name in self.trainable_names:
             self.adam[name] = self._fresh_moments(tuple(self.parameters[name].shape))
         self.losses: list[float] = []
         self.history: list[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]] = []
+        self.reached: dict[str, set[int]] = {key: set() for key in self.subnets}  # places in S that ever had a gradient
 
     def locate(self, micro_batches: list[dict[str, Tensor]]) -> None:
         """First subnets by the mean importance of these micro-batches, each with its own gradient; nothing is trained.
@@ -91,16 +107,17 @@ class DenseLoSiA:
         """
         if self.outlier_limit is not None:
             self._leave_outliers_out(micro_batches)
-            for name, (rows, columns) in self.subnets.items():
-                self.subnets[name] = self._draw(name, len(rows), len(columns), 0)
+            for key in self.subnets:
+                self.subnets[key] = self._draw(key, 0)
             return
-        scores = {name: torch.zeros_like(self.parameters[name]) for name in self.subnets}
+        scores = {at: torch.zeros_like(matrix) for key in self.subnets for at, matrix in self._places(key)}
         for batch in micro_batches:
             _, gradient = self._mean_loss_and_gradient([batch])
-            for name in scores:
-                scores[name] += self._importance(self.parameters[name].detach() * gradient[name]) / len(micro_batches)
-        for name in self.subnets:
-            self.subnets[name] = self._select(name, scores[name])
+            for key in self.subnets:
+                for (at, w), (_, g) in zip(self._places(key), self._places(key, gradient), strict=True):
+                    scores[at] += self._importance(w * g) / len(micro_batches)
+        for key in self.subnets:
+            self.subnets[key] = self._select(key, scores)
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> float:
         """One optimizer step over the whole global batch, given as equally weighted micro-batches."""
@@ -114,14 +131,16 @@ class DenseLoSiA:
 
         # Importance, from the weight before the update and the gradient before clipping.
         for place, index in enumerate(localizing):
-            for name in self.groups[index]:
-                if t % T == 0:
-                    self.I_mean[name] = torch.zeros_like(gradient[name])
-                    self.I_deviation[name] = torch.zeros_like(gradient[name])
-                self._average_importance(name, seen[place % len(seen)][name])
+            for key in self.groups[index]:
+                for (at, w), (_, g) in zip(self._places(key), self._places(key, seen[place % len(seen)]), strict=True):
+                    if t % T == 0:
+                        self.I_mean[at], self.I_deviation[at] = torch.zeros_like(w), torch.zeros_like(w)
+                    self._average_importance(at, w, g)
 
         # Gradients that train, clipped by their global norm.
-        trained = {name: gradient[name][rows][:, columns] for name, (rows, columns) in self.subnets.items()}
+        trained = {key: self._take(key, gradient) for key in self.subnets}
+        for key in self.subnets:
+            self.reached[key] |= {place for place, (_, g) in enumerate(self._places(key, gradient)) if g.any()}
         trained |= {name: gradient[name] for name in self.trainable_names}
         if self.max_grad_norm is not None:
             norm = torch.sqrt(sum((g**2).sum() for g in trained.values()))
@@ -132,29 +151,27 @@ class DenseLoSiA:
         with torch.no_grad():
             for name, g in trained.items():
                 lr = self.lr_schedule(t) * self._ramp(name)
-                weight = self.parameters[name]
                 if name in self.subnets:
-                    rows, columns = self.subnets[name]
-                    block = weight[rows][:, columns]
-                    weight[rows[:, None], columns[None, :]] = self._adamw(name, block, g, lr)
+                    self._put(name, self._adamw(name, self._take(name), g, lr))
                 else:
+                    weight = self.parameters[name]
                     weight.copy_(self._adamw(name, weight, g, lr))
 
         # End of the slot: new subnets, cleared moments, a new ramp.
         if (t + 1) % T == 0:
             for index in localizing:
                 chosen = {}
-                for name in self.groups[index]:
-                    rows, columns = self.subnets[name]
+                for key in self.groups[index]:
                     if self.selection == "random":
-                        chosen[name] = self._draw(name, len(rows), len(columns), self.t + 1)
+                        chosen[key] = self._draw(key, self.t + 1)
                     else:
-                        chosen[name] = self._select(name, self.I_mean[name] * self.I_deviation[name])
-                    self.subnets[name] = chosen[name]
-                    count = self.adam[name]["step"]
-                    self.adam[name] = self._fresh_moments((len(rows), len(columns)))
+                        scores = {at: self.I_mean[at] * self.I_deviation[at] for at, _ in self._places(key)}
+                        chosen[key] = self._select(key, scores)
+                    self.subnets[key] = chosen[key]
+                    count = self.adam[key]["step"]
+                    self.adam[key] = self._fresh_moments(tuple(self.adam[key]["m"].shape))
                     if not self.reset_bias_correction:
-                        self.adam[name]["step"] = count
+                        self.adam[key]["step"] = count
                 self.relocalized_at[index] = t + 1
                 self.history.append((t, index, chosen))
 
@@ -162,35 +179,74 @@ class DenseLoSiA:
         self.losses.append(loss)
         return loss
 
-    def _select(self, name: str, score: Tensor) -> tuple[Tensor, Tensor]:
-        rows, columns = self.subnets[name]
-        return select(score, len(rows), len(columns)) if score.any() else (rows, columns)
+    def _matrices(self, key: str, tensors: Mapping[str, Tensor] | None = None) -> list[tuple[int, Tensor]]:
+        """(place in S, matrix [m, n]) of a subnet's weight, or of its gradient in `tensors`: views of what is stored."""
+        name, first, last = self.experts.get(key, (key, 0, 0))
+        stored = (tensors or self.parameters)[name].detach()
+        found = list(stored[first:last]) if key in self.experts else [stored]
+        return list(enumerate(matrix.t() if name in self.transposed else matrix for matrix in found))
 
-    def _draw(self, name: str, row_count: int, column_count: int, steps: int) -> tuple[Tensor, Tensor]:
-        key = f"{self.seed}/{name.removesuffix('.weight')}" + (f"/{steps}" if steps else "")
-        generator = torch.Generator()
-        generator.manual_seed(binascii.crc32(key.encode()))
-        shuffled_rows = torch.randperm(self.parameters[name].shape[0], generator=generator)
-        drawable = self.drawable[name]
-        shuffled_columns = drawable[torch.randperm(len(drawable), generator=generator)[:column_count].sort().values]
-        return shuffled_rows[:row_count].sort().values, shuffled_columns
+    def _places(self, key: str, tensors: Mapping[str, Tensor] | None = None) -> list[tuple[tuple[str, int], Tensor]]:
+        return [((key, place), matrix) for place, matrix in self._matrices(key, tensors)]
+
+    def _rows_and_columns(self, key: str) -> list[tuple[Tensor, Tensor]]:
+        """Of each matrix: int64 [r] and [c]."""
+        rows, columns = self.subnets[key]
+        return list(zip(rows, columns, strict=True)) if key in self.experts else [(rows, columns)]
+
+    def _joined(self, key: str, found: list[Tensor]) -> Tensor:
+        return torch.stack(found) if key in self.experts else found[0]
+
+    def _take(self, key: str, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What S holds of a weight, or of its gradient in `tensors`."""
+        matrices = self._matrices(key, tensors)
+        return self._joined(key, [matrices[i][1][r][:, c] for i, (r, c) in enumerate(self._rows_and_columns(key))])
+
+    def _put(self, key: str, values: Tensor) -> None:
+        per_matrix = list(values) if key in self.experts else [values]
+        for (_, matrix), (r, c), value in zip(self._matrices(key), self._rows_and_columns(key), per_matrix, strict=True):
+            matrix[r[:, None], c[None, :]] = value
+
+    def _select(self, key: str, scores: dict[tuple[str, int], Tensor]) -> tuple[Tensor, Tensor]:
+        chosen = []
+        for place, (rows, columns) in enumerate(self._rows_and_columns(key)):
+            score = scores[key, place]
+            chosen.append(select(score, len(rows), len(columns)) if score.any() else (rows, columns))
+        return self._joined(key, [rows for rows, _ in chosen]), self._joined(key, [columns for _, columns in chosen])
+
+    def _draw(self, key: str, steps: int) -> tuple[Tensor, Tensor]:
+        name, first, _ = self.experts.get(key, (key, 0, 0))
+        chosen = []
+        for (place, matrix), (rows, columns) in zip(self._matrices(key), self._rows_and_columns(key), strict=True):
+            layer = f"{name}.{first + place}" if key in self.experts else name.removesuffix(".weight")
+            drawable = self.drawable[key, place]
+            chosen.append(draw(layer, len(matrix), drawable, (len(rows), len(columns)), self.seed, steps))
+        return self._joined(key, [rows for rows, _ in chosen]), self._joined(key, [columns for _, columns in chosen])
 
     def _leave_outliers_out(self, micro_batches: list[dict[str, Tensor]]) -> None:
-        inputs: dict[str, list[Tensor]] = {name: [] for name in self.subnets}
+        inputs: dict[tuple[str, int], list[Tensor]] = {at: [] for at in self.drawable}
 
-        def keep(name: str) -> Any:
-            return lambda module, given: inputs[name].append(given[0].detach().reshape(-1, given[0].shape[-1]))
+        def keep(key: str) -> Any:
+            return lambda module, given: inputs[key, 0].append(given[0].detach().reshape(-1, given[0].shape[-1]))
 
-        handles = [self.model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(keep(n)) for n in inputs]
-        for batch in micro_batches:
-            self.model(**batch)
+        linear = [key for key in self.subnets if key not in self.experts]
+        handles = [self.model.get_submodule(n.removesuffix(".weight")).register_forward_pre_hook(keep(n)) for n in linear]
+        with ExpertInputs({name: self.parameters[name] for name, _, _ in self.experts.values()}) as seen:
+            for batch in micro_batches:
+                self.model(**batch)
         for handle in handles:
             handle.remove()
-        for name, calls in inputs.items():
+        for key, (name, first, last) in self.experts.items():
+            for expert in range(first, last):
+                inputs[key, expert - first] = seen.inputs.get((name, expert), [])
+        for (key, place), calls in inputs.items():
+            if not calls:
+                continue
             size = torch.stack([x.double().pow(2).mean(0) for x in calls]).mean(0).sqrt()
             middle = size.sort().values[(len(size) - 1) // 2]
-            if len(self.subnets[name][1]) < len(size):
-                self.drawable[name] = torch.tensor([j for j, r in enumerate(size.tolist()) if r <= self.outlier_limit * middle])
+            if self.subnets[key][1].shape[-1] < len(size):
+                kept = [j for j, r in enumerate(size.tolist()) if r <= self.outlier_limit * middle]
+                self.drawable[key, place] = torch.tensor(kept)
 
     def _gradients_for_importance(self, micro_batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """For each rank that localizes by itself (one, if they do it together): the gradient it takes importance from."""
@@ -198,14 +254,15 @@ class DenseLoSiA:
         parts = [[{key: value.chunk(N)[i] for key, value in batch.items()} for batch in micro_batches] for i in range(N)]
         return [self._mean_loss_and_gradient(part)[1] for part in parts]
 
-    def _average_importance(self, name: str, g: Tensor) -> None:
+    def _average_importance(self, at: tuple[str, int], w: Tensor, g: Tensor) -> None:
+        """Folds one matrix's importance into its averages; [m, n] each."""
         if not g.any():
             return
-        importance = self._importance(self.parameters[name].detach() * g)
+        importance = self._importance(w * g)
         b1, b2 = self.importance_betas
-        self.I_mean[name] = b1 * self.I_mean[name] + (1 - b1) * importance
-        deviation = (importance - self.I_mean[name]).abs()
-        self.I_deviation[name] = b2 * self.I_deviation[name] + (1 - b2) * deviation
+        self.I_mean[at] = b1 * self.I_mean[at] + (1 - b1) * importance
+        deviation = (importance - self.I_mean[at]).abs()
+        self.I_deviation[at] = b2 * self.I_deviation[at] + (1 - b2) * deviation
 
     def _importance(self, wg: Tensor) -> Tensor:
         if self.importance == "param_mix":
@@ -225,7 +282,7 @@ class DenseLoSiA:
 
     def _ramp(self, name: str) -> float:
         if name in self.trainable_names:
-            return self.full_lr_scale
+            return self.rate_scales.get(name, self.full_lr_scale)
         if name not in self.group_of or self.group_of[name] not in self.relocalized_at or self.rewarm_steps == 0:
             return 1.0
         j = self.t - self.relocalized_at[self.group_of[name]]
@@ -286,3 +343,16 @@ def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Te
         if objective > best_sum:
             best, best_sum = (rows, columns), objective
     return best
+
+
+def draw(layer: str, rows: int, drawable: Tensor, size: tuple[int, int], seed: int, steps: int = 0) -> tuple[Tensor, Tensor]:
+    """The subnet that a layer (or `name.e`, an expert) of so many rows gets after so many steps: int64 [r] and [c], sorted.
+
+    drawable: the columns that may be drawn, ascending. size: (r, c).
+    """
+    key = f"{seed}/{layer}" + (f"/{steps}" if steps else "")
+    generator = torch.Generator()
+    generator.manual_seed(binascii.crc32(key.encode()))
+    shuffled_rows = torch.randperm(rows, generator=generator)
+    shuffled_columns = torch.randperm(len(drawable), generator=generator)
+    return shuffled_rows[: size[0]].sort().values, drawable[shuffled_columns[: size[1]].sort().values]

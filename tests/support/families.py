@@ -45,17 +45,84 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 28, "decoder_sparse_step": 1},
     "qwen3_moe": {**MOE, "num_experts": 4, "decoder_sparse_step": 1},
 }
+GROUPED = {"routed_scaling_factor": 1.0, "norm_topk_prob": True, "num_experts_per_tok": 2, "moe_intermediate_size": 22}
+LATENT = {
+    "kv_lora_rank": 15,
+    "q_lora_rank": 18,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_key_value_heads": 3,
+}
+MAMBA = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 9, "n_groups": 2, "chunk_size": 8}
+BLOCKS = ["linear_attention", "moe", "full_attention", "mlp"]
+
+# Mixtures whose experts train, by name: odd numbers of experts, of which one is never chosen; matrices that align to nothing.
+# As they are stored, E experts, h hidden and i intermediate neurons:
+# - qwen3_moe, mixtral, deepseek_v3: gate_up_proj [E, 2 i, h], down_proj [E, h, i]; deepseek_v3 has a dense first layer, shared
+#   experts, and chooses groups of experts first;
+# - gpt_oss: the other way round, [E, h, 2 i] with gate and up neurons in turns, [E, i, h]; biases, of the router too;
+# - llama4_text: the other way round, [E, h, 2 i], [E, i, h]; each expert computes all tokens, those of others scaled by 0;
+# - nemotron_h: up_proj [E, i, h], down_proj [E, h, i], no gate; one block a layer: Mamba, experts, attention or dense.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixture:qwen3_moe": {**MOE, "num_experts": 5, "decoder_sparse_step": 1, "moe_intermediate_size": 21},
+    "mixture:mixtral": {"num_local_experts": 7, "num_experts_per_tok": 2, "intermediate_size": 23},
+    "mixture:gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 19},
+    "mixture:deepseek_v3": {
+        **GROUPED,
+        **LATENT,
+        "n_routed_experts": 9,
+        "n_group": 3,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+    },
+    "mixture:nemotron_h": {**GROUPED, **MAMBA, "n_routed_experts": 7, "layers_block_type": BLOCKS, "num_hidden_layers": 4},
+    "mixture:llama4_text": {
+        "num_local_experts": 5,
+        "num_experts_per_tok": 1,
+        "intermediate_size": 21,
+        "intermediate_size_mlp": 30,
+    },
+}
+MIXTURES["mixture:nemotron_h"]["moe_shared_expert_intermediate_size"] = 26
+IDLE = {"qwen3_moe": 4, "mixtral": 2, "gpt_oss": 1, "deepseek_v3": 5, "nemotron_h": 6, "llama4_text": 3}
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:
-    """A seeded fp32 causal language model of a family (`model_type` of its configuration)."""
-    special = (FAMILIES | EXPERT_FAMILIES)[family]
+    """A seeded fp32 causal language model of a family (`model_type` of its configuration; after "mixture:", see MIXTURES)."""
+    special = (FAMILIES | EXPERT_FAMILIES | MIXTURES)[family]
+    is_mixture, family = family in MIXTURES, family.removeprefix("mixture:")
     common = {k: v for k, v in COMMON.items() if family != "gpt2" or k in ("vocab_size", "initializer_range", "pad_token_id")}
     settings = {**common, **special, **overrides}
     # Grouped matrix products of experts want sizes that these models do not have.
     config = AutoConfig.for_model(family, **settings, experts_implementation="eager")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if is_mixture:
+        _leave_idle(model, IDLE[family])
+    return model
+
+
+@torch.no_grad()
+def _leave_idle(model: Any, expert: int) -> None:
+    """Let no router ever choose this expert, whatever the tokens."""
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias[expert] = -100.0
+        elif "Router" in type(module).__name__ and getattr(module, "bias", None) is not None:
+            module.bias[expert] = -100.0
+        elif "Router" in type(module).__name__:
+            # No bias: a neuron that is positive for all tokens stands for it, and nothing else writes to that neuron.
+            module.weight[expert] = 0.0
+            module.weight[:, 0] = 0.0
+            module.weight[expert, 0] = -10.0
+            model.get_input_embeddings().weight[:, 0] = 0.5
+            for name, parameter in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter[0] = 0.0
+                elif name.endswith("experts.down_proj"):
+                    parameter[(..., 0) if model.config.model_type == "llama4_text" else (slice(None), 0)] = 0.0
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, initialize, losia_parameter_groups
 from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.export.live import _gather
-from losia_dist.subnet.convert import find_sites
 from tests.reference.dense import DenseLoSiA, DenseWithOptimizer
-from tests.support.families import decoder_layers, tiny_model
+from tests.support.expected import converted_targets, mixture_targets
+from tests.support.families import MIXTURES, decoder_layers, tiny_model
 from tests.support.models import batches, tiny_llama
 
 RATE, VOCABULARY, QUIET = 1e-3, 96, 96
@@ -110,25 +111,21 @@ def prepared_model(run: Run) -> torch.nn.Module:
     return model.train()
 
 
-def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
-    """The dense reference's losses, whole weights and selections. `ranks` matters to reduction="by_rank" alone."""
+def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
+    """The dense reference's losses, whole weights and selections. `ranks` matters to reduction="by_rank" alone.
+
+    split: into as many equal parts each micro-batch is cut, for a loss that is no mean over its sequences.
+    """
     config = LoSiAConfig(**run.config)
     located = config.located or Located()
-    converted = get_losia_model(build(run), config)
-    layers = find_sites(converted)
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        groups.setdefault(layer.group_name, []).append(f"{layer.name}.weight")
-    subnets = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in layers}
-    trained = [n for n, p in converted.named_parameters() if p.requires_grad and not n.endswith(".subnet")]
-    # The oracle sees weights as they are stored; a Conv1D's rows are its columns there, and are named back below.
-    transposed = {f"{layer.name}.weight" for layer in layers if layer.weight_is_transposed}
+    is_mixture = run.family in MIXTURES and config.target_modules == "all-linear"
+    targets = mixture_targets(build(run), run.config) if is_mixture else converted_targets(build(run), config)
     model = build(run)
     kind = DenseLoSiA if not run.optimizer else partial(DenseWithOptimizer, optimizer_of(run))
     dense = kind(
         model,
-        list(groups.values()),
-        _swapped(subnets, transposed),
+        list(targets.groups.values()),
+        targets.subnets,
         period=config.period,
         layers_per_slot=config.layers_per_slot,
         importance=located.importance,
@@ -137,24 +134,31 @@ def reference(run: Run, ranks: int = 1) -> dict[str, Any]:
         rewarm_steps=config.rewarm_steps,
         reset_bias_correction=config.reset_bias_correction,
         max_grad_norm=run.max_grad_norm or None,
-        trainable_names=trained,
+        trainable_names=targets.trained,
         localization_ranks=ranks if config.by_rank else None,
         selection="random" if config.located is None else "greedy",
         seed=config.seed,
         outlier_limit=config.outlier_limit,
         full_lr_scale=config.full_lr_scale,
+        experts=targets.experts,
+        transposed=targets.transposed,
+        rate_scales=targets.rate_scales,
     )
     if run.calibration:
         dense.locate(calibration_batches(run))
-    first = _swapped(dense.subnets, transposed)
-    losses = [dense.step(micro_batches) for micro_batches in global_batches(run)]
+    first = dict(dense.subnets)
+    losses = [
+        dense.step([{k: v.chunk(split)[i] for k, v in batch.items()} for batch in micro_batches for i in range(split)])
+        for micro_batches in global_batches(run)
+    ]
     weights = {n: p.detach().clone() for n, p in model.named_parameters(remove_duplicate=False)}
-    history = [(step, group, _swapped(chosen, transposed)) for step, group, chosen in dense.history]
-    return {"losses": losses, "weights": weights, "history": history, "first": first}
+    result = {"losses": losses, "weights": weights, "history": dense.history, "first": first}
+    return {**result, "groups": list(targets.groups), "experts": targets.experts, "reached": dense.reached}
 
 
-def _swapped(subnets: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: (places[::-1] if name in names else places) for name, places in subnets.items()}
+def weight_key(site: Any) -> str:
+    """What the reference calls a site: its weight's name, or for experts the site's own (of a part: with its experts)."""
+    return str(site.name) if getattr(site, "experts", None) is not None else f"{site.name}.weight"
 
 
 def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
     loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
     losia, stepper, close = loop(engine, model, config, run)
     locate_first(losia, run)
-    first = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.sites}
+    first = {weight_key(layer): (layer.row_index.clone(), layer.col_index.clone()) for layer in losia.sites}
     losses, history = [], []
     for step, micro_batches in enumerate(global_batches(run)):
         mine = [{name: t.chunk(world)[rank] for name, t in batch.items()} for batch in micro_batches]
@@ -181,7 +185,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
         if (step + 1) % config.period == 0:
             for name in localizing:
                 chosen = {
-                    f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone())
+                    weight_key(layer): (layer.row_index.clone(), layer.col_index.clone())
                     for layer in losia.sites
                     if layer.group_name == name
                 }
@@ -193,7 +197,7 @@ def train(engine: str, run: Run, inspect: Any = None, prepare: Any = None) -> di
     losia.consolidate()
     plain = unwrap(losia.model)
     weights = {n: losia.parameters.read_whole(p).float() for n, p in plain.named_parameters(remove_duplicate=False)}
-    weights = {n: w for n, w in weights.items() if not n.endswith(".subnet")}
+    weights = {n: w for n, w in weights.items() if not re.search(r"[._]subnet(_\d+)?$", n)}
     assert _gather(plain, losia.parameters).keys() >= weights.keys()
     subnets = {layer.name: losia.parameters.read_whole(layer.subnet).float() for layer in losia.sites}
     result = {"losses": total.tolist(), "weights": weights, "history": history, "subnets": subnets, "first": first}
