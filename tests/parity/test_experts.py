@@ -1,5 +1,5 @@
-"""Mixtures of experts with a subnet in every expert, against the dense reference over two whole cycles: losses and whole weights
-to 1e-5, indices and groups equal. Odd numbers of experts, sizes that align to nothing, one expert that no token reaches.
+"""Mixtures of experts with a subnet in every expert, against the dense reference over two cycles: losses and whole weights to
+1e-5, indices and groups equal. Odd numbers of experts, sizes that align to nothing, one expert that no token reaches.
 """
 
 import pytest
@@ -220,7 +220,7 @@ def test_first_subnets_are_located_expert_by_expert(ranks, expected, family, eng
 def test_ranks_localize_parts_of_their_own(ranks, expected, engine):
     run = of("qwen3_moe", MODES["parts"])
     run = variant(run, config={**PARTS, "layers_per_slot": 1, "selection": Located(reduction="by_rank")})
-    for result in ranks(2, train, engine, run):
+    for result in run_on(ranks, engine, run):
         assert_same_experts(result, expected(run, ranks=2))
 
 
