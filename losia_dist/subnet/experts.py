@@ -20,6 +20,8 @@ from losia_dist.subnet.copied import apply_to_copy, check_copy, check_loaded, de
 from losia_dist.subnet.dispatch import Dispatch
 from losia_dist.subnet.expert_weights import is_of
 from losia_dist.subnet.experts_function import Routing, SubnetExpertsFunction
+from losia_dist.subnet.experts_operator import compiled_experts
+from losia_dist.subnet.grouped import grouped_linear
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.site import Site, TensorNames
 
@@ -55,12 +57,16 @@ class SubnetWeights(nn.Module):
             return self._compute(x.to(dtype), routing, parameter, sites)
 
     def _compute(self, x: Tensor, routing: Routing, parameter: str, sites: list[Site]) -> Tensor:
-        weight = getattr(self, parameter)
-        for site in sites:
-            if site.copied is not None:
-                check_copy(site)
-        subnets = [site.subnet for site in sites]
-        y: Tensor = SubnetExpertsFunction.apply(x, routing, weight, self.layouts[parameter], sites, *subnets)
+        weight, layout = getattr(self, parameter), self.layouts[parameter]
+        if torch.compiler.is_compiling() and sites:
+            y = compiled_experts(sites, x, routing, weight)
+        elif torch.compiler.is_compiling():
+            y = grouped_linear(x, layout.matrices(weight).to(x.dtype), routing.offsets)
+        else:
+            for site in sites:
+                if site.copied is not None:
+                    check_copy(site)
+            y = SubnetExpertsFunction.apply(x, routing, weight, layout, sites, *(site.subnet for site in sites))
         bias = getattr(self, f"{parameter}_bias", None)
         return y if bias is None else y + bias.to(y.dtype)[routing.owners]
 

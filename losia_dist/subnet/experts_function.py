@@ -85,7 +85,7 @@ def experts_backward(
             grad_x = grad_x.masked_fill_(routing.nobodys, 0)
     if not needs_subnets:
         return grad_x, [None] * len(sites)
-    x_columns = kept if all(sink is None for sink in sinks) else _own_columns(sites, kept, routing)
+    x_columns = kept if all(sink is None for sink in sinks) else kept_of(sites, kept, routing)
     full_rows = sites[0].takes_all_rows
     dy_rows = grad_y if full_rows else take_of_owner(grad_y, _of_all(sites, "row_index"), routing.owners)
     gradients = grouped_outer(dy_rows, x_columns, routing.offsets)
@@ -94,7 +94,7 @@ def experts_backward(
         assert site.experts is not None
         mine = gradients[site.experts[0] : site.experts[1]].to(subnet.dtype)
         if len(sites) > 1:
-            mine = mine.contiguous()
+            mine = mine.clone()  # no part keeps the others' memory
         site.in_mid_step = True
         if site.gradient_witness is not None:
             site.gradient_witness(mine)
@@ -128,7 +128,7 @@ def _of_all(sites: Sequence[Site], index: str) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _own_columns(sites: Sequence[Site], x: Tensor, routing: Routing) -> Tensor:
+def kept_of(sites: Sequence[Site], x: Tensor, routing: Routing) -> Tensor:
     """x[i, C[e(i)]] of each token: [t, c]; x itself where subnets take all columns."""
     return x if sites[0].takes_all_columns else take_of_owner(x, _of_all(sites, "col_index"), routing.owners)
 
@@ -143,7 +143,7 @@ class SubnetExpertsFunction(torch.autograd.Function):
         ctx.sinks = [site.gradient_sink for site in sites]
         keeps_all = any(sink is not None for sink in ctx.sinks)
         if sites:
-            ctx.save_for_backward(x if keeps_all else _own_columns(sites, x, routing))
+            ctx.save_for_backward(x if keeps_all else kept_of(sites, x, routing))
         # References, not saved tensors: a sharded engine empties the weight after forward and gathers it again before
         # backward under the same object.
         ctx.weight, ctx.layout, ctx.sites, ctx.subnets, ctx.routing = weight, layout, sites, subnets, routing
