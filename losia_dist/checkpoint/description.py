@@ -15,6 +15,7 @@ from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.config.removed import removed_setting
 from losia_dist.errors import CheckpointError
 from losia_dist.run.conductor import LoSiA
+from losia_dist.subnet.site import Site
 
 _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
@@ -40,11 +41,17 @@ def describe_parts(losia: LoSiA, contents: Contents) -> dict[str, Any]:
                 "weight": contents.weight_of[name],
                 "of": list(site.shape),
                 "transposed": site.weight_is_transposed,
+                **_experts_of(site),
             }
             for name, site in contents.sites.items()
         },
         "buffers": {name: _describe(buffer.shape, buffer.dtype) for name, buffer in contents.buffers.items()},
     }
+
+
+def _experts_of(site: Site) -> dict[str, Any]:
+    """Which experts of its weight a site's subnets are in; nothing for a linear layer."""
+    return {} if site.experts is None else {"experts": list(site.experts), "stacked": site.layout.stacked}
 
 
 def check_fits(losia: LoSiA, contents: Contents, reader: Reader, world_size: int) -> None:

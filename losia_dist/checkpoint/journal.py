@@ -16,12 +16,13 @@ from torch import Tensor
 from losia_dist.checkpoint import atomic_files
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.interface import ParameterAccess
-from losia_dist.subnet.kinds import read_subnet
+from losia_dist.subnet.access import read_subnet
 from losia_dist.subnet.site import Site
 
 
 class Moved:
-    """Places that subnets have left, by layer: rows [r] and columns [c], int32 in host memory, the same on every rank.
+    """Places that subnets have left, by layer: rows [r] and columns [c] (of experts [X, r] and [X, c]), int32 in host memory,
+    the same on every rank.
 
     Once a layer's places have as many elements as its weight, the whole weight stands for them: what a run holds that never
     saves does not grow on.
@@ -31,17 +32,14 @@ class Moved:
         self._places: dict[Site, list[tuple[Tensor, Tensor]]] = {}
         self._whole: dict[Site, None] = {}  # an ordered set: all ranks go through it alike
 
-    def add(self, site: Site, rows: Tensor, columns: Tensor, weight_size: int) -> None:
-        """Note that a subnet leaves. Waits for the device.
-
-        rows: int64 [r], columns: int64 [c], on any device. weight_size: m n of the layer's weight.
-        """
+    def add(self, site: Site) -> None:
+        """Note that a subnet leaves where it is. Waits for the device."""
         if site in self._whole:
             return
         places = self._places.setdefault(site, [])
-        rows, columns = (index.detach().to("cpu", torch.int32, copy=True) for index in (rows, columns))
+        rows, columns = (index.detach().to("cpu", torch.int32, copy=True) for index in (site.row_index, site.col_index))
         places.append((rows, columns))
-        if sum(r.numel() * c.numel() for r, c in places) >= weight_size:
+        if len(places) * site.subnet_size >= site.size:
             del self._places[site]
             self._whole[site] = None
 
@@ -63,7 +61,8 @@ class Moved:
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a weight: rows int64 [r], columns int64 [c], values [r, c] in the weight's dtype, in host memory."""
+    """A piece of a weight: rows int64 [r], columns int64 [c], values [r, c] in the weight's dtype, in host memory; of experts
+    [X, r], [X, c] and [X, r, c]."""
 
     site: str
     rows: Tensor
@@ -80,9 +79,8 @@ def watch(losia: LoSiA, listeners: Callable[[], list[Moved]]) -> None:
     """From here on every subnet that moves on is noted in all that `listeners` gives at that time."""
 
     def retire(site: Site, values: Tensor) -> None:
-        rows, columns = site.shape
         for moved in listeners():
-            moved.add(site, site.row_index, site.col_index, rows * columns)
+            moved.add(site)
 
     losia.on_retire.append(retire)
 
@@ -96,9 +94,9 @@ def read_blocks(moved: Moved, access: ParameterAccess, rank: int, world_size: in
     found = []
     for turn, (site, rows, columns) in enumerate(moved):
         if rows is None or columns is None:
-            whole = access.read_whole(site.weight)
-            values = whole.t() if site.weight_is_transposed else whole
-            rows, columns = torch.arange(values.shape[0]), torch.arange(values.shape[1])
+            values = site.as_rows(access.read_whole(site.weight))
+            every = (torch.arange(size) for size in site.shape)
+            rows, columns = (index.expand(*values.shape[:-2], -1).contiguous() for index in every)
         else:
             rows, columns = rows.long(), columns.long()
             device = site.row_index.device

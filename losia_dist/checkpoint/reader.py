@@ -12,6 +12,7 @@ from torch import Tensor
 
 from losia_dist.checkpoint import layout, values
 from losia_dist.errors import CheckpointError
+from losia_dist.subnet.layout import Layout
 
 _FILES_OPEN = 128
 
@@ -69,19 +70,19 @@ class Reader:
         """
         tensor: Tensor = self._file(f"{layout.BASE}/{self.base['weights'][name]['file']}").get_tensor(name)
         sites = {site: entry for site, entry in self.manifest["subnets"].items() if entry["weight"] == name}
+        is_mapped = True
         for site, entry in sites.items():
-            blocks = [(rows, columns, block) for rows, columns, block in self.blocks(site, with_subnet)]
-            if blocks:
-                tensor = tensor.clone()  # what is mapped from a file is not written to
-            matrix = tensor.t() if entry["transposed"] else tensor
-            for rows, columns, block in blocks:
-                matrix[rows[:, None], columns[None, :]] = block.to(tensor.dtype)
+            for rows, columns, block in self.blocks(site, with_subnet):
+                if is_mapped:
+                    tensor, is_mapped = tensor.clone(), False  # what is mapped from a file is not written to
+                tensor[layout_of(entry).places(tuple(tensor.shape), rows, columns)] = block.to(tensor.dtype)
         return tensor
 
     def blocks(self, site: str, with_subnet: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(rows, columns, values) of what was written into a layer's weight since the base, in order.
 
-        On the CPU: int64 [r], int64 [c], and [r, c] in the weight's dtype, the subnet's in its own; rows are output neurons.
+        On the CPU: int64 [r], int64 [c], and [r, c] in the weight's dtype, the subnet's in its own; rows are output neurons. Of
+        experts [X, r], [X, c] and [X, r, c].
         """
         found = []
         for file, prefix in self._journal().get(site, []):
@@ -140,6 +141,12 @@ class Reader:
                     f"{self.directory / name} cannot be read: {error}. Restore it, or load another step."
                 ) from error
         return self._open[name]
+
+
+def layout_of(entry: dict[str, Any]) -> Layout:
+    """How the weight of a subnet in a step's manifest stores its matrices."""
+    experts = entry.get("experts")
+    return Layout(entry["transposed"], None if experts is None else tuple(experts), entry.get("stacked", 0))
 
 
 def state_file(rank: int) -> str:

@@ -12,7 +12,6 @@ from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.site import Site
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
-_OWN = ("subnet", "row_index", "col_index")
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,10 @@ class Contents:
 
     Attributes:
         weights: parameters that do not train, target weights among them: what base/ holds.
-        trained: parameters that train: the subnets ("<layer>.subnet") and whatever else.
+        trained: parameters that train: the subnets ("<site>.subnet") and whatever else.
         buffers: persistent buffers but the subnets' indices.
-        sites: "<layer>" -> its site.
-        weight_of: "<layer>" -> the name of its weight.
+        sites: name of a site -> the site; that of a linear layer is the layer's.
+        weight_of: name of a site -> the name of its weight.
         aliases: further names of a shared parameter or buffer -> the first one.
     """
 
@@ -62,11 +61,12 @@ def contents_of(losia: LoSiA) -> Contents:
 def plain_entries(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Tensors of a plain model's state dict but this package's own, under all of their names; the same order on every rank."""
     wanted = set(model.state_dict(keep_vars=True))
+    own = {id(tensor) for site in find_sites(model) for tensor in (site.subnet, site.row_index, site.col_index)}
     return [
         (name, tensor)
         for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         for name, tensor in source
-        if name in wanted and name.rsplit(".", 1)[-1] not in _OWN
+        if name in wanted and id(tensor) not in own
     ]
 
 

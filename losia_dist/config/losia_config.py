@@ -40,9 +40,10 @@ class LoSiAConfig:
             default, leaves the output layer frozen. Paper: 1/8 for instruction tuning.
         period: T, optimizer steps in a time slot (one slot re-localizes `layers_per_slot` groups). At least 1.
             Default 100; paper: 50 to 150.
-        target_modules: which linear layers (`nn.Linear`, Transformers' `Conv1D`) get a subnet: "all-linear" (the language
-            model's, but the output layer, what modules_to_save names and layers without a gradient), a list of names that
-            match a module's full name or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
+        target_modules: which linear layers (`nn.Linear`, Transformers' `Conv1D`) and experts get a subnet: "all-linear" (the
+            language model's, but the output layer, what modules_to_save names, routers and layers without a gradient), a list
+            of names that match a full name or its end ("q_proj", "mlp.down_proj"), or a regular expression over full names.
+            Fused expert weights go by the parameter's name ("experts.gate_up_proj").
         modules_to_save: further modules trained in full, by name as above ("norm", "embed_tokens"). None: none.
         train_norms: train every normalization layer in full.
         train_embeddings: train the input embedding in full.
@@ -53,6 +54,12 @@ class LoSiAConfig:
         layers_per_slot: groups (decoder layers) that localize in one slot. At least 1. "auto": as few as locate every group
             `cycles` times in the length of the run, which `LoSiA(..., total_steps=...)` is told.
         cycles: with layers_per_slot="auto", how often every group is located after the start. At least 1.
+        experts_per_slot: experts of one layer that localize together, where a model has experts in fused weights (their
+            averages, and the full gradient of one layer's, are what costs memory). At least 1. "auto": as many as keep that
+            gradient within 2^29 numbers (1 GiB in bf16). Drawn subnets need no such parts. It decides what the subnets'
+            parameters are called and hold, and stays for the whole run.
+        router_lr_scale: train the routers of experts in full, at this multiple of the subnets' learning rate. Above 0; small,
+            such as 0.01. None, the default, leaves them frozen.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
         reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
             False keeps the old step count, as the authors' code does.
@@ -71,6 +78,8 @@ class LoSiAConfig:
     selection: Selection | str = field(default_factory=Located)
     layers_per_slot: int | str = 1
     cycles: int = 1
+    experts_per_slot: int | str = "auto"
+    router_lr_scale: float | None = None
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
     seed: int = 0
@@ -88,6 +97,8 @@ class LoSiAConfig:
         if self.layers_per_slot != "auto":
             check_count("layers_per_slot", self.layers_per_slot, minimum=1, also="auto")
         check_count("cycles", self.cycles, minimum=1)
+        if self.experts_per_slot != "auto":
+            check_count("experts_per_slot", self.experts_per_slot, minimum=1, also="auto")
         if self.rewarm_steps is not None:
             check_count("rewarm_steps", self.rewarm_steps, minimum=0)
         check_count("seed", self.seed, minimum=0)
@@ -98,6 +109,7 @@ class LoSiAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         self._check_full_lr_scale()
+        self._check_experts()
         self._check_outlier_limit()
 
     def _check_full_lr_scale(self) -> None:
@@ -111,6 +123,16 @@ class LoSiAConfig:
             raise ConfigError(
                 f"full_lr_scale={scale!r}, but nothing trains in full: set train_norms, train_embeddings or modules_to_save, "
                 "or leave full_lr_scale out."
+            )
+
+    def _check_experts(self) -> None:
+        scale = self.router_lr_scale
+        if scale is not None and (not is_number(scale) or not 0 < scale < float("inf")):
+            raise ConfigError(f"router_lr_scale={scale!r}: a number above 0 is needed, or null to leave routers frozen.")
+        if self.experts_per_slot != "auto" and self.located is None:
+            raise ConfigError(
+                f"experts_per_slot={self.experts_per_slot!r}, but drawn subnets localize nothing, so experts need no "
+                "parts: leave it out."
             )
 
     def _check_outlier_limit(self) -> None:

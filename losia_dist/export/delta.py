@@ -119,8 +119,9 @@ def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tens
     index_size = 4 if tuned.numel() < 2**31 else 8
     rest = differs.clone()
     cost = 0
+    flat = (-1, tuned.shape[-1])
     for first, second in blocks:
-        rest[first[:, None], second[None, :]] = False
+        rest.view(flat)[first[:, None], second[None, :]] = False
         cost += 4 * (first.numel() + second.numel()) + first.numel() * second.numel() * tuned.element_size()
     single = index_size + tuned.element_size()
     forms = {"blocks": cost + int(rest.sum()) * single, "single": count * single, "whole": tuned.numel() * tuned.element_size()}
@@ -131,7 +132,7 @@ def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tens
     if form == "blocks":
         for place, (first, second) in enumerate(blocks):
             found[f"{place}/first"], found[f"{place}/second"] = first.to(torch.int32), second.to(torch.int32)
-            found[f"{place}/values"] = tuned[first[:, None], second[None, :]]
+            found[f"{place}/values"] = tuned.view(flat)[first[:, None], second[None, :]]
     places = (rest if form == "blocks" else differs).reshape(-1).nonzero().reshape(-1)
     if places.numel():
         found["places"] = places.to(torch.int32 if index_size == 4 else torch.int64)
@@ -148,7 +149,7 @@ def _patched(tensor: Tensor, found: dict[str, Tensor]) -> Tensor:
     place = 0
     while f"{place}/values" in found:
         first, second = found[f"{place}/first"].long(), found[f"{place}/second"].long()
-        tensor[first[:, None], second[None, :]] = found[f"{place}/values"]
+        tensor.view(-1, tensor.shape[-1])[first[:, None], second[None, :]] = found[f"{place}/values"]
         place += 1
     if "places" in found:
         tensor.view(-1)[found["places"].long()] = found["values"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.checkpoint.atomic_files import Entry
-from losia_dist.checkpoint.reader import Reader, open_checkpoint
+from losia_dist.checkpoint.reader import Reader, layout_of, open_checkpoint
 from losia_dist.errors import CheckpointError
 from losia_dist.export.model_directory import write_json_files, write_model_directory
 
@@ -57,13 +57,24 @@ class ExportedWeights:
     def blocks(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Places of a weight, as it is stored, that subnets were in since the base: (first index, second index) each.
 
-        int64 on the CPU: [r] and [c], or [c] and [r] where the weight is stored [n, m].
+        int64 on the CPU: [r] and [c], or [c] and [r] where the weight is stored [n, m]; of several matrices one each, in the
+        weight as two dimensions, with the matrices under each other.
         """
         found = []
+        stored = self.entries[name].shape
         for site, entry in self.reader.manifest["subnets"].items():
             if entry["weight"] == self._alias.get(name, name):
                 for rows, columns, _ in self.reader.blocks(site, with_subnet=True):
-                    found.append((columns, rows) if entry["transposed"] else (rows, columns))
+                    *expert, first, second = layout_of(entry).places(stored, rows, columns)
+                    first = first + expert[0] * stored[-2] if expert else first
+                    places = zip(
+                        *(
+                            index.reshape(-1, *index.shape[-2:]).expand(rows[..., 0].numel(), -1, -1)
+                            for index in (first, second)
+                        ),
+                        strict=True,
+                    )
+                    found += [(one.reshape(-1), other.reshape(-1)) for one, other in places]
         return found
 
     def _is_subnet(self, name: str) -> bool:

@@ -1,4 +1,7 @@
-"""The importance of one layer while its group localizes, kept for this rank's block of rows only."""
+"""The importance of one layer while its group localizes, kept for this rank's block of rows only.
+
+The matrices of experts lie under each other: X m rows are cut into blocks as the m rows of a linear layer are.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losia_dist.localization.blocks import RowBlock
 from losia_dist.localization.collectives import PendingRows, RowCollectives
 from losia_dist.localization.importance import fold_importance_, has_signal
 
@@ -14,14 +18,14 @@ from losia_dist.localization.importance import fold_importance_, has_signal
 class ImportanceAccumulator:
     """Receives the full gradient of every micro-batch in backward, and turns it into importance.
 
-    State on each rank for the length of one slot: fp32 blocks [ceil(m / world size), n] for Ibar and Ubar. Until an optimizer
+    State on each rank for the length of one slot: fp32 blocks [ceil(X m / world size), n] for Ibar and Ubar. Until an optimizer
     step ends, this rank's rows of the gradient too: as they came from a single micro-batch, summed in fp32 from several.
 
-    A gradient that is zero in all of the layer, on all ranks, says nothing (no label, no advantage): it leaves the averages as
-    they are. One number a layer and optimizer step is communicated for that.
+    A gradient that is zero in all of a matrix, on all ranks, says nothing (no label, no advantage, no token for an expert): it
+    leaves the averages as they are. One number a matrix and optimizer step is communicated for that.
 
     Args:
-        shape: (m, n) of the whole weight.
+        shape: (m, n) of a whole matrix. count: X matrices; 1 for a linear layer.
         collectives: over all ranks that see different data.
         weight_is_resident: the weight stays as it is until the importance is taken; otherwise the row block is copied in
             backward, while it is there.
@@ -36,10 +40,12 @@ class ImportanceAccumulator:
         importance: str,
         betas: tuple[float, float],
         weight_is_resident: bool,
+        count: int = 1,
     ) -> None:
         self.shape, self.collectives, self.kind, self.betas = shape, collectives, importance, betas
         self.weight_is_resident = weight_is_resident
-        self.start, self.stop = collectives.rows_of(shape[0])
+        self.rows = RowBlock(shape[0], count, *collectives.rows_of(count * shape[0]))
+        self.start, self.stop = self.rows.start, self.rows.stop
         block = (self.stop - self.start, shape[1])
         self.mean = torch.zeros(block, dtype=torch.float32, device=device)
         self.deviation = torch.zeros_like(self.mean)
@@ -49,15 +55,15 @@ class ImportanceAccumulator:
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, weight: Tensor) -> None:
-        """Called in backward with the full gradient [m, n] of one micro-batch, which it keeps and uses up; returns while the
-        transfer runs.
+        """Called in backward with the full gradient [m, n] (or [X, m, n]) of one micro-batch, which it keeps and uses up;
+        returns while the transfer runs.
 
         One transfer of a layer is under way at a time: the next one first waits for the one before it.
         """
         self._drain()
-        self.pending = self.collectives.reduce_scatter_rows(gradient)
-        rows = weight.detach()[self.start : self.stop]
-        self.weight_rows = rows if self.weight_is_resident else rows.clone()
+        self.pending = self.collectives.reduce_scatter_rows(gradient.reshape(-1, gradient.shape[-1]))
+        rows, is_view = self.rows.take(weight.detach())
+        self.weight_rows = rows.clone() if is_view and not self.weight_is_resident else rows
         if self.collectives.world_size == 1:
             self._drain()  # nothing to overlap with
 
@@ -65,7 +71,8 @@ class ImportanceAccumulator:
         """Fold this optimizer step's gradient into the averages. The gradient has not been clipped."""
         self._drain()
         if self.gradient is not None and self.weight_rows is not None:
-            signal = self.collectives.largest(has_signal(self.gradient).to(torch.int32)).bool()
+            signal = self.collectives.largest(self.rows.of_each(self.gradient, has_signal)).bool()
+            signal = signal[0] if self.rows.count == 1 else self.rows.by_row(signal).unsqueeze(1)
             settings: Any = {"kind": self.kind, "betas": self.betas, "signal": signal}
             fold_importance_(self.gradient, self.weight_rows, self.mean, self.deviation, **settings)
         self._forget()

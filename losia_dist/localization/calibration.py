@@ -2,7 +2,8 @@
 
 The score is the mean of the importance I over the calibration micro-batches of all ranks, each with its own gradient. Sums of
 it along rows and columns add up over micro-batches and ranks, so that every pass over the batches answers one query of every
-layer's search (`losia_dist.localization.search`): m + n numbers a layer are kept and communicated, and no gradient is.
+layer's search (`losia_dist.localization.search`): m + n numbers a layer (or expert) are kept and communicated, and no gradient
+is.
 """
 
 from __future__ import annotations
@@ -20,28 +21,33 @@ from losia_dist.localization.importance import importance_
 from losia_dist.localization.search import Query, Sums
 from losia_dist.localization.sharded_choice import mask_of, masked_column_sums
 from losia_dist.subnet.blocks import take_last
+from losia_dist.subnet.site import Site
 
 
 class ImportanceSums:
     """The sums that one layer's query asks for, over the micro-batches of a pass: a sink of full gradients.
 
     Args:
-        shape: (m, n) of the whole weight.
+        shape: (m, n) of a whole matrix. count: X matrices, each of which comes by itself; 1 for a linear layer.
         kind: of importance, as in `LoSiAConfig.importance`.
         parts: gradients that make up one micro-batch's: 2 where the embedding shares the weight.
     """
 
-    def __init__(self, query: Query, shape: tuple[int, int], *, kind: str, device: torch.device, parts: int = 1) -> None:
+    one_at_a_time = True  # experts: so that one's full gradient is all there is
+
+    def __init__(
+        self, query: Query, shape: tuple[int, int], *, kind: str, device: torch.device, parts: int = 1, count: int = 1
+    ) -> None:
         self.query, self.kind, self.parts = query, kind, parts
-        self.masks = [None if rows is None else mask_of(rows, shape[0]) for rows in query.within_rows]
-        self.rows = torch.zeros(len(query.within_columns), shape[0], dtype=torch.float64, device=device)
-        self.columns = torch.zeros(len(query.within_rows), shape[1], dtype=torch.float64, device=device)
-        self.reached = torch.zeros((), dtype=torch.int64, device=device)  # micro-batches whose gradient came
+        self.masks = [None if rows is None else _masks(rows, shape[0]) for rows in query.within_rows]
+        self.rows = torch.zeros(len(query.within_columns), count, shape[0], dtype=torch.float64, device=device)
+        self.columns = torch.zeros(len(query.within_rows), count, shape[1], dtype=torch.float64, device=device)
+        self.reached = torch.zeros((), dtype=torch.int64, device=device)  # gradients that came
         self._earlier: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
-    def __call__(self, gradient: Tensor, weight: Tensor) -> None:
-        """Called in backward with a full gradient [m, n], which is used up, and the whole weight."""
+    def __call__(self, gradient: Tensor, weight: Tensor, place: int = 0) -> None:
+        """Called in backward with a full gradient [m, n], which is used up, and the whole matrix, which is the `place`-th."""
         if len(self._earlier) + 1 < self.parts:
             self._earlier.append((gradient, weight.detach().clone()))  # the engine may let the weight go before the rest comes
             return
@@ -53,24 +59,35 @@ class ImportanceSums:
         band = max(1, (1 << 24) // gradient.shape[1])
         for start in range(0, gradient.shape[0], band):
             part = slice(start, start + band)
-            self._add(part, importance_(gradient[part].to(torch.float32), weight[part], self.kind))
+            self._add(place, part, importance_(gradient[part].to(torch.float32), weight[part], self.kind))
 
-    def _add(self, part: slice, importance: Tensor) -> None:
+    def _add(self, place: int, part: slice, importance: Tensor) -> None:
         if any(columns is None for columns in self.query.within_columns):
             every_column = importance.sum(1, dtype=torch.float64)
         if any(rows is None for rows in self.query.within_rows):
             every_row = importance.sum(0, dtype=torch.float64)
-        for total, columns in zip(self.rows, self.query.within_columns, strict=True):
-            total[part] += every_column if columns is None else take_last(importance, columns).sum(1, dtype=torch.float64)
-        for total, mask in zip(self.columns, self.masks, strict=True):
-            total += every_row if mask is None else masked_column_sums(importance, mask[part])
+        for total, columns in zip(self.rows[:, place], self.query.within_columns, strict=True):
+            own = columns if columns is None or columns.dim() == 1 else columns[place]
+            total[part] += every_column if own is None else take_last(importance, own).sum(1, dtype=torch.float64)
+        for total, mask in zip(self.columns[:, place], self.masks, strict=True):
+            total += every_row if mask is None else masked_column_sums(importance, mask[place][part])
+
+    def sums(self, flat: Tensor, each: tuple[int, ...]) -> Sums:
+        """Such sums, laid out in one vector, as a search takes them. each: () of a linear layer, (X,) of experts."""
+        rows, columns = flat.split([self.rows.numel(), self.columns.numel()])
+        shaped = (t.view(s.shape[0], *each, s.shape[-1]) for t, s in ((rows, self.rows), (columns, self.columns)))
+        return Sums(*(list(one) for one in shaped))
+
+
+def _masks(rows: Tensor, size: int) -> list[Tensor]:
+    return [mask_of(own, size) for own in rows.view(-1, rows.shape[-1])]
 
 
 @dataclass
 class Located:
     """One layer's search, and where it stands."""
 
-    site: Any  # a Site
+    site: Site
     shape: tuple[int, int]
     search: Generator[Query, Sums, Any]  # a Search, or several together
     parts: int = 1
@@ -97,8 +114,8 @@ def locate(searches: list[Located], run_pass: Callable[[], None], collectives: R
         sinks: list[ImportanceSums] = []
         for one in open_searches:
             assert one.query is not None
-            device = one.site.row_index.device
-            sinks.append(ImportanceSums(one.query, one.shape, kind=kind, device=device, parts=one.parts))
+            device, count = one.site.row_index.device, one.site.layout.count
+            sinks.append(ImportanceSums(one.query, one.shape, kind=kind, device=device, parts=one.parts, count=count))
             one.site.gradient_sink = sinks[-1]
         try:
             run_pass()
@@ -121,8 +138,7 @@ def locate(searches: list[Located], run_pass: Callable[[], None], collectives: R
 def _answer(one: Located, sink: ImportanceSums, collectives: RowCollectives) -> None:
     """Give a search its sums over all ranks; take its next query or its choice."""
     flat = collectives.sum_columns(torch.cat([sink.rows.reshape(-1), sink.columns.reshape(-1)]))
-    rows, columns = flat.split([sink.rows.numel(), sink.columns.numel()])
-    sums = Sums(list(rows.view(sink.rows.shape)), list(columns.view(sink.columns.shape)))
+    sums = sink.sums(flat, tuple(one.site.row_index.shape[:-1]))
     try:
         one.query = one.search.send(sums)
     except StopIteration as end:

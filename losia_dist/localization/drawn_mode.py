@@ -7,7 +7,7 @@ import torch
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotGroup, Wanted
-from losia_dist.subnet.drawn import draw_subnet
+from losia_dist.subnet.drawn import draw_subnets
 
 
 class DrawnLocalization:
@@ -22,9 +22,10 @@ class DrawnLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
 
-    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> None:
+    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1) -> None:
         return None
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
-        rows, columns = draw_subnet(wanted.layer, wanted.shape, wanted.kept, self.seed, wanted.step, wanted.left_out)
+        drawn = draw_subnets(wanted.names, wanted.shape, wanted.kept, self.seed, wanted.step, wanted.left_out)
+        rows, columns = (index.view(present.shape) for index, present in zip(drawn, wanted.present, strict=True))
         return Choice.unmeasured(rows.to(wanted.device), columns.to(wanted.device))

@@ -34,8 +34,8 @@ def update_averages_(
 
     All fp32 and of one shape; `importance` is used up (it holds |I - Ibar| afterwards).
 
-    signal: bool [], whether the layer's gradient was other than zero; where it was not, I is 0 and both averages stay. None:
-        it was.
+    signal: bool [], or [b, 1] for each row, whether the gradient of the row's matrix was other than zero; where it was not, I
+        is 0 and both averages stay. None: it was.
     """
     first, second = betas
     if signal is None:
@@ -59,11 +59,15 @@ def fold_importance_(
 ) -> None:
     """Take I from the gradient of one step and move both averages, a band of rows at a time.
 
-    All [b, n]; gradient (used up where it is fp32) and weight of any floating dtype, averages fp32. On the CPU a band
-    stays in the cache through all of the arithmetic, which is else bound by memory; on a device it bounds the fp32 copy of a
-    bf16 gradient.
+    signal: as for `update_averages_`. All else [b, n]; gradient (used up where it is fp32) and weight of any floating dtype,
+    averages fp32. On the CPU a band stays in the cache through all of the arithmetic, which is else bound by memory; on a
+    device it bounds the fp32 copy of a bf16 gradient.
     """
     elements = 1 << 17 if gradient.device.type == "cpu" else 1 << 26
     band = max(1, elements // max(1, gradient.shape[1]))
-    for g, w, one, other in zip(*(tensor.split(band) for tensor in (gradient, weight, mean, deviation)), strict=True):
-        update_averages_(one, other, importance_(g.to(torch.float32), w, kind), betas, signal)
+    by_row = signal is not None and signal.dim() > 0
+    for start in range(0, gradient.shape[0], band):
+        rows = slice(start, start + band)
+        seen = signal[rows] if signal is not None and by_row else signal
+        moved = importance_(gradient[rows].to(torch.float32), weight[rows], kind)
+        update_averages_(mean[rows], deviation[rows], moved, betas, seen)

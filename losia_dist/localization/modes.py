@@ -22,8 +22,13 @@ class Localization(Protocol):
         """Groups that localize in one slot, over all ranks."""
         ...
 
-    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> ImportanceAccumulator | None:
-        """What collects the importance of a layer of this group on this rank, or None if this rank does not."""
+    def accumulator(
+        self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1
+    ) -> ImportanceAccumulator | None:
+        """What collects the importance of a layer of this group on this rank, or None if this rank does not.
+
+        shape: (m, n) of a matrix. count: X matrices; 1 for a linear layer.
+        """
         ...
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
@@ -43,12 +48,14 @@ class ReducedLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
 
-    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> ImportanceAccumulator | None:
-        return ImportanceAccumulator(shape, device=device, collectives=self.collectives, **self.settings)
+    def accumulator(
+        self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1
+    ) -> ImportanceAccumulator | None:
+        return ImportanceAccumulator(shape, device=device, collectives=self.collectives, count=count, **self.settings)
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         assert accumulator is not None
-        chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.collectives)
+        chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), accumulator.rows, self.collectives)
         return keep_without_signal(chosen, wanted.present)
 
 
@@ -66,21 +73,26 @@ class RankParallelLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot * self.collectives.world_size
 
-    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device) -> ImportanceAccumulator | None:
+    def accumulator(
+        self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1
+    ) -> ImportanceAccumulator | None:
         if self._owner(group) != self.collectives.rank:
             return None
-        return ImportanceAccumulator(shape, device=device, collectives=self.alone, **self.settings)
+        return ImportanceAccumulator(shape, device=device, collectives=self.alone, count=count, **self.settings)
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         if accumulator is not None:
-            chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), wanted.shape[0], self.alone)
+            chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), accumulator.rows, self.alone)
             chosen = keep_without_signal(chosen, wanted.present)
             packed = torch.cat([part.to(torch.float64).reshape(-1) for part in chosen])
         else:
-            packed = torch.empty(sum(wanted.kept) + 2, dtype=torch.float64, device=wanted.device)
+            numbers = wanted.count * (sum(wanted.kept) + 2)
+            packed = torch.empty(numbers, dtype=torch.float64, device=wanted.device)
         packed = self.collectives.broadcast(packed, self._owner(group))  # float64 holds every index exactly
-        rows, columns, inside, total = packed.split([*wanted.kept, 1, 1])
-        return Choice(rows.to(torch.int64), columns.to(torch.int64), inside.reshape(()), total.reshape(()))
+        X, (r, c), each = wanted.count, wanted.kept, wanted.present[0].shape[:-1]
+        rows, columns, inside, total = packed.split([X * r, X * c, X, X])
+        indices = rows.to(torch.int64).view(*each, r), columns.to(torch.int64).view(*each, c)
+        return Choice(*indices, inside.view(each), total.view(each))
 
     def _owner(self, group: SlotGroup) -> int:
         return group.place % self.collectives.world_size

@@ -22,11 +22,11 @@ class SubnetMove:
     Attributes:
         step: optimizer steps done when the subnet was set; 0 before the first.
         reason: `located` by calibration batches before training, `relocalized` at the end of a time slot.
-        layer: name of the linear layer in the model.
+        layer: name of the linear layer in the model; of experts, of the weight (and the part), each with a subnet of its own.
         group: name of the group (decoder layer, or output layer) that it belongs to.
-        shape: (m, n) of the whole weight: output neurons, input neurons.
-        rows: int64 [floor(p_r m)], sorted, on the device.
-        columns: int64 [floor(p_c n)], sorted, on the device.
+        shape: (m, n) of a whole matrix: output neurons, input neurons.
+        rows: int64 [floor(p_r m)], sorted, on the device; of X experts [X, floor(p_r m)].
+        columns: int64 [floor(p_c n)], sorted, on the device; of X experts [X, floor(p_c n)].
         captured: share of all importance of the layer that lies inside the subnet, 0 to 1; None where it was not measured.
         random_share: share that a random subnet of this size holds in expectation: p_r p_c.
     """
@@ -42,20 +42,18 @@ class SubnetMove:
     random_share: float
 
 
-def describe_moves(
-    step: int, reason: Reason, sites: Sequence[Site], shapes: Sequence[tuple[int, int]], choices: Sequence[Choice]
-) -> Iterator[SubnetMove]:
-    """The moves of layers with whole weights of these shapes (m, n). Waits for the device."""
-    parts = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
-    for site, (m, n), choice, (inside, total) in zip(sites, shapes, choices, parts, strict=True):
+def describe_moves(step: int, reason: Reason, sites: Sequence[Site], choices: Sequence[Choice]) -> Iterator[SubnetMove]:
+    """The moves of these layers. Waits for the device."""
+    parts = torch.stack([torch.stack([choice.inside.sum(), choice.total.sum()]) for choice in choices]).tolist()
+    for site, choice, (inside, total) in zip(sites, choices, parts, strict=True):
         yield SubnetMove(
             step=step,
             reason=reason,
             layer=site.name,
             group=site.group_name,
-            shape=(m, n),
+            shape=site.shape,
             rows=choice.rows,
             columns=choice.columns,
             captured=inside / total if total > 0 else None,
-            random_share=choice.rows.numel() * choice.columns.numel() / (m * n),
+            random_share=site.subnet_size / site.size,
         )

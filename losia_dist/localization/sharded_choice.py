@@ -1,6 +1,7 @@
 """Choosing rows and columns from a score that is sharded by rows over the ranks.
 
-Dimensions: m rows, n columns; each rank holds its block of rows. A query costs m numbers for row sums, n for column sums.
+Dimensions: X matrices (1, or experts) of m rows and n columns; each rank holds its block of all their rows. A query costs X m
+numbers for row sums, X n for column sums.
 """
 
 from __future__ import annotations
@@ -8,31 +9,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from losia_dist.localization.blocks import RowBlock
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice, Search, Sums
 
 
 @torch.no_grad()
-def select(search: Search, score: Tensor, total_rows: int, collectives: RowCollectives) -> Choice:
+def select(search: Search, score: Tensor, block: RowBlock, collectives: RowCollectives) -> Choice:
     """Run a search over a score; called by all ranks of the collectives, with the result equal on each.
 
-    Sums are taken in float64 and ties go to the lower index, so that the choice hardly depends on the number of ranks.
+    Sums are taken in float64 and ties go to the lower index, so that the choice hardly depends on the number of ranks. Of
+    several matrices (experts) all sums of a query are sent at once.
 
     Args:
-        score: this rank's rows of the whole [m, n] score, fp32, not negative.
-        total_rows: m.
+        score: this rank's rows of the whole [X m, n] score, fp32, not negative.
+        block: which rows these are. With X = 1 sums and indices have no dimension for the matrices.
     """
-    start, stop = collectives.rows_of(total_rows)
+    n = score.shape[1]
 
     def row_sums(columns: Tensor | None) -> Tensor:
-        mine = score if columns is None else score.index_select(1, columns)
-        return collectives.gather_rows(mine.sum(1, dtype=torch.float64), total_rows)
+        mine = torch.zeros(score.shape[0], dtype=torch.float64, device=score.device)
+        for place, here, _ in block.pieces():
+            chosen = score[here] if columns is None else score[here].index_select(1, _of(columns, place))
+            mine[here] = chosen.sum(1, dtype=torch.float64)
+        whole = collectives.gather_rows(mine, block.count * block.size)
+        return whole if block.count == 1 else whole.view(block.count, block.size)
 
     def column_sums(rows: Tensor | None) -> Tensor:
-        if rows is None:
-            return collectives.sum_columns(score.sum(0, dtype=torch.float64))
-        # How many of the chosen rows are this rank's is known to the device alone: a mask keeps the host out of it.
-        return collectives.sum_columns(masked_column_sums(score, mask_of(rows, total_rows)[start:stop]))
+        sums = torch.zeros(block.count, n, dtype=torch.float64, device=score.device)
+        for place, here, inside in block.pieces():
+            if rows is None:
+                sums[place] = score[here].sum(0, dtype=torch.float64)
+            else:
+                # How many of the chosen rows are this rank's is known to the device alone: a mask keeps the host out of it.
+                sums[place] = masked_column_sums(score[here], mask_of(_of(rows, place), block.size)[inside])
+        sums = collectives.sum_columns(sums.view(-1)).view(block.count, n)
+        return sums[0] if block.count == 1 else sums
 
     try:
         query = next(search)
@@ -42,6 +54,10 @@ def select(search: Search, score: Tensor, total_rows: int, collectives: RowColle
     except StopIteration as end:
         choice: Choice = end.value
         return choice
+
+
+def _of(index: Tensor, place: int) -> Tensor:
+    return index if index.dim() == 1 else index[place]
 
 
 def mask_of(rows: Tensor, size: int) -> Tensor:

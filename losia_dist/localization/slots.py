@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,23 +22,29 @@ class SlotGroup:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A layer that is to get another subnet, at a slot's end (or before the first step: step 0).
+    """A layer that is to get another subnet (experts: others, one each), at a slot's end (or before the first step: step 0).
 
-    layer: its name. step: optimizer steps done by then. shape: (m, n) of the weight. present: rows [r] and columns [c] of the
-    subnet that it has, sorted int64. left_out: columns that are not drawn.
+    names: of its matrices (`Site.matrix_names`). step: optimizer steps done by then. shape: (m, n) of a matrix. present: rows
+    [r] and columns [c] of the subnet that it has, sorted int64; of experts [X, r] and [X, c]. left_out: columns that are not
+    drawn, by name.
     """
 
-    layer: str
+    names: Sequence[str]
     step: int
     shape: tuple[int, int]
     present: tuple[Tensor, Tensor]
-    left_out: Sequence[int] = ()
+    left_out: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def kept(self) -> tuple[int, int]:
-        """(r, c) of the subnet."""
+        """(r, c) of the subnet of one matrix."""
         rows, columns = self.present
-        return rows.numel(), columns.numel()
+        return rows.shape[-1], columns.shape[-1]
+
+    @property
+    def count(self) -> int:
+        """X: matrices; 1 of a linear layer."""
+        return len(self.names)
 
     @property
     def device(self) -> torch.device:

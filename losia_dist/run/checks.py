@@ -116,7 +116,7 @@ def check_choices(choices: list[Choice], sites: list[Site], collectives: RowColl
     Raises:
         DivergenceError: the gradients were infinite or not a number somewhere in the slot. Same on every rank.
     """
-    scores = torch.stack([torch.stack([choice.inside, choice.total]) for choice in choices]).tolist()
+    scores = torch.stack([torch.stack([choice.inside.sum(), choice.total.sum()]) for choice in choices]).tolist()
     bad = [site.name for site, (inside, _) in zip(sites, scores, strict=True) if not math.isfinite(inside)]
     if bad:
         raise DivergenceError(

@@ -44,6 +44,7 @@ from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.copied import copies_changed
+from losia_dist.subnet.groups import ROUTERS
 from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.operator import make_findable
 from losia_dist.subnet.site import Site
@@ -340,6 +341,8 @@ class LoSiA:
 
     def _lr_scale(self, group: str | None) -> float:
         """Factor on the scheduled learning rate of a group in the step in progress; None: what trains in full."""
+        if group == ROUTERS:
+            return self.config.router_lr_scale or 0.0
         return self.config.full_lr_scale if group is None else self.clock.scale(group)
 
     def _note_changes(self) -> None:
@@ -355,7 +358,7 @@ class LoSiA:
             if site.group_name not in groups:
                 continue
             group, device = groups[site.group_name], site.row_index.device
-            accumulator = self.localization.accumulator(group, self.placement.shape(site), device)
+            accumulator = self.localization.accumulator(group, site.shape, device, site.layout.count)
             if accumulator is not None:
                 self._accumulators[site] = site.gradient_sink = accumulator
 
@@ -389,8 +392,7 @@ class LoSiA:
         """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
         if not self.on_move:
             return
-        shapes = [self.placement.shape(site) for site in sites]
-        for move in describe_moves(self.steps, reason, sites, shapes, choices):
+        for move in describe_moves(self.steps, reason, sites, choices):
             for listener in self.on_move:
                 listener(move)
 

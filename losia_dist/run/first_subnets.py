@@ -32,8 +32,7 @@ def locate_all(
     """
 
     def search_of(site: Site) -> Search:
-        kept = (site.row_index.numel(), site.col_index.numel())
-        return greedy(site.shape, kept)
+        return greedy(site.shape, site.subnet_shape)
 
     found, passes = run_searches(model, parts, importance, search_of, batches, compute_loss)
     return [keep_without_signal(one.result, (one.site.row_index, one.site.col_index)) for one in found], passes
@@ -42,7 +41,8 @@ def locate_all(
 def find_outliers(
     model: nn.Module, parts: RunParts, limit: float, batches: Batches, compute_loss: Loss | None = None
 ) -> dict[str, list[int]]:
-    """Layer name -> input neurons that stand out in the calibration batches, of the layers that have some.
+    """Layer (or expert, `Site.matrix_names`) -> input neurons that stand out in the calibration batches, of those that have
+    some.
 
     One forward pass, in evaluation mode. Called by all ranks; nothing is moved.
 
@@ -62,8 +62,10 @@ def find_outliers(
     finally:
         model.train(was_training)
         parts.parameters.reshard()
-    found = {site.name: outliers_of(site, size, limit) for site, size in zip(parts.sites, sizes, strict=True)}
-    return {name: outliers for name, outliers in found.items() if outliers}
+    found: dict[str, list[int]] = {}
+    for site, size in zip(parts.sites, sizes, strict=True):
+        found |= outliers_of(site, size, limit)
+    return found
 
 
 def run_searches(

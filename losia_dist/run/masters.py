@@ -32,7 +32,7 @@ def check_masters(parts: RunParts) -> None:
     sites, collectives = parts.sites, parts.collectives
     found = torch.stack([_try(site, place, parts.parameters, parts.state) for place, site in enumerate(sites)])
     everyone = collectives.stack(found.reshape(-1)).view(collectives.world_size, len(sites), 3).sum(0).tolist()
-    sizes = [site.row_index.numel() * site.col_index.numel() for site in sites]
+    sizes = [site.subnet_size for site in sites]
     kept, stale, missed = zip(*everyone, strict=True)
     unstepped = [site.name for site, count, size in zip(sites, kept, sizes, strict=True) if count < size]
     if unstepped:

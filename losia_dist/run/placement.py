@@ -11,8 +11,8 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.slots import Wanted
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.parts import RunParts
-from losia_dist.subnet.drawn import draw_subnet
-from losia_dist.subnet.kinds import read_subnet, write_back
+from losia_dist.subnet.access import read_subnet, write_back
+from losia_dist.subnet.drawn import draw_subnets
 from losia_dist.subnet.site import Site
 
 
@@ -28,13 +28,11 @@ class Placement:
     def __init__(self, parts: RunParts) -> None:
         self.sites, self.parameters, self.state = parts.sites, parts.parameters, parts.state
 
-    def shape(self, site: Site) -> tuple[int, int]:
-        """(m, n) of the whole weight."""
-        return site.shape
-
     @torch.no_grad()
     def cut(self, site: Site, rows: Tensor, columns: Tensor) -> Tensor:
-        """Place a subnet; its values, in the model and in the optimizer, become those that the weight has there: [r, c]."""
+        """Place a subnet (or those of experts); its values, in the model and in the optimizer, become those that the weight
+        has there: [r, c] or [X, r, c].
+        """
         site.row_index.copy_(rows)
         site.col_index.copy_(columns)
         values = read_subnet(self.parameters, site, rows, columns)
@@ -43,7 +41,7 @@ class Placement:
         return values
 
     def write_back(self, site: Site) -> Tensor:
-        """Make every shard of the weight hold the subnet's present values; returns them, [r, c]."""
+        """Make every shard of the weight hold the subnet's present values; returns them, [r, c] or [X, r, c]."""
         values = self.parameters.read_whole(site.subnet)
         write_back(self.parameters, site, site.row_index, site.col_index, values)
         return values
@@ -51,10 +49,9 @@ class Placement:
     def wanted(self, site: Site, step: int, outliers: Mapping[str, Sequence[int]]) -> Wanted:
         """What is asked for where the layer is to get another subnet after `step` optimizer steps.
 
-        outliers: columns that are not drawn, by layer.
+        outliers: columns that are not drawn, by layer or expert.
         """
-        present = (site.row_index, site.col_index)
-        return Wanted(site.name, step, self.shape(site), present, outliers.get(site.name, ()))
+        return Wanted(site.matrix_names, step, site.shape, (site.row_index, site.col_index), outliers)
 
     def cut_awaited(self, seed: int, agreement: Agreement) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
@@ -72,7 +69,7 @@ class Placement:
                 "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
             )
         for site in self.sites:
-            size, device = (site.row_index.numel(), site.col_index.numel()), site.row_index.device
-            rows, columns = draw_subnet(site.name, self.shape(site), size, seed)
-            self.cut(site, rows.to(device), columns.to(device))
+            rows, columns = draw_subnets(site.matrix_names, site.shape, site.subnet_shape, seed)
+            device, shapes = site.row_index.device, (site.row_index.shape, site.col_index.shape)
+            self.cut(site, rows.view(shapes[0]).to(device), columns.view(shapes[1]).to(device))
             site.awaits_weights = False

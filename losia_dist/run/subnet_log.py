@@ -21,8 +21,8 @@ class SubnetLog:
     warned of once, and the run goes on: only its report will lack the subnets.
 
     A line holds: step (optimizer steps done), reason ("random", "located", "relocalized"; "resumed" where the lines before
-    are not there), layer, group, shape [m, n], rows and columns (sorted, or "all"), captured (share of the layer's
-    importance inside the subnet, or null), random_share (what a random subnet of that size holds on average).
+    are not there), layer, group, shape [m, n], rows and columns (sorted, or "all"; of experts a list each), captured (share of
+    the layer's importance inside the subnet, or null), random_share (what a random subnet of that size holds on average).
 
     Args:
         losia: of the run; made before the first subnets are located, so that this is told of it.
@@ -93,11 +93,12 @@ class SubnetLog:
         if self._file is None:
             return
         (m, n), rows, columns, captured = (move[name] for name in ("shape", "rows", "columns", "captured"))
+        share = rows.shape[-1] * columns.shape[-1] / (m * n)
         written = {
             "rows": _indices(rows, m),
             "columns": _indices(columns, n),
             "captured": None if captured is None else round(captured, 6),
-            "random_share": round(rows.numel() * columns.numel() / (m * n), 9),
+            "random_share": round(share, 9),
         }
         try:
             self._file.write(json.dumps({**move, **written}) + "\n")
@@ -111,4 +112,4 @@ class SubnetLog:
 
 
 def _indices(chosen: Tensor, size: int) -> list[int] | str:
-    return "all" if chosen.numel() == size else chosen.tolist()
+    return "all" if chosen.shape[-1] == size else chosen.tolist()

@@ -42,7 +42,7 @@ def check_clearing(state: StateAccess, sites: list[Site], config: LoSiAConfig, *
     # As large as the largest tensor that is cleared: some optimizers treat large ones in another way.
     sizes = Counter[str]()
     for site in sites:
-        sizes[site.group_name] += site.row_index.numel() * site.col_index.numel()
+        sizes[site.group_name] += site.subnet_size
     shape = (-(-min(max(sizes.values()), _MOST) // 256) * 8, 32)
     held = [p for group in optimizer.param_groups for p in group["params"]] + state.state_tensors()
     device = held[0].device

@@ -6,6 +6,7 @@ HSDP keep the same block. Indexing a DTensor in place raises, so everything here
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.torch_state import TorchState
+from losia_dist.subnet.layout import Places
 
 
 class FullyShardParameters:
@@ -48,25 +50,25 @@ class FullyShardParameters:
         return tuple(parameter.shape)
 
     @torch.no_grad()
-    def read_block(self, weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
-        local, places, inside = _find(weight, rows, columns)
+    def read_block(self, weight: Any, places: Places) -> Tensor:
+        local, mine, inside = _find(weight, places)
         if local.numel():
-            values = torch.where(inside, local[places], torch.zeros((), dtype=local.dtype, device=local.device))
+            values = torch.where(inside, local[mine], torch.zeros((), dtype=local.dtype, device=local.device))
         else:
             values = torch.zeros(inside.shape, dtype=local.dtype, device=local.device)
-        values = values.to(rows.device)
+        values = values.to(places[0].device)
         for dimension, placement in enumerate(weight.placements):
             if placement.is_shard():
                 dist.all_reduce(values, group=weight.device_mesh.get_group(dimension))
         return values
 
     @torch.no_grad()
-    def write_block(self, weight: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        local, (local_rows, local_columns), inside = _find(weight, rows, columns)
+    def write_block(self, weight: Any, places: Places, values: Tensor) -> None:
+        local, mine, inside = _find(weight, places)
         if local.numel():
-            row, column = torch.where(inside)
-            chosen = values.to(local.device, local.dtype)[row, column]
-            local[local_rows.expand_as(inside)[row, column], local_columns.expand_as(inside)[row, column]] = chosen
+            chosen = torch.where(inside)
+            here = tuple(place.expand_as(inside)[chosen] for place in mine)
+            local[here] = values.to(local.device, local.dtype)[chosen]
 
     @torch.no_grad()
     def read_whole(self, parameter: Any) -> Tensor:
@@ -159,19 +161,19 @@ def own_range(tensor: Tensor) -> tuple[Tensor, int]:
     return local, offset[0] * tensor.stride(0)
 
 
-def _find(weight: DTensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """The local block, places in it of the elements rows x columns, [r, 1] and [1, c], and which of them it holds, [r, c].
+def _find(weight: DTensor, places: Places) -> tuple[Tensor, Places, Tensor]:
+    """The local block, the places in it, and which of the elements it holds: bool, of the shape that the places broadcast to.
 
     Places of elements that other ranks hold are clamped into the block; no host synchronisation.
     """
     local = local_part(weight)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    places, held = [], []
-    for index, size, start in zip((rows[:, None], columns[None, :]), shape, offset, strict=True):
+    mine, held = [], []
+    for index, size, start in zip(places, shape, offset, strict=True):
         index = index.to(local.device) - start
         held.append((index >= 0) & (index < size))
-        places.append(index.clamp(0, max(size - 1, 0)))
-    return local, (places[0], places[1]), held[0] & held[1]
+        mine.append(index.clamp(0, max(size - 1, 0)))
+    return local, tuple(mine), functools.reduce(torch.logical_and, held)
 
 
 def _refuse_unsharded(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from losia_dist.subnet.layout import Places
+
 
 class ParameterAccess(Protocol):
     """Reads and writes parts of parameters wherever the engine keeps them."""
@@ -22,15 +24,17 @@ class ParameterAccess(Protocol):
         ...
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Shape of the whole parameter as it is stored: a subnet's (r, c), a weight's (m, n) or (n, m). No communication."""
+        """Shape of the whole parameter as it is stored: a subnet's (r, c) or (X, r, c), a weight's (m, n), (n, m) or (E, m,
+        n). No communication.
+        """
         ...
 
-    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """weight[rows][:, columns], [r, c] in the weight's dtype, on every rank."""
+    def read_block(self, weight: Tensor, places: Places) -> Tensor:
+        """weight[places] (`Layout.places`), a subnet's [r, c] or [X, r, c], in the weight's dtype, on every rank."""
         ...
 
-    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        """weight[rows][:, columns] = values [r, c], cast to the weight's dtype; each rank writes what it keeps."""
+    def write_block(self, weight: Tensor, places: Places, values: Tensor) -> None:
+        """weight[places] = values [r, c] or [X, r, c], cast to the weight's dtype; each rank writes what it keeps."""
         ...
 
     def read_whole(self, parameter: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from losia_dist.subnet.blocks import take_subnet, write_subnet
+from losia_dist.subnet.layout import Places
 
 
 class WholeParameters:
@@ -20,11 +20,12 @@ class WholeParameters:
         return tuple(parameter.shape)
 
     @torch.no_grad()
-    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return take_subnet(weight.data, rows, columns)
+    def read_block(self, weight: Tensor, places: Places) -> Tensor:
+        return weight.data[places]
 
-    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        write_subnet(weight, values, rows, columns)
+    @torch.no_grad()
+    def write_block(self, weight: Tensor, places: Places, values: Tensor) -> None:
+        weight.data[places] = values.to(weight.dtype)
 
     def read_whole(self, parameter: Tensor) -> Tensor:
         return parameter.detach().clone()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losia_dist.errors import UnsupportedError
 from losia_dist.ranks import compat
 from losia_dist.sharding.leaf_modules import refuse_leaf_modules
-from losia_dist.subnet.blocks import write_subnet
+from losia_dist.subnet.layout import Places
 
 
 class Zero3Parameters:
@@ -46,27 +46,27 @@ class Zero3Parameters:
         return tuple(parameter.ds_shape)  # DeepSpeed puts ds_* attributes on parameters
 
     @torch.no_grad()
-    def read_block(self, weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
+    def read_block(self, weight: Any, places: Places) -> Tensor:
         shard, start, stop = self._shard(weight)
-        position = self._positions(weight, rows, columns).to(shard.device)
+        position = self._positions(weight, places).to(shard.device)
         mine = (position >= start) & (position < stop)
         local = (position - start).clamp_(0, max(stop - start - 1, 0))
         if stop > start:
             values = torch.where(mine, shard[local], torch.zeros((), dtype=shard.dtype, device=shard.device))
         else:
             values = torch.zeros(position.shape, dtype=shard.dtype, device=shard.device)
-        values = values.to(rows.device)
+        values = values.to(places[0].device)
         dist.all_reduce(values, group=weight.ds_process_group)
         return values
 
     @torch.no_grad()
-    def write_block(self, weight: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    def write_block(self, weight: Any, places: Places, values: Tensor) -> None:
         shard, start, stop = self._shard(weight)
-        position = self._positions(weight, rows, columns).to(shard.device)
+        position = self._positions(weight, places).to(shard.device)
         mine = (position >= start) & (position < stop)
         shard[position[mine] - start] = values.to(shard.device, shard.dtype)[mine]
         if self._is_gathered(weight):  # a small weight that the engine keeps whole beside its shards
-            write_subnet(weight, values, rows, columns)
+            weight.data[places] = values.to(weight.dtype)
 
     @torch.no_grad()
     def read_whole(self, parameter: Any) -> Tensor:
@@ -92,8 +92,11 @@ class Zero3Parameters:
         return shard, start, min(parameter.ds_numel, start + shard.numel())
 
     @staticmethod
-    def _positions(weight: Any, rows: Tensor, columns: Tensor) -> Tensor:
-        return rows[:, None] * weight.ds_shape[1] + columns[None, :]
+    def _positions(weight: Any, places: Places) -> Tensor:
+        position = places[0]
+        for index, size in zip(places[1:], weight.ds_shape[1:], strict=True):
+            position = position * size + index
+        return position
 
     @staticmethod
     def _is_gathered(parameter: Any) -> bool:

@@ -6,27 +6,30 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from losia_dist.errors import ConfigError, some
+from losia_dist.subnet.expert_weights import ExpertWeight, Shape, is_router
 from losia_dist.subnet.kinds import is_linear, why_unusable
 from losia_dist.subnet.reach import unreached
 
 _logger = logging.getLogger(__name__)
-
-Shape = Callable[[Tensor], tuple[int, ...]]
 
 # Layers that choose or weigh experts. They stay frozen: a few rows that decide where every token goes.
 _ROUTER = re.compile(r"gate|.*_gate|.*router.*")
 
 
 def all_linear(
-    model: nn.Module, linears: dict[str, Any], output: str | None, trained_in_full: list[str], shape: Shape
+    model: nn.Module,
+    linears: dict[str, Any],
+    experts: dict[str, ExpertWeight],
+    output: str | None,
+    trained_in_full: list[str],
+    shape: Shape,
 ) -> list[str]:
-    """Names, out of `linears` (every linear layer of the model by full name), that "all-linear" means.
+    """Names, out of `linears` (every linear layer of the model by full name) and `experts`, that "all-linear" means.
 
     Of a model of several parts (vision, audio and language) the language model's; never the output layer, nothing inside a
     module that trains in full, and no layer that gets no gradient (`reach`); what is left out so is logged.
@@ -47,10 +50,12 @@ def all_linear(
         if _inside(name, part) and name != output and not any(_inside(name, saved) for saved in trained_in_full)
     ]
     left_out = unreached(model, names)
-    names = [name for name in names if name not in left_out]
-    _refuse_experts(model, part, names, linears, shape)
+    routers = [name for name in names if is_router(name, experts)]
+    names = [name for name in names if name not in left_out and name not in routers]
+    fused = [n for n in experts if _inside(n, part) and not any(_inside(n, saved) for saved in trained_in_full)]
+    _refuse_experts(model, part, names, linears, fused, trained_in_full, shape)
     _refuse_heads(model, names)
-    _refuse_special_kinds(linears, names)
+    _refuse_special_kinds(linears, names, fused)
     if part and any(not _inside(name, part) and name != output for name in linears):
         depth = part.count(".") + 1
         frozen = {".".join(name.split(".")[:depth]) for name in linears if not _inside(name, part) and name != output}
@@ -60,8 +65,8 @@ def all_linear(
         _logger.warning(
             "all-linear leaves out %s (%d in all), where no gradient would come: each %s", _kinds(chosen), len(chosen), reason
         )
-    _say_what_is_no_layer(model, part, names, shape)
-    return names
+    _say_what_is_no_layer(model, part, names, [*fused, *trained_in_full], shape)
+    return names + fused
 
 
 def language_part(model: Any) -> str:
@@ -125,8 +130,21 @@ def _expert_numbers(model: Any) -> set[int]:
     return found
 
 
-def _refuse_experts(model: nn.Module, part: str, names: list[str], linears: dict[str, Any], shape: Shape) -> None:
-    experts = {name: size for name, (size, expert) in stacked_weights(model, part, shape).items() if expert}
+def _refuse_experts(
+    model: nn.Module,
+    part: str,
+    names: list[str],
+    linears: dict[str, Any],
+    fused: list[str],
+    trained_in_full: list[str],
+    shape: Shape,
+) -> None:
+    """Experts that are neither fused in a way that holds subnets (`fused`) nor train in full."""
+    experts = {
+        name: size
+        for name, (size, expert) in stacked_weights(model, part, shape).items()
+        if expert and name not in fused and not any(_inside(name, saved) for saved in trained_in_full)
+    }
     if not experts:
         return
     others = [name for name in names if not is_expert(name) and not _is_router(name) and why_unusable(linears[name]) is None]
@@ -160,8 +178,9 @@ def _ending(name: str, others: list[str]) -> str:
     return next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), name)
 
 
-def _say_what_is_no_layer(model: nn.Module, part: str, names: list[str], shape: Shape) -> None:
-    stacked = {name: size for name, (size, _) in stacked_weights(model, part, shape).items()}
+def _say_what_is_no_layer(model: nn.Module, part: str, names: list[str], trains: list[str], shape: Shape) -> None:
+    found = stacked_weights(model, part, shape)
+    stacked = {name: size for name, (size, _) in found.items() if not any(_inside(name, other) for other in trains)}
     if not stacked:
         return
     frozen = sum(_product(size) for size in stacked.values())
@@ -189,14 +208,14 @@ def _refuse_heads(model: Any, names: list[str]) -> None:
         )
 
 
-def _refuse_special_kinds(linears: dict[str, nn.Module], names: list[str]) -> None:
+def _refuse_special_kinds(linears: dict[str, nn.Module], names: list[str], fused: list[str]) -> None:
     unusable = {name: why for name in names if (why := why_unusable(linears[name])) is not None}
     if unusable:
         name, why = next(iter(unusable.items()))
-        rest = [one for one in names if one not in unusable]
+        rest = [*(one for one in names if one not in unusable), *fused]
         fixes = [why.fix] if why.fix else []
         if rest:
-            names_of_rest = _names_for(rest, list(linears), "")
+            names_of_rest = _names_for(rest, [*linears, *fused], "")
             fixes.append(f"{'or name' if fixes else 'Name'} the others to leave it frozen: target_modules={names_of_rest!r}")
         raise ConfigError(
             f"target_modules='all-linear': {name!r} {why.reason}, so it cannot hold a subnet"

@@ -11,55 +11,85 @@ from torch import nn
 from losia_dist.config.losia_config import LoSiAConfig, matches
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
-from losia_dist.subnet.drawn import draw_subnet
-from losia_dist.subnet.kinds import BlockAccess, read_subnet, whole_shape
+from losia_dist.subnet.access import BlockAccess, read_subnet, whole_shape
+from losia_dist.subnet.drawn import draw_subnets
+from losia_dist.subnet.expert_weights import expert_weights, router_modules
+from losia_dist.subnet.experts import add_expert_site
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
-from losia_dist.subnet.site import Site
+from losia_dist.subnet.routers import mark_router
+from losia_dist.subnet.site import Site, matrix_names
 from losia_dist.subnet.targets import Target, find_targets, saved_modules
 
 
 def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_dtype: torch.dtype | None = None) -> None:
-    """Give every target layer a subnet and freeze everything else that the configuration does not train. In place.
+    """Give every target a subnet and freeze everything else that the configuration does not train. In place.
 
     Everything that can be refused is refused before the model is touched.
     """
     targets = find_targets(model, config, access.shape)
     _check_pattern(config, targets)
-    shapes = {target.name: whole_shape(access, target.module) for target in targets}
+    shapes = {target.name: whole_shape(access, target) for target in targets}
     sizes = {target.name: _subnet_shape(target, shapes[target.name], config) for target in targets}
     embeddings = {target.name: _tied_embedding(model, target) for target in targets}
     trained_in_full = _trained_in_full(model, config, targets)
+    routers = _routers(model, config, access)
     for target in targets:
         _check_dtype(target, subnet_dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
-        weight = target.module.weight
-        rows, columns = draw_subnet(target.name, shapes[target.name], sizes[target.name], config.seed)
-        rows, columns = rows.to(weight.device), columns.to(weight.device)
-        values = read_subnet(access, target.module, rows, columns)
-        site = SubnetLinear.adopt(
-            target.module,
-            name=target.name,
-            group_name=target.group_name,
-            is_output=target.is_output,
-            shape=shapes[target.name],
-            rows=rows,
-            columns=columns,
-            values=values if subnet_dtype is None else values.to(subnet_dtype),
-            asked_dtype=subnet_dtype,
-        )
+        site = _make_site(target, shapes[target.name], sizes[target.name], config.seed, access, subnet_dtype)
         site.converted_with = shapes  # one object of all sites, so that any of them knows what there was
         embedding = embeddings[target.name]
         if embedding is not None:
             TiedSubnetEmbedding.adopt(embedding, target.module)
     for parameter in trained_in_full:
         parameter.requires_grad_(True)
+    for router in routers:
+        mark_router(router)
+
+
+def _make_site(
+    target: Target,
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    seed: int,
+    access: BlockAccess,
+    subnet_dtype: torch.dtype | None,
+) -> Site:
+    device = target.weight.device
+    names = matrix_names(target.weight_name, target.layout)
+    rows, columns = draw_subnets(names, shape, size, seed)
+    if target.layout.experts is None:
+        rows, columns = rows[0], columns[0]
+    rows, columns = rows.to(device), columns.to(device)
+    values = read_subnet(access, target, rows, columns)
+    values = values if subnet_dtype is None else values.to(subnet_dtype)
+    place: Any = {
+        "name": target.name,
+        "group_name": target.group_name,
+        "shape": shape,
+        "rows": rows,
+        "columns": columns,
+        "values": values,
+        "asked_dtype": subnet_dtype,
+    }
+    if target.layout.experts is None:
+        return SubnetLinear.adopt(target.module, is_output=target.is_output, **place)
+    return add_expert_site(
+        target.owner,
+        target.module,
+        parameter=target.parameter,
+        part=target.part,
+        layout=target.layout,
+        weight_name=target.weight_name,
+        **place,
+    )
 
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every site of a model (wrapped or not), in localization order."""
-    sites = [module.site for module in model.modules() if isinstance(module, SubnetLinear)]
+    sites: list[Site] = [site for module in model.modules() for site in module.__dict__.get("sites", ())]
     order = {name: place for place, name in enumerate(dict.fromkeys(site.group_name for site in sites))}
     return sorted(sites, key=lambda site: (site.is_output, order[site.group_name]))
 
@@ -70,11 +100,11 @@ def group_names(sites: Sequence[Site]) -> list[str]:
 
 
 def _check_pattern(config: LoSiAConfig, targets: list[Target]) -> None:
-    inner = [target.name for target in targets if not target.is_output]
+    inner = [target.weight_name for target in targets if not target.is_output]
     for name in config.rank_pattern or {}:
         if not any(matches(name, module) for module in inner):
             raise ConfigError(
-                f"rank_pattern names {name!r}, which no target layer is called or ends with. Target layers: {inner[0]}, ... "
+                f"rank_pattern names {name!r}, which no target is called or ends with. Target layers: {inner[0]}, ... "
                 "Give a full module name, or its last parts after a dot."
             )
 
@@ -84,7 +114,7 @@ def _subnet_shape(target: Target, shape: tuple[int, int], config: LoSiAConfig) -
         assert config.output_rank_factor is not None
         factors, option = (config.output_rank_factor, 1.0), "output_rank_factor"
     else:
-        factors, option = config.factors_of(target.name), "rank_factor"
+        factors, option = config.factors_of(target.weight_name), "rank_factor"
     rows, columns = (subnet_size(size, factor) for size, factor in zip(shape, factors, strict=True))
     for what, size, factor, chosen in zip(("row", "column"), shape, factors, (rows, columns), strict=True):
         if chosen < 1:
@@ -96,7 +126,7 @@ def _subnet_shape(target: Target, shape: tuple[int, int], config: LoSiAConfig) -
 
 
 def _check_dtype(target: Target, subnet_dtype: torch.dtype | None) -> None:
-    dtype = target.module.weight.dtype
+    dtype = target.weight.dtype
     if subnet_dtype is None:
         return
     if not subnet_dtype.is_floating_point or torch.promote_types(dtype, subnet_dtype) != subnet_dtype:
@@ -111,7 +141,7 @@ def _tied_embedding(model: nn.Module, target: Target) -> nn.Embedding | None:
     sharing = {
         name: module
         for name, module in model.named_modules()
-        if module is not target.module and getattr(module, "weight", None) is target.module.weight
+        if module is not target.module and getattr(module, "weight", None) is target.weight
     }
     if not sharing:
         return None
@@ -125,6 +155,26 @@ def _tied_embedding(model: nn.Module, target: Target) -> nn.Embedding | None:
         )
     assert isinstance(embedding, nn.Embedding)
     return embedding
+
+
+def _routers(model: nn.Module, config: LoSiAConfig, access: BlockAccess) -> list[nn.Module]:
+    """Routers that train in full; none unless they are asked for."""
+    if config.router_lr_scale is None:
+        return []
+    found = router_modules(model, expert_weights(model, access.shape), access.shape)
+    if not found:
+        raise ConfigError(
+            f"router_lr_scale={config.router_lr_scale}, but {type(model).__name__} has no router that is known. Leave "
+            "router_lr_scale out, or name what is to train in modules_to_save."
+        )
+    saved = set(saved_modules(model, config))
+    both = [name for name in found if name in saved]
+    if both:
+        raise ConfigError(
+            f"router_lr_scale={config.router_lr_scale} and modules_to_save both name {both[0]!r}, with rates of their own. "
+            "Choose one."
+        )
+    return list(found.values())
 
 
 def _trained_in_full(model: nn.Module, config: LoSiAConfig, targets: list[Target]) -> list[nn.Parameter]:
@@ -141,7 +191,7 @@ def _trained_in_full(model: nn.Module, config: LoSiAConfig, targets: list[Target
         if module is None:
             raise ConfigError(f"train_embeddings=true, but {type(model).__name__} names no input embedding.")
         chosen += [name for name, candidate in names.items() if candidate is module]
-    taken = {id(target.module.weight): target.name for target in targets}
+    taken = {id(target.weight): target.weight_name for target in targets}
     parameters = []
     for name in dict.fromkeys(chosen):
         for parameter in names[name].parameters():

@@ -1,4 +1,5 @@
-"""Deep copies of a layer: they compute what the layer did then, and are refused once something was averaged into them.
+"""Deep copies of a module with subnets: they compute what the layer did then, and are refused once something was averaged into
+them.
 
 A subnet is a window into its weight. The mean of windows in different places is no window into the mean weight: a running mean
 of parameters (AveragedModel, EMA, SWA) is right until the first re-localization, and wrong from then on.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -29,17 +30,53 @@ _copies: weakref.WeakKeyDictionary[Site, weakref.WeakSet[Site]] = weakref.WeakKe
 
 
 def deep_copy(module: Module, memo: dict[int, Any]) -> Module:
-    """A copy of a module with a site (`module.site`), which no conductor drives, and which collects nothing."""
+    """A copy of a module with sites (`module.sites`), which no conductor drives, and which collects nothing."""
     made: Any = module.__class__.__new__(module.__class__)
     memo[id(module)] = made
-    kept = {name: value for name, value in module.__dict__.items() if name != "site"}
+    kept = {name: value for name, value in module.__dict__.items() if name not in ("site", "sites")}
     made.__dict__.update(copy.deepcopy(kept, memo))
-    site: Any = module.site
-    made.site = site.copy_for(made, memo)
-    if site.copied is None:
-        note_state(made.site)
-    _copies.setdefault(site, weakref.WeakSet()).add(made.site)
+    sites: Any = module.sites
+    made.sites = [site.copy_for(made, memo) for site in sites]
+    if hasattr(module, "site"):
+        made.site = made.sites[0]
+    for site, copied in zip(sites, made.sites, strict=True):
+        if site.copied is None:
+            note_state(copied)
+        _copies.setdefault(site, weakref.WeakSet()).add(copied)
     return made  # type: ignore[no-any-return]
+
+
+def apply_to_copy(sites: Iterable[Site], apply: Callable[[], Any]) -> None:
+    """Move or cast a module (`apply`): a copy stays the same copy, whatever the new dtype rounds to.
+
+    Raises:
+        UnsupportedError: a copy that was changed since it was made.
+    """
+    copied = [site for site in sites if site.copied is not None]
+    for site in copied:
+        check_copy(site)
+    apply()
+    for site in copied:
+        note_state(site)
+
+
+def check_loaded(sites: Iterable[Site], state_dict: dict[str, Any], prefix: str) -> None:
+    """The places that a state dict brings for a module's sites, before they are loaded.
+
+    Raises:
+        UnsupportedError: see `check_index`.
+    """
+    for site in sites:
+        for name, size in zip((site.names.row_index, site.names.col_index), site.shape, strict=True):
+            if f"{prefix}{name}" in state_dict:
+                check_index(site, name, state_dict[f"{prefix}{name}"], size)
+
+
+def note_loaded(sites: Iterable[Site], state_dict: dict[str, Any], prefix: str) -> None:
+    """A copy that a state dict gave another subnet is of this moment."""
+    for site in sites:
+        if site.copied is not None and f"{prefix}{site.names.subnet}" in state_dict:
+            note_state(site)
 
 
 def note_state(site: Site) -> None:
@@ -91,14 +128,15 @@ def check_index(site: Site, name: str, index: Tensor, size: int) -> None:
     """A place that a state dict brings: whole numbers, ascending, inside the weight. Waits for the device.
 
     Args:
-        name: of the index in its module. index: [r] or [c]. size: m or n.
+        name: of the index in its module. index: [r] or [c], or those of X experts. size: m or n.
 
     Raises:
         UnsupportedError: a mean of several, or no place at all.
     """
     if index.is_meta or site.awaits_weights:  # the place is drawn anew once the weights are there
         return
-    if not index.is_floating_point() and bool((index[1:] > index[:-1]).all()) and 0 <= int(index[0]) <= int(index[-1]) < size:
+    ascending = not index.is_floating_point() and bool((index[..., 1:] > index[..., :-1]).all())
+    if ascending and int(index.min()) >= 0 and int(index.max()) < size:
         return
     raise UnsupportedError(f"{name} of {site.name} in this state dict is no place that a subnet could be in. {HOW}")
 

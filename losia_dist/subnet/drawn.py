@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,3 +32,19 @@ def draw_subnet(
         for total, kept in zip((shape[0], candidates.numel()), size, strict=True)
     )
     return rows, candidates[places]
+
+
+def draw_subnets(
+    names: Sequence[str],
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    seed: int,
+    step: int = 0,
+    left_out: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`draw_subnet` of several matrices of one shape: int64 [X, r] and [X, c] on the CPU.
+
+    names: of each (`Site.matrix_names`). left_out: columns that are not drawn, by name.
+    """
+    drawn = [draw_subnet(name, shape, size, seed, step, (left_out or {}).get(name, ())) for name in names]
+    return torch.stack([rows for rows, _ in drawn]), torch.stack([columns for _, columns in drawn])

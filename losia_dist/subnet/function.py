@@ -23,6 +23,8 @@ from losia_dist.subnet.site import GradientSink, Site
 
 def subnet_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
     """y = x W^T + b with the subnet's present values in W; x [..., n] -> [..., m], in the dtype of x."""
+    if site.input_sink is not None:
+        site.input_sink(x, 0)
     matrix = site.as_rows(weight)
     if site.must_write(weight, subnet):
         write_subnet(matrix, subnet, site.rows, site.columns)

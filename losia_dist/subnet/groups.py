@@ -8,12 +8,14 @@ from torch import nn
 
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.convert import find_sites, group_names
+from losia_dist.subnet.routers import router_parameters
 
 GROUP_KEY = "losia_group"  # key in an optimizer's parameter group: the name of the group of layers it holds
+ROUTERS = "routers of experts"  # name of the group of routers that train in full
 
 
 def losia_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer: one per group of subnets, one for whatever else trains.
+    """Parameter groups for any torch optimizer: one per group of subnets, one for routers, one for whatever else trains.
 
     Call after `get_losia_model` and, for engines that replace parameters (FSDP2), after wrapping. Every group carries
     "params", "lr", "weight_decay" and its name under "losia_group" (None for the rest, which is never rewarmed).
@@ -30,7 +32,11 @@ def losia_parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.
         for name in group_names(sites)
     ]
     subnets = {id(site.subnet) for site in sites}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in subnets]
+    routers = router_parameters(model)
+    if routers:
+        groups.append({"params": routers, GROUP_KEY: ROUTERS, **common})
+    known = subnets | {id(p) for p in routers}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     if others:
         groups.append({"params": others, GROUP_KEY: None, **common})
     return groups

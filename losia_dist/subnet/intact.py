@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from losia_dist.errors import ConfigError, some
-from losia_dist.subnet.kinds import BlockAccess, whole_shape
+from losia_dist.subnet.access import BlockAccess, whole_shape
 from losia_dist.subnet.linear import TiedSubnetEmbedding
 from losia_dist.subnet.site import Site
 

@@ -1,34 +1,16 @@
-"""Which modules are linear layers, and which way round each of them stores its weight.
+"""Which modules are linear layers, and which of them can hold a subnet.
 
-Everywhere in this package rows are output neurons (m) and columns are input neurons (n). `nn.Linear` stores [m, n];
-Transformers' `Conv1D` (GPT-2) computes the same layer and stores [n, m]. The difference is known here and in
-`SubnetConv1D`, and nowhere else.
+`nn.Linear` and Transformers' `Conv1D` (GPT-2), which computes the same layer and stores its weight the other way round.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 _UNQUANTIZED = "Load the model unquantized"
-
-
-class BlockAccess(Protocol):
-    """The part of `sharding.interface.ParameterAccess` that subnets are cut with; indices follow the stored order."""
-
-    def shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Shape of the whole parameter as it is stored: (m, n) or (n, m)."""
-        ...
-
-    def read_block(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """weight[rows][:, columns], [r, c] as stored, in the weight's dtype, on every rank; called by all of them."""
-        ...
-
-    def write_block(self, weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        """weight[rows][:, columns] = values; called by all ranks."""
-        ...
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -64,7 +46,7 @@ def why_unusable(module: Any) -> Unusable | None:
         return Unusable(
             "computes its weight from other tensors (a parametrization, or packed parts)", "Remove the parametrization first"
         )
-    if _is_packed(module.weight):
+    if is_packed(module.weight):
         kind = _foreign_kind(module.weight) or str(module.weight.dtype)
         return Unusable(f"has a quantized weight ({kind})", _UNQUANTIZED)
     return None
@@ -81,11 +63,13 @@ def is_quantized_substitute(module: Any) -> bool:
 
 
 def _holds_packed(module: nn.Module) -> bool:
-    return any(_is_packed(tensor) for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)])
+    return any(is_packed(tensor) for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)])
 
 
-def _is_packed(tensor: Tensor) -> bool:
-    """Whole numbers, or floating point of one byte or less: nothing to read single weights from."""
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor holds a weight in packed form: whole numbers, or floating point of one byte or less: nothing to read
+    single weights from.
+    """
     return not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or _foreign_kind(tensor) is not None
 
 
@@ -98,27 +82,6 @@ def _foreign_kind(weight: Tensor) -> str | None:
     plain = kind.__torch_dispatch__ in (Tensor.__torch_dispatch__, nn.Parameter.__torch_dispatch__)
     known = kind.__name__ in ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
     return None if known or (plain and not hasattr(weight, "quant_state")) else kind.__name__
-
-
-def whole_shape(access: BlockAccess, site: Any) -> tuple[int, int]:
-    """(m, n) of a linear layer's whole weight, however it is stored or sharded."""
-    first, second = access.shape(site.weight)
-    return (second, first) if stores_transposed(site) else (first, second)
-
-
-def read_subnet(access: BlockAccess, site: Any, rows: Tensor, columns: Tensor) -> Tensor:
-    """W[R][:, C] of a linear layer, [r, c] contiguous in the weight's dtype, on every rank; called by all of them."""
-    if stores_transposed(site):
-        return access.read_block(site.weight, columns, rows).t().contiguous()
-    return access.read_block(site.weight, rows, columns)
-
-
-def write_back(access: BlockAccess, site: Any, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-    """W[R][:, C] = values [r, c], into whatever part of the weight each rank keeps; called by all ranks."""
-    if stores_transposed(site):
-        access.write_block(site.weight, columns, rows, values.t().contiguous())
-    else:
-        access.write_block(site.weight, rows, columns, values)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.ranks.fingerprint import loading_print
-from losia_dist.subnet.copied import check_copy, check_index, deep_copy, note_state
+from losia_dist.subnet.copied import apply_to_copy, check_copy, check_loaded, deep_copy, note_loaded
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed
+from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.operator import compiled_embedding, compiled_linear
 from losia_dist.subnet.site import Site
 
@@ -32,6 +33,7 @@ class SubnetLinear(nn.Linear):
     row_index: Tensor
     col_index: Tensor
     site: Site
+    sites: list[Site]
 
     @classmethod
     def adopt(
@@ -59,37 +61,31 @@ class SubnetLinear(nn.Linear):
         linear.subnet = nn.Parameter(values)
         linear.register_buffer("row_index", rows)
         linear.register_buffer("col_index", columns)
-        linear.site = Site(
+        site = linear.site = Site(
             linear,
             name=name,
             group_name=group_name,
             is_output=is_output,
             shape=shape,
-            transposed=linear.weight_is_transposed,
+            layout=Layout(transposed=linear.weight_is_transposed),
             asked_dtype=asked_dtype,
         )
-        linear.site.converted_print = loading_print(values)
-        return linear.site
+        linear.sites = [site]
+        site.converted_print = loading_print(values)
+        return site
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubnetLinear:
         return deep_copy(self, memo)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:
         """A copy that is moved or cast is the same copy, whatever the new dtype rounds to."""
-        if self.site.copied is None:
-            return super()._apply(fn, recurse)
-        check_copy(self.site)
-        super()._apply(fn, recurse)
-        note_state(self.site)
+        apply_to_copy(self.sites, lambda: super(SubnetLinear, self)._apply(fn, recurse))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, size in (("row_index", self.out_features), ("col_index", self.in_features)):
-            if f"{prefix}{name}" in state_dict:
-                check_index(self.site, name, state_dict[f"{prefix}{name}"], size)
+        check_loaded(self.sites, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if self.site.copied is not None and f"{prefix}subnet" in state_dict:
-            note_state(self.site)
+        note_loaded(self.sites, state_dict, prefix)
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""

@@ -32,7 +32,8 @@ def make_findable(sites: Iterable[Site]) -> None:
         _sites[site.row_index.data_ptr()] = site
 
 
-def _find(row_index: Tensor) -> Site:
+def find_site(row_index: Tensor) -> Site:
+    """The site with this row index, whatever tensor object stands for it in a graph."""
     site = _sites.get(row_index.data_ptr())
     if site is None or site.row_index.data_ptr() != row_index.data_ptr():
         raise UnsupportedError(
@@ -42,15 +43,20 @@ def _find(row_index: Tensor) -> Site:
     return site
 
 
+def next_ticket() -> int:
+    """A number for an input that awaits its backward; never 0."""
+    return next(_tickets)
+
+
 @torch.library.custom_op("losia_dist::subnet_linear", mutates_args=())
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, x[..., C] for backward (empty if C takes all columns), and a ticket for all of x while the layer localizes."""
-    site = _find(row_index)
+    site = find_site(row_index)
     ticket = 0
     if site.gradient_sink is not None and site.module.training:
-        ticket = next(_tickets)
+        ticket = next_ticket()
         site.kept_inputs[ticket] = x.clone()  # the compiler may reuse the memory of x
     kept = x.new_empty(0) if site.takes_all_columns else take_last(x, col_index)
     return subnet_forward(site, x, weight, bias, subnet), kept, torch.tensor(ticket)
@@ -74,7 +80,7 @@ def _whole_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
 def _linear_backward(
     grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    site, number = _find(row_index), int(ticket)  # on the CPU: no device is waited for
+    site, number = find_site(row_index), int(ticket)  # on the CPU: no device is waited for
     sink = site.gradient_sink
     if sink is not None:
         if number == 0:
@@ -124,7 +130,7 @@ def compiled_linear(layer: Any, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("losia_dist::subnet_embedding", mutates_args=())
 def _embedding(tokens: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, padding_index: int) -> Tensor:
-    return embedding_forward(_find(row_index), tokens, weight, subnet)
+    return embedding_forward(find_site(row_index), tokens, weight, subnet)
 
 
 @_embedding.register_fake
@@ -136,7 +142,7 @@ def _(tokens: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, padding
 def _embedding_backward(
     grad_y: Tensor, tokens: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, padding_index: int
 ) -> Tensor:
-    head = _find(row_index)
+    head = find_site(row_index)
     padding = None if padding_index < 0 else padding_index
     return embedding_backward(head, grad_y, tokens, weight, subnet, head.gradient_sink, padding)
 

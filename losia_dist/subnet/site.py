@@ -1,7 +1,11 @@
 """`Site`: the place in a model where a subnet lives. Everything beyond `subnet/` speaks of sites, and of no modules.
 
-A linear layer has one. The module holds the tensors, under the names that engines and checkpoints know; the site knows these
-names, and what else is known of the place. Copies, the autograd Function and the operators of `torch.compile` work on sites.
+A linear layer has one; a module of experts has one for each of its weights, or several, each for a part of the experts. The
+module holds the tensors, under the names that engines and checkpoints know; the site knows these names, and what else is known
+of the place. Copies, the autograd Functions and the operators of `torch.compile` work on sites.
+
+Shapes: a linear layer's subnet is S [r, c] with rows [r] and columns [c]; that of X experts is S [X, r, c] with rows [X, r]
+and columns [X, c]: a subnet of each, all of one size.
 """
 
 from __future__ import annotations
@@ -13,9 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Called in backward with the full gradient [m, n] of this micro-batch and the whole weight [m, n].
-GradientSink = Callable[[Tensor, Tensor], None]
-_OF_THE_RUN = ("gradient_sink", "gradient_witness", "kept_inputs")  # what collects for the run that a copy is made from
+from losia_dist.subnet.layout import Layout
+
+# Called in backward with the full gradient of this micro-batch and the whole weight: [m, n] both, or [X, m, n] of experts. A
+# sink with `one_at_a_time` gets each expert's [m, n] by itself, and its place among the X.
+GradientSink = Callable[..., None]
+# Called in forward with the tokens [t, n] that enter; of experts with those of each expert, and its place.
+InputSink = Callable[[Tensor, int], None]
+_OF_THE_RUN = (
+    "gradient_sink",
+    "gradient_witness",
+    "input_sink",
+    "kept_inputs",
+)  # what collects for the run that a copy is made from
 
 
 class TensorNames(NamedTuple):
@@ -28,20 +42,27 @@ class TensorNames(NamedTuple):
 
 
 LINEAR = TensorNames()  # of a linear layer
+ONE_MATRIX = Layout()
+
+
+def matrix_names(name: str, layout: Layout) -> list[str]:
+    """What each matrix of a weight is called where subnets are drawn: the layer, or "<weight>.<expert>"."""
+    return [name] if layout.experts is None else [f"{name}.{expert}" for expert in range(*layout.experts)]
 
 
 class Site:
-    """A weight W [m, n] of which W[R][:, C] alone trains, and all that is known of it.
+    """A weight W [m, n] (or several, of experts) of which W[R][:, C] alone trains, and all that is known of it.
 
     Args:
         module: that holds the tensors.
-        name: full name of the layer in the model that was converted.
-        group_name: the decoder layer (or the output layer) it is re-localized with.
+        name: full name of the layer in the model that was converted; of experts, of the weight (and the part).
+        group_name: the decoder layer (or the output layer, or the part of its experts) it is re-localized with.
         is_output: whether it is the output layer's.
-        shape: (m, n) of the whole weight, given apart because a sharded weight reads as empty.
-        transposed: the weight is stored [n, m].
+        shape: (m, n) of one whole matrix, given apart because a sharded weight reads as empty.
+        layout: how the weight stores its matrices.
         asked_dtype: what the subnet was asked to be kept in, whatever the engine casts; None: the weight's.
         names: of its tensors.
+        weight_name: full name of the layer or the weight without the part.
     """
 
     def __init__(
@@ -52,15 +73,17 @@ class Site:
         group_name: str,
         is_output: bool,
         shape: tuple[int, int],
-        transposed: bool = False,
+        layout: Layout = ONE_MATRIX,
         asked_dtype: torch.dtype | None = None,
         names: TensorNames = LINEAR,
+        weight_name: str | None = None,
     ) -> None:
-        self.module, self.names = module, names
+        self.module, self.names, self.layout = module, names, layout
         self.name, self.group_name, self.is_output = name, group_name, is_output
-        self.shape, self.weight_is_transposed, self.asked_dtype = shape, transposed, asked_dtype
-        self.takes_all_rows = self.row_index.numel() == shape[0]
-        self.takes_all_columns = self.col_index.numel() == shape[1]
+        self.shape, self.asked_dtype = shape, asked_dtype
+        self.takes_all_rows = self.row_index.shape[-1] == shape[0]
+        self.takes_all_columns = self.col_index.shape[-1] == shape[1]
+        self.matrix_names = matrix_names(weight_name or name, layout)
         self.awaits_weights = self.subnet.is_meta  # converted on the meta device: the subnet is cut once the weights are there
         self.converted_print: Tensor  # int64 scalar of the subnet's first values, to tell ranks that loaded different weights
         # True once an access object has established that the engine never re-gathers the weight between forward and
@@ -70,6 +93,7 @@ class Site:
             None  # versions of weight and subnet when the one was last written into the other
         )
         self.gradient_sink: GradientSink | None = None  # set while the group localizes
+        self.input_sink: InputSink | None = None  # set while the inputs' sizes are measured
         self.kept_inputs: dict[int, Tensor] = {}  # under torch.compile: inputs of this step that await their backward
         self.gradient_witness: Callable[[Tensor], None] | None = None  # set until the subnet was seen to train
         self.converted_with = {name: shape}  # of all sites that the model was converted with: name -> (m, n)
@@ -80,43 +104,68 @@ class Site:
 
     @property
     def weight(self) -> nn.Parameter:
-        """W [m, n] ([n, m] where stored transposed), frozen. Holds the subnet's present values only while the module runs;
+        """W [m, n] as it is stored (`Layout`), frozen. Holds the subnet's present values only while the module runs;
         `LoSiA.consolidate` writes them for good."""
         return getattr(self.module, self.names.weight)  # type: ignore[no-any-return]
 
     @property
     def subnet(self) -> nn.Parameter:
-        """S [r, c], trainable, an ordinary parameter that any engine reduces, clips, shards and saves."""
+        """S [r, c] or [X, r, c], trainable, an ordinary parameter that any engine reduces, clips, shards and saves."""
         return getattr(self.module, self.names.subnet)  # type: ignore[no-any-return]
 
     @property
     def row_index(self) -> Tensor:
-        """int64 buffer [r], sorted ascending: output neurons of the subnet."""
+        """int64 buffer [r] or [X, r], sorted ascending: output neurons of the subnet."""
         return getattr(self.module, self.names.row_index)  # type: ignore[no-any-return]
 
     @property
     def col_index(self) -> Tensor:
-        """int64 buffer [c], sorted ascending: input neurons of the subnet."""
+        """int64 buffer [c] or [X, c], sorted ascending: input neurons of the subnet."""
         return getattr(self.module, self.names.col_index)  # type: ignore[no-any-return]
 
     @property
     def rows(self) -> Tensor | None:
-        """Row index int64 [r], or None where all rows belong to the subnet (then nothing need be gathered)."""
+        """Row index int64 [r] or [X, r], or None where all rows belong to the subnet (then nothing need be gathered)."""
         return None if self.takes_all_rows else self.row_index
 
     @property
     def columns(self) -> Tensor | None:
-        """Column index int64 [c], or None where all columns belong to the subnet."""
+        """Column index int64 [c] or [X, c], or None where all columns belong to the subnet."""
         return None if self.takes_all_columns else self.col_index
 
+    @property
+    def subnet_shape(self) -> tuple[int, int]:
+        """(r, c) of the subnet of one matrix."""
+        return self.row_index.shape[-1], self.col_index.shape[-1]
+
+    @property
+    def subnet_size(self) -> int:
+        """Values that train, of all matrices: r c, or X r c."""
+        return self.layout.count * self.row_index.shape[-1] * self.col_index.shape[-1]
+
+    @property
+    def size(self) -> int:
+        """Values of all whole matrices: m n, or X m n."""
+        return self.layout.count * self.shape[0] * self.shape[1]
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """The experts [start, stop) of the weight that the subnets are in; None of a linear layer."""
+        return self.layout.experts
+
+    @property
+    def weight_is_transposed(self) -> bool:
+        """Whether each matrix is stored [n, m]."""
+        return self.layout.transposed
+
     def as_rows(self, weight: Tensor) -> Tensor:
-        """The whole weight as [m, n], output neurons first: itself, or a view."""
-        return weight.t() if self.weight_is_transposed else weight
+        """The matrices of the whole weight with output neurons first, [m, n] or [X, m, n]: itself, or a view."""
+        return self.layout.matrices(weight)
 
     def must_write(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether the weight may lack the subnet's present values; the caller then writes them.
 
-        weight [m, n] or as stored, subnet [r, c]: whole, of any dtype. No value is read, so that no device is waited for.
+        weight and subnet: whole, as they are stored, of any dtype. No value is read, so that no device is waited for.
 
         Where the engine keeps the weight, once per optimizer step is enough: further micro-batches find it written. Versions
         show what was changed in place since, and `note_change` tells of the rest (ZeRO updates memory behind a parameter).
@@ -141,7 +190,8 @@ class Site:
         memo[id(self)] = made
         kept = {name: value for name, value in self.__dict__.items() if name not in (*_OF_THE_RUN, "module")}
         made.__dict__.update(copy.deepcopy(kept, memo))
-        made.module, made.gradient_sink, made.gradient_witness, made.kept_inputs = module, None, None, {}
+        made.module, made.kept_inputs = module, {}
+        made.gradient_sink = made.gradient_witness = made.input_sink = None
         made.written, made.in_mid_step = None, False
         return made
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.all_linear import Shape, all_linear, is_expert
-from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, why_unusable
+from losia_dist.subnet.all_linear import all_linear, is_expert
+from losia_dist.subnet.expert_weights import ExpertWeight, Shape, expert_weights, parts_of, why_unusable_experts
+from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, stores_transposed, why_unusable
+from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.reach import unreached
 
 
@@ -22,43 +25,61 @@ def _plain_shape(parameter: Tensor) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Target:
-    """One linear layer (`nn.Linear`, or `Conv1D` of Transformers) that gets a subnet."""
+    """A place that gets a subnet: a linear layer (`nn.Linear`, or `Conv1D` of Transformers), or experts of a fused weight.
+
+    name: full name of the layer, or of the weight, with the part where there are several. weight_name: without the part.
+    parameter: the weight's name in the module. part: place of the part among those of the weight; None: it is all.
+    """
 
     name: str
     module: Any
     group_name: str
     is_output: bool
+    weight_name: str
+    layout: Layout
+    parameter: str = "weight"
+    part: int | None = None
+    owner: Any = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """As it is stored."""
+        return getattr(self.module, self.parameter)  # type: ignore[no-any-return]
 
 
 def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_shape) -> list[Target]:
-    """Target layers in localization order: decoder layers as they stand in the model, the output layer last.
+    """Targets in localization order: decoder layers as they stand in the model, parts of a layer's experts behind it, the
+    output layer last.
 
     shape gives the whole shape of a parameter that an engine may have sharded.
 
     Raises:
         ConfigError: no linear layer at all, a name that matches none (with the nearest ones), a layer that cannot hold a
-            subnet, an expert, or something that "all-linear" would leave frozen in silence.
+            subnet, experts of an unknown kind, or something that "all-linear" would leave frozen in silence.
     """
     aliases = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
     _refuse_substitutes(model, config)
     if not aliases:
         raise ConfigError(
             f"{type(model).__name__} has no linear layer (torch.nn.Linear, or Conv1D of Transformers), so there is nothing to "
-            "train. Pass the model itself, not a wrapper around it; LoSiA trains linear layers only."
+            "train. Pass the model itself, not a wrapper around it; LoSiA trains linear layers and experts only."
         )
+    experts = expert_weights(model, shape)
     first_name = {id(module): name for name, module in reversed(aliases.items())}
     output = output_layer_name(model)
     # nn.MultiheadAttention reads its projections' weights without calling them: a subnet there would never train.
     bypassed = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
     if config.target_modules == "all-linear":
         usable = {n: m for n, m in aliases.items() if first_name[id(m)] == n and not _within(n, bypassed)}
-        names = all_linear(model, usable, output, saved_modules(model, config), shape)
+        names = all_linear(model, usable, experts, output, saved_modules(model, config), shape)
     else:
         # A layer that several modules share is one target, under its first name, whichever of its names was given.
-        chosen = _chosen(aliases, config.target_modules, output)
-        names = list(dict.fromkeys(first_name[id(aliases[name])] for name in chosen))
+        chosen = _chosen([*aliases, *experts], config.target_modules, output)
+        linear = [name for name in chosen if name in aliases]
+        names = list(dict.fromkeys(first_name[id(aliases[name])] for name in linear))
         _refuse_unusable(aliases, names, bypassed)
         _refuse_unreached(model, names)
+        names += [name for name in chosen if name not in aliases]
     if config.output_rank_factor is not None:
         if output is None or output not in aliases:
             raise ConfigError(
@@ -72,10 +93,48 @@ def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_sh
             "target_modules='all-linear' leaves no layer to train: modules_to_save names all of them, or the only linear layer "
             "is the output layer (output_rank_factor)."
         )
-    targets = [Target(n, aliases[n], n if n == output else group_of(n), n == output) for n in names]
+    targets = [_linear_target(name, aliases[name], is_output=name == output) for name in names if name in aliases]
+    targets += _expert_targets([experts[name] for name in names if name in experts], config, shape)
     # A group is re-localized as a whole, so its layers stand together; sorting is stable and keeps the model's order.
-    order = {group: place for place, group in enumerate(dict.fromkeys(t.group_name for t in targets))}
-    return sorted(targets, key=lambda target: (target.is_output, order[target.group_name]))
+    place = {name: place for place, name in enumerate(dict(model.named_modules()))}
+    of_module = {id(module): place[name] for name, module in model.named_modules()}
+    layers = {
+        layer: at for at, layer in enumerate(dict.fromkeys(group_of(t.name) for t in sorted(targets, key=_place(of_module))))
+    }
+    return sorted(
+        targets, key=lambda t: (t.is_output, layers[group_of(t.name)], -1 if t.part is None else t.part, _place(of_module)(t))
+    )
+
+
+def _place(of_module: dict[int, int]) -> Callable[[Target], int]:
+    return lambda target: of_module[id(target.module)]
+
+
+def _linear_target(name: str, module: Any, *, is_output: bool) -> Target:
+    group = name if is_output else group_of(name)
+    return Target(name, module, group, is_output, name, Layout(transposed=stores_transposed(module)))
+
+
+def _expert_targets(weights: list[ExpertWeight], config: LoSiAConfig, shape: Shape) -> list[Target]:
+    """A target for each weight, or for each of its parts, where experts of a layer localize in parts."""
+    targets = []
+    elements: dict[int, int] = {}  # of one expert, in all weights of its module that train
+    for one in weights:
+        why = why_unusable_experts(one.owner)
+        if why is not None:
+            raise ConfigError(f"the experts of {one.name!r} cannot hold subnets: {type(one.owner).__name__} {why}.")
+        m, n = one.layout.matrix_shape(shape(getattr(one.module, one.parameter)))
+        elements[id(one.owner)] = elements.get(id(one.owner), 0) + m * n
+    for one in weights:
+        asked = None if config.located is None else config.experts_per_slot
+        parts = parts_of(one.layout.count, elements[id(one.owner)], asked)
+        for place, (start, stop) in enumerate(parts):
+            group, name, part = group_of(one.name), one.name, None
+            if len(parts) > 1:
+                group, name, part = f"{group}.experts[{start}:{stop}]", f"{one.name}[{start}:{stop}]", place
+            layout = replace(one.layout, experts=(start, stop))
+            targets.append(Target(name, one.module, group, False, one.name, layout, one.parameter, part, one.owner))
+    return targets
 
 
 def saved_modules(model: nn.Module, config: LoSiAConfig) -> list[str]:
@@ -110,21 +169,21 @@ def match_names(available: list[str], wanted: list[str], option: str) -> list[st
     return [name for name in available if any(_name_matches(name, item) for item in wanted)]
 
 
-def _chosen(linears: dict[str, nn.Module], wanted: str | list[str], output: str | None) -> list[str]:
+def _chosen(available: list[str], wanted: str | list[str], output: str | None) -> list[str]:
     if isinstance(wanted, str):
         try:
             pattern = re.compile(wanted)
         except re.error as error:
             raise ConfigError(f"target_modules={wanted!r} is not a valid regular expression: {error}.") from error
-        names = [name for name in linears if pattern.fullmatch(name)]
+        names = [name for name in available if pattern.fullmatch(name)]
         if not names:
-            nearest = difflib.get_close_matches(wanted, linears, n=3, cutoff=0.1) or list(linears)[:3]
+            nearest = difflib.get_close_matches(wanted, available, n=3, cutoff=0.1) or available[:3]
             raise ConfigError(
-                f"target_modules={wanted!r}: no linear layer's full name matches this expression. Nearest: "
+                f"target_modules={wanted!r}: no full name of a linear layer or of experts matches this expression. Nearest: "
                 f"{', '.join(nearest)}. A list of endings, such as ['q_proj'], works too."
             )
     else:
-        names = match_names(list(linears), wanted, "target_modules")
+        names = match_names(available, wanted, "target_modules")
     if output in names:
         raise ConfigError(
             f"target_modules names the output layer {output!r}: set output_rank_factor instead (it keeps all columns)."

@@ -1,7 +1,5 @@
 """What "all-linear" stands for in each kind of model, and what it refuses to leave frozen in silence."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -94,17 +92,26 @@ def test_gradients_of_a_conv1d_are_the_dense_ones_cut_to_the_subnet(factor, loca
 
 
 @pytest.mark.parametrize("family", EXPERT_FAMILIES)
-def test_all_linear_refuses_to_leave_experts_frozen_and_its_fix_works(family):
-    model = tiny_model(family)
-    message = refusal(model)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in message and "% of the weights" in message
-    fix = re.search(r"target_modules=(\[[^\]]*\])", message.split("name them:")[1]).group(1)
-    targets = re.findall(r"'(\w+)'", fix)
-    get_losia_model(model, LoSiAConfig(rank_factor=0.25, target_modules=targets))
+def test_all_linear_takes_the_experts_and_leaves_the_routers_frozen(family):
+    model = get_losia_model(tiny_model(family), LoSiAConfig(rank_factor=0.25))
     parts = {name.split(".", 3)[3] for name in names(model)}
     shared = {f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")} if family == "qwen2_moe" else set()
-    assert parts == {f"self_attn.{part}_proj" for part in "qkvo"} | shared
-    assert not any(p.requires_grad for name, p in model.named_parameters() if "experts" in name or name.endswith("gate.weight"))
+    experts = {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert parts == {f"self_attn.{part}_proj" for part in "qkvo"} | experts | shared
+    assert not any(
+        p.requires_grad for name, p in model.named_parameters() if name.endswith(("gate.weight", "expert_gate.weight"))
+    )
+
+
+@pytest.mark.parametrize("wanted", [["experts.down_proj"], r".*\.experts\.down_proj"])
+def test_names_and_expressions_mean_experts_too(wanted):
+    model = get_losia_model(tiny_model("mixtral"), LoSiAConfig(rank_factor=0.25, target_modules=wanted))
+    assert set(names(model)) == {f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)}
+
+
+def test_experts_that_are_not_there_are_named_with_the_nearest():
+    with pytest.raises(ConfigError, match="no module is named 'experts.up_proj'. Nearest: .*gate_up_proj"):
+        get_losia_model(tiny_model("mixtral"), LoSiAConfig(rank_factor=0.25, target_modules=["experts.up_proj"]))
 
 
 class ListOfExperts(nn.Module):

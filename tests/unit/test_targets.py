@@ -108,7 +108,7 @@ def test_biases_are_kept_and_frozen():
     [
         ({"target_modules": ["q_prj"]}, r"no module is named 'q_prj'. Nearest: .*q_proj"),
         ({"target_modules": ["q_proj", "gate"]}, r"no module is named 'gate'. Nearest: .*gate_proj"),
-        ({"target_modules": r"layers\.9\..*"}, r"no linear layer's full name matches"),
+        ({"target_modules": r"layers\.9\..*"}, r"no full name of a linear layer or of experts matches"),
         ({"target_modules": r"layers\.(9"}, r"not a valid regular expression"),
         ({"target_modules": ["lm_head"]}, r"set output_rank_factor instead"),
         ({"modules_to_save": ["nrm"]}, r"modules_to_save: no module is named 'nrm'. Nearest: .*norm"),

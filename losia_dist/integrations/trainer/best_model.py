@@ -14,7 +14,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.export.weight_files import weight_map
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
-from losia_dist.subnet.kinds import read_subnet
+from losia_dist.subnet.access import read_subnet
 
 
 def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreement) -> None:

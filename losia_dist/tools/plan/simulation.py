@@ -131,14 +131,14 @@ def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, lis
     localizing = [site for site in sites if site.group_name in names]
     for site in localizing:
         place = SlotGroup(site.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
-        site.gradient_sink = localization.accumulator(place, site.shape, torch.device("cpu"))
+        site.gradient_sink = localization.accumulator(place, site.shape, torch.device("cpu"), site.layout.count)
     return localization, localizing
 
 
 def _relocalize(localization: Any, site: Site) -> None:
     """The end of a slot: choose a layer's subnet, and let go of its averages."""
     accumulator, site.gradient_sink = site.gradient_sink, None
-    wanted = Wanted(site.name, 1, site.shape, (site.row_index, site.col_index))
+    wanted = Wanted(site.matrix_names, 1, site.shape, (site.row_index, site.col_index))
     localization.choose(SlotGroup(site.group_name, 0), accumulator, wanted)
 
 

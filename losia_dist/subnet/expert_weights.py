@@ -1,0 +1,128 @@
+"""Which parameters hold the experts of a mixture, how each stores them, and into what parts they are cut for localization."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from losia_dist.subnet.kinds import is_packed
+from losia_dist.subnet.layout import Layout
+
+Shape = Callable[[Tensor], tuple[int, ...]]
+
+_ROUTER = re.compile(r"gate|.*_gate|.*router.*")
+MOST_ELEMENTS = 1 << 29  # of the full gradient that one part forms: 1 GiB in bf16
+
+
+class ExpertWeight(NamedTuple):
+    """A parameter that holds a matrix of each expert.
+
+    name: full name of the parameter. module: that holds it. parameter: its name there. layout: of all experts. owner: the
+    module whose forward computes with it (DBRX keeps weights in a module of their own). block: full name of the module that it
+    is in.
+    """
+
+    name: str
+    module: Any
+    parameter: str
+    layout: Layout
+    owner: Any
+    block: str
+
+
+def expert_weights(model: nn.Module, shape: Shape) -> dict[str, ExpertWeight]:
+    """The weights of all experts that can hold subnets, by full name, in the model's order.
+
+    shape: the whole shape of a parameter that an engine may have sharded.
+    """
+    found: dict[str, ExpertWeight] = {}
+    for path, module in model.named_modules():
+        for holder, parameter, transposed, stacked in _weights_of(module, shape):
+            place = path if holder is module else f"{path}.{_child_name(module, holder)}"
+            weight = getattr(holder, parameter)
+            layout = Layout(transposed, None, stacked)
+            layout = replace(layout, experts=(0, layout.number_of_experts(shape(weight))))
+            name = f"{place}.{parameter}"
+            found[name] = ExpertWeight(name, holder, parameter, layout, module, path.rpartition(".")[0])
+    return found
+
+
+def why_unusable_experts(module: Any) -> str | None:
+    """Why experts cannot hold subnets though their class can, as the end of a sentence ("it ..."), or None."""
+    if "forward" in vars(module):
+        return "has its forward replaced on the object (device_map and offloading hooks do that): load without device_map"
+    packed = [name for name, parameter in module.named_parameters() if is_packed(parameter)]
+    return f"has a quantized weight ({packed[0]}): load the model unquantized" if packed else None
+
+
+def is_router(name: str, experts: dict[str, ExpertWeight]) -> bool:
+    """Whether a module of this full name chooses or weighs experts: a few rows that decide where every token goes."""
+    blocks = {one.block for one in experts.values()}
+    return any(
+        _ROUTER.fullmatch(part)
+        for block in blocks
+        if name.startswith(f"{block}.") or not block
+        for part in name.removeprefix(block).split(".")
+    )
+
+
+def router_modules(model: nn.Module, experts: dict[str, ExpertWeight], shape: Shape) -> dict[str, nn.Module]:
+    """Routers by full name: the outermost modules of that kind with a tensor that has a row for each expert."""
+    found: dict[str, nn.Module] = {}
+    counts = {one.layout.count for one in experts.values()}
+    owners = {id(one.owner) for one in experts.values()}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        has_row_each = any(shape(parameter)[:1] and shape(parameter)[0] in counts for parameter in module.parameters())
+        if id(module) not in owners and not inside and has_row_each and is_router(name, experts):
+            found[name] = module
+    return found
+
+
+def parts_of(experts: int, elements: int, asked: int | str | None) -> list[tuple[int, int]]:
+    """Experts [start, stop) of each part that localizes by itself (docs/algorithm.md, "Experts").
+
+    experts: E. elements: numbers in one expert's matrices. asked: `experts_per_slot`; None: one part.
+    """
+    if asked is None:
+        return [(0, experts)]
+    if asked == "auto":
+        asked = -(-experts // -(-experts * elements // MOST_ELEMENTS))
+    assert isinstance(asked, int)
+    return [(start, min(experts, start + asked)) for start in range(0, experts, asked)]
+
+
+def is_routed(module: Any) -> bool:
+    """Experts with the forward that Transformers has for nearly all: (tokens [t, n], expert of each [t, k], weights [t, k])."""
+    parameters = module._parameters
+    down, up = parameters.get("down_proj"), parameters.get("gate_up_proj", parameters.get("up_proj"))
+    return hasattr(module, "_apply_gate") and hasattr(module, "num_experts") and down is not None and up is not None
+
+
+def is_of(module: Any, family: str, name: str) -> bool:
+    """Whether a module is of Transformers' class of this name, in a family whose code is loaded."""
+    found = getattr(sys.modules.get(f"transformers.models.{family}.modeling_{family}"), name, None)
+    return found is not None and isinstance(module, found)
+
+
+def _weights_of(module: Any, shape: Shape) -> list[tuple[Any, str, bool, int]]:
+    """(holder, parameter, stored transposed, stacked) of what a module of experts computes with; nothing for other modules."""
+    if is_routed(module):
+        up = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
+        transposed = bool(getattr(module, "is_transposed", False))
+        return [(module, name, transposed, 0) for name in (up, "down_proj") if len(shape(getattr(module, name))) == 3]
+    if is_of(module, "llama4", "Llama4TextExperts"):
+        return [(module, "gate_up_proj", True, 0), (module, "down_proj", True, 0)]
+    if is_of(module, "dbrx", "DbrxExperts"):
+        count = module.num_experts
+        return [(module.mlp, name, name == "w2", count) for name in ("w1", "v1", "w2")]
+    return []
+
+
+def _child_name(module: nn.Module, child: nn.Module) -> str:
+    return next(name for name, candidate in module.named_children() if candidate is child)

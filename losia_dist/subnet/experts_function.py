@@ -1,0 +1,168 @@
+"""The forward and backward of experts of which only subnets train: tokens sorted by expert, one grouped product each.
+
+Dimensions in names: t tokens (each as often as experts take it), E experts, m and n neurons, r and c rows and columns of a
+subnet.
+
+As for a linear layer (`subnet.function`): the subnets' values are written into the frozen weight, y and dx are one grouped
+product each, and of the input only each token's own expert's columns are kept. dS is a grouped product of r x c; a full
+gradient is formed for the experts that localize alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from losia_dist.subnet.grouped import grouped_linear, grouped_outer, take_of_owner
+from losia_dist.subnet.layout import Layout
+from losia_dist.subnet.site import GradientSink, Site
+
+
+class Routing(NamedTuple):
+    """Which tokens belong to which experts, tokens sorted by expert.
+
+    offsets: int32 [E], where each expert's tokens end. owners: int64 [t], each token's expert, E - 1 for those of none.
+    nobodys: bool [t, 1], tokens that belong to none of these experts; None where there are no such.
+    """
+
+    offsets: Tensor
+    owners: Tensor
+    nobodys: Tensor | None
+
+
+def write_subnets(sites: Sequence[Site], weight: Tensor, subnets: Sequence[Tensor], *, always: bool = False) -> None:
+    """Write subnets [X, r, c] of any dtype into their experts of a whole weight, in place and unseen by autograd.
+
+    always: also where the weight is known to hold them.
+    """
+    for site, subnet in zip(sites, subnets, strict=True):
+        if always or site.must_write(weight, subnet):
+            places = site.layout.places(tuple(weight.shape), site.row_index, site.col_index)
+            weight.data.index_put_(places, subnet.data.to(weight.dtype))
+
+
+def experts_forward(
+    sites: Sequence[Site], x: Tensor, routing: Routing, weight: Tensor, layout: Layout, subnets: Sequence[Tensor]
+) -> Tensor:
+    """y [t, m] of x [t, n], by the weight with the subnets' present values; rows of nobody's tokens are zero.
+
+    layout: of all experts of the weight. subnets: of `sites`.
+    """
+    write_subnets(sites, weight, subnets)
+    y = grouped_linear(x, layout.matrices(weight).to(x.dtype), routing.offsets)
+    return y if routing.nobodys is None else y.masked_fill_(routing.nobodys, 0)
+
+
+def experts_backward(
+    sites: Sequence[Site],
+    grad_y: Tensor,
+    kept: Tensor,
+    routing: Routing,
+    weight: Tensor,
+    layout: Layout,
+    subnets: Sequence[Tensor],
+    sinks: Sequence[GradientSink | None],
+    *,
+    needs_x: bool,
+    needs_subnets: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx [t, n], and dS [X, r, c] of each site in its subnet's dtype; None where it is not needed.
+
+    kept: all of x [t, n] if any site has a sink, else each token's own columns [t, c].
+    """
+    resident = all(site.weight_is_resident for site in sites)
+    if not resident and (needs_x or any(sink is not None for sink in sinks)):
+        write_subnets(sites, weight, subnets, always=True)  # dx reads the weight, and so do the sinks
+    if routing.nobodys is not None:
+        grad_y = grad_y.masked_fill(routing.nobodys, 0)
+    grad_x = None
+    if needs_x:
+        grad_x = grouped_linear(grad_y, layout.matrices(weight).to(grad_y.dtype).transpose(-2, -1), routing.offsets)
+        if routing.nobodys is not None:
+            grad_x = grad_x.masked_fill_(routing.nobodys, 0)
+    if not needs_subnets:
+        return grad_x, [None] * len(sites)
+    x_columns = kept if all(sink is None for sink in sinks) else kept_of(sites, kept, routing)
+    full_rows = sites[0].takes_all_rows
+    dy_rows = grad_y if full_rows else take_of_owner(grad_y, _of_all(sites, "row_index"), routing.owners)
+    gradients = grouped_outer(dy_rows, x_columns, routing.offsets)
+    found: list[Tensor | None] = []
+    for site, subnet, sink in zip(sites, subnets, sinks, strict=True):
+        assert site.experts is not None
+        mine = gradients[site.experts[0] : site.experts[1]].to(subnet.dtype)
+        if len(sites) > 1:
+            mine = mine.clone()  # no part keeps the others' memory
+        site.in_mid_step = True
+        if site.gradient_witness is not None:
+            site.gradient_witness(mine)
+        if sink is not None:
+            _give_full(site, grad_y, kept, routing.offsets, weight, sink)
+        found.append(mine)
+    return grad_x, found
+
+
+def _give_full(site: Site, grad_y: Tensor, x: Tensor, offsets: Tensor, weight: Tensor, sink: Any) -> None:
+    """Form the full gradients [X, m, n] of a site's experts, and hand them over."""
+    assert site.experts is not None
+    start, stop = site.experts
+    matrices = site.as_rows(weight)
+    if getattr(sink, "one_at_a_time", False):
+        ends = [0, *offsets.tolist()]  # before training: the host waits
+        for place, expert in enumerate(range(start, stop)):
+            mine = slice(ends[expert], ends[expert + 1])
+            if mine.stop > mine.start:
+                sink(grad_y[mine].t() @ x[mine], matrices[place], place)
+        return
+    # Where the first of these experts' tokens begin is known to the device alone: those before them make one group more.
+    skip = min(start, 1)
+    full = grouped_outer(grad_y, x, offsets[start - skip : stop])
+    sink(full[skip:], matrices)
+
+
+def _of_all(sites: Sequence[Site], index: str) -> Tensor:
+    """Row or column index [E, ...] of all experts of a weight."""
+    found = [getattr(site, index) for site in sites]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def kept_of(sites: Sequence[Site], x: Tensor, routing: Routing) -> Tensor:
+    """x[i, C[e(i)]] of each token: [t, c]; x itself where subnets take all columns."""
+    return x if sites[0].takes_all_columns else take_of_owner(x, _of_all(sites, "col_index"), routing.owners)
+
+
+class SubnetExpertsFunction(torch.autograd.Function):
+    """y[i] = W[e(i)] x[i] with gradients for x and the subnets; none for W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, routing: Routing, weight: Tensor, layout: Layout, sites: list[Site], *subnets: Tensor
+    ) -> Tensor:
+        ctx.sinks = [site.gradient_sink for site in sites]
+        keeps_all = any(sink is not None for sink in ctx.sinks)
+        if sites:
+            ctx.save_for_backward(x if keeps_all else kept_of(sites, x, routing))
+        # References, not saved tensors: a sharded engine empties the weight after forward and gathers it again before
+        # backward under the same object.
+        ctx.weight, ctx.layout, ctx.sites, ctx.subnets, ctx.routing = weight, layout, sites, subnets, routing
+        return experts_forward(sites, x, routing, weight, layout, subnets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors[0] if ctx.sites else grad_y
+        needs_x, needs_subnets = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
+        grad_x, gradients = experts_backward(
+            ctx.sites,
+            grad_y.contiguous(),
+            kept,
+            ctx.routing,
+            ctx.weight,
+            ctx.layout,
+            ctx.subnets,
+            ctx.sinks,
+            needs_x=needs_x,
+            needs_subnets=needs_subnets,
+        )
+        return grad_x, None, None, None, None, *gradients

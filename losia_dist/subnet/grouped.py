@@ -1,0 +1,53 @@
+"""Matrix products of tokens that are sorted by expert, each expert's with a matrix of its own.
+
+Dimensions in names: t tokens, E experts, m output neurons, n input neurons. `offsets` int32 [E] says where each expert's
+tokens end; tokens behind the last offset belong to none. Where an expert's tokens end is known to the device alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def grouped_linear(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """y[i] = matrices[e(i)] x[i]: x [t, n] and matrices [E, m, n], of one dtype -> [t, m].
+
+    Rows of tokens that belong to no expert are not written: they may hold anything.
+    """
+    turned = matrices.transpose(-2, -1)
+    if _has_aligned_strides(x) and _has_aligned_strides(turned) and matrices.shape[1] % _step(x) == 0:
+        return functional.grouped_mm(x, turned, offs=offsets)
+    # Sizes that the kernel does not take, of models for tests: no copy of the matrices is made, the host waits.
+    y, start = x.new_zeros(x.shape[0], matrices.shape[1]), 0
+    for expert, stop in enumerate(offsets.tolist()):
+        torch.mm(x[start:stop], turned[expert], out=y[start:stop])
+        start = stop
+    return y
+
+
+def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    """For each expert the sum over its tokens of left[i] right[i]^T: [t, a] and [t, b] -> [E, a, b]; zeros if it has none."""
+    a, b, step = left.shape[1], right.shape[1], _step(left)
+    left, right = (functional.pad(x, (0, -x.shape[1] % step)) if x.shape[1] % step else x for x in (left, right))
+    product = functional.grouped_mm(left.contiguous().t(), right.contiguous(), offs=offsets)
+    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    # Kernels were seen to leave something else than zeros where there is nothing to sum.
+    product = product.masked_fill_((counts == 0).view(-1, 1, 1), 0)
+    return product if product.shape[1:] == (a, b) else product[:, :a, :b].contiguous()
+
+
+def take_of_owner(matrix: Tensor, index: Tensor, owners: Tensor) -> Tensor:
+    """matrix[i, index[e(i)]] for each token: matrix [t, k], index int64 [E, j], owners int64 [t] -> [t, j]."""
+    return torch.gather(matrix, 1, index[owners])
+
+
+def _step(x: Tensor) -> int:
+    """Sizes that the kernel takes are multiples of this: 16 bytes."""
+    return 16 // x.element_size()
+
+
+def _has_aligned_strides(x: Tensor) -> bool:
+    step = _step(x)
+    return all(stride == 1 or stride % step == 0 for stride in x.stride()) and 1 in x.stride()[-2:]
