@@ -132,6 +132,7 @@ SMALL: dict[str, Any] = {
     "swa_num_key_value_heads": 4,
     "swa_head_dim": 8,
     "rel_extent": 16,
+    "unpadded_vocab_size": 97,
     "projection_hidden_dim": 32,
     "text_hidden_size": 32,
     "max_position_embeddings": 64,
@@ -215,6 +216,7 @@ def logits_of(model: Any) -> torch.Tensor:
     inputs = {"input_ids": ids, "use_cache": False}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.flip(1)
+    torch.manual_seed(0)  # diffusion draws noise
     return model(**inputs).logits
 
 
