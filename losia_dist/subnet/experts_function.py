@@ -52,6 +52,9 @@ def experts_forward(
     layout: of all experts of the weight. subnets: of `sites`.
     """
     write_subnets(sites, weight, subnets)
+    for site in sites:
+        if site.module.training:
+            site.see_tokens(routing.offsets)
     y = grouped_linear(x, layout.matrices(weight).to(x.dtype), routing.offsets)
     return y if routing.nobodys is None else y.masked_fill_(routing.nobodys, 0)
 

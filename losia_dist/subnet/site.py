@@ -29,6 +29,7 @@ _OF_THE_RUN = (
     "gradient_witness",
     "input_sink",
     "kept_inputs",
+    "tokens",
 )  # what collects for the run that a copy is made from
 
 
@@ -100,6 +101,7 @@ class Site:
         self.shares_embedding = False  # the input embedding has the same weight, and looks up in it (TiedSubnetEmbedding)
         # Of a deep copy that no conductor drives: version and print of the subnet it was made with.
         self.copied: tuple[int, int] | None = None
+        self.tokens: Tensor | None = None  # int64 [X]: tokens that reached each expert in training since they were counted last
         self.in_mid_step = False  # a backward formed the subnet's gradient since the last optimizer step ended
 
     @property
@@ -184,6 +186,19 @@ class Site:
         self.in_mid_step = False
         self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
 
+    def see_tokens(self, offsets: Tensor) -> None:
+        """Tokens of one forward, sorted by expert: offsets int32 [E], where those of each expert of the weight end. The host
+        does not wait.
+        """
+        start, stop = self.experts or (0, 0)
+        found = torch.diff(offsets, prepend=offsets.new_zeros(1))[start:stop].to(torch.int64)
+        self.tokens = found if self.tokens is None else self.tokens + found
+
+    def count_tokens(self) -> Tensor:
+        """int64 [X]: tokens that reached each expert on this rank since the last call; counting begins anew."""
+        found, self.tokens = self.tokens, None
+        return self.row_index.new_zeros(self.layout.count) if found is None else found
+
     def copy_for(self, module: nn.Module, memo: dict[int, Any]) -> Site:
         """The site of a deep copy of its module: no conductor drives it, and it collects nothing."""
         made = Site.__new__(Site)
@@ -191,7 +206,7 @@ class Site:
         kept = {name: value for name, value in self.__dict__.items() if name not in (*_OF_THE_RUN, "module")}
         made.__dict__.update(copy.deepcopy(kept, memo))
         made.module, made.kept_inputs = module, {}
-        made.gradient_sink = made.gradient_witness = made.input_sink = None
+        made.gradient_sink = made.gradient_witness = made.input_sink = made.tokens = None
         made.written, made.in_mid_step = None, False
         return made
 
