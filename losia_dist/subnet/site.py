@@ -186,13 +186,10 @@ class Site:
         self.in_mid_step = False
         self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
 
-    def see_tokens(self, offsets: Tensor) -> None:
-        """Tokens of one forward, sorted by expert: offsets int32 [E], where those of each expert of the weight end. The host
-        does not wait.
-        """
+    def see_tokens(self, counts: Tensor) -> None:
+        """Tokens that one forward sent to each expert of the weight: int64 [E]. The host does not wait."""
         start, stop = self.experts or (0, 0)
-        found = torch.diff(offsets, prepend=offsets.new_zeros(1))[start:stop].to(torch.int64)
-        self.tokens = found if self.tokens is None else self.tokens + found
+        self.tokens = counts[start:stop] if self.tokens is None else self.tokens + counts[start:stop]
 
     def count_tokens(self) -> Tensor:
         """int64 [X]: tokens that reached each expert on this rank since the last call; counting begins anew."""
