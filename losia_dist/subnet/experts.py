@@ -186,6 +186,7 @@ def add_expert_site(
         asked_dtype=asked_dtype,
         names=names,
         weight_name=weight_name,
+        part=-1 if part is None else part,
     )
     site.converted_print = loading_print(values)
     holder.sites.append(site)

@@ -64,6 +64,7 @@ class Site:
         asked_dtype: what the subnet was asked to be kept in, whatever the engine casts; None: the weight's.
         names: of its tensors.
         weight_name: full name of the layer or the weight without the part.
+        part: place of the part among those of the weight; -1: it is all.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Site:
         asked_dtype: torch.dtype | None = None,
         names: TensorNames = LINEAR,
         weight_name: str | None = None,
+        part: int = -1,
     ) -> None:
         self.module, self.names, self.layout = module, names, layout
         self.name, self.group_name, self.is_output = name, group_name, is_output
-        self.shape, self.asked_dtype = shape, asked_dtype
+        self.shape, self.asked_dtype, self.part = shape, asked_dtype, part
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)
