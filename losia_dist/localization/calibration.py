@@ -42,8 +42,12 @@ class ImportanceSums:
         self.masks = [None if rows is None else _masks(rows, shape[0]) for rows in query.within_rows]
         self.rows = torch.zeros(len(query.within_columns), count, shape[0], dtype=torch.float64, device=device)
         self.columns = torch.zeros(len(query.within_rows), count, shape[1], dtype=torch.float64, device=device)
-        self.reached = torch.zeros((), dtype=torch.int64, device=device)  # gradients that came
+        self.reached = torch.zeros((), dtype=torch.int64, device=device)  # backward passes, or gradients, that came
         self._earlier: list[tuple[Tensor, Tensor]] = []
+
+    def note_call(self) -> None:
+        """A backward came by, whether or not a token reached any of the experts."""
+        self.reached += 1
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, weight: Tensor, place: int = 0) -> None:
@@ -54,7 +58,7 @@ class ImportanceSums:
         for other, kept in self._earlier:
             gradient, weight = gradient + other, kept
         self._earlier = []
-        self.reached += 1
+        self.note_call()
         # A band of rows at a time: the fp32 copy of a bf16 gradient stays small.
         band = max(1, (1 << 24) // gradient.shape[1])
         for start in range(0, gradient.shape[0], band):

@@ -100,6 +100,7 @@ def train_steps(
                 values["peak_memory_gb"] = _largest_over_ranks(peak_memory(run.device), run.device) / GB
                 if run.losia is not None:
                     values["learning_rates"] = run.losia.learning_rates()
+                    values |= run.losia.expert_load.read()
                 if localizing is not None:
                     values["localizing"] = localizing[0] if len(localizing) == 1 else f"{localizing[0]} .. {localizing[-1]}"
                 summary["train_loss"] = values["loss"]

@@ -35,6 +35,7 @@ from losia_dist.run.checks import (
     subnet_prints,
 )
 from losia_dist.run.drift import DriftCheck
+from losia_dist.run.expert_load import ExpertLoad
 from losia_dist.run.finite import FiniteCheck
 from losia_dist.run.first_subnets import find_outliers, locate_all
 from losia_dist.run.masters import FirstMove, check_masters
@@ -107,11 +108,10 @@ class LoSiA:
         self.state = resolve_state(model, optimizer)
         self.parts = RunParts(self.sites, self.parameters, self.state, self.collectives)
         self.placement = Placement(self.parts)
+        self.expert_load = ExpertLoad(self.parts)  # how evenly tokens fall on experts, for logs
         is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
         check_clearing(self.state, self.sites, config, is_cut=is_cut)
-        create_state = getattr(self.state.optimizer, "create_state", None)
-        if create_state is not None:
-            create_state()
+        getattr(self.state.optimizer, "create_state", lambda: None)()
         for site in self.sites:
             site.copied = None  # a copy of another model that is driven by itself from here on
             site.weight_is_resident = self.parameters.weight_is_resident
@@ -341,9 +341,9 @@ class LoSiA:
 
     def _lr_scale(self, group: str | None) -> float:
         """Factor on the scheduled learning rate of a group in the step in progress; None: what trains in full."""
-        if group == ROUTERS:
-            return self.config.router_lr_scale or 0.0
-        return self.config.full_lr_scale if group is None else self.clock.scale(group)
+        if group in (None, ROUTERS):
+            return self.config.full_lr_scale if group is None else self.config.router_lr_scale or 0.0
+        return self.clock.scale(group)
 
     def _note_changes(self) -> None:
         for site in self.sites:
@@ -371,8 +371,7 @@ class LoSiA:
         for site in sites:
             wanted = self.placement.wanted(site, self.steps + 1, self.outliers)
             # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
-            accumulator = self._accumulators.pop(site, None)
-            choices.append(self.localization.choose(group, accumulator, wanted))
+            choices.append(self.localization.choose(group, self._accumulators.pop(site, None), wanted))
         check_choices(choices, sites, self.collectives)
         self._first_move.before(sites)
         prints: list[Tensor] = []

@@ -108,7 +108,7 @@ def stacked_weights(model: nn.Module, part: str, shape: Shape) -> dict[str, tupl
             if len(size) == 3 and min(size) > 1:
                 named = "expert" in f"{words}.{name}".lower() or "moe" in words
                 found[f"{module_name}.{name}"] = (size, named or size[0] in numbers)
-            elif len(size) == 2 and is_expert(module_name):
+            elif len(size) == 2 and is_expert(module_name) and not name.endswith("bias"):
                 found[f"{module_name}.{name}"] = (size, True)
     return found
 

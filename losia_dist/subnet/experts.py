@@ -117,8 +117,9 @@ class SubnetSortedExperts(SubnetWeights):
         module: Any = self
         tokens = hidden_states.shape[0] // module.num_experts
         experts = torch.arange(module.num_experts, device=hidden_states.device)
-        routing = Routing(((experts + 1) * tokens).to(torch.int32), experts.repeat_interleave(tokens), None)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        counts = x.detach().any(-1).view(module.num_experts, tokens).sum(1)
+        routing = Routing(((experts + 1) * tokens).to(torch.int32), experts.repeat_interleave(tokens), None, counts)
         gate, up = self.project(x, routing, "gate_up_proj").chunk(2, dim=-1)
         return self.project(up * module.act_fn(gate), routing, "down_proj")
 
@@ -185,6 +186,7 @@ def add_expert_site(
         asked_dtype=asked_dtype,
         names=names,
         weight_name=weight_name,
+        part=-1 if part is None else part,
     )
     site.converted_print = loading_print(values)
     holder.sites.append(site)
@@ -240,4 +242,6 @@ def _measure_inputs(sites: list[Site], x: Tensor, routing: Routing) -> None:
         assert site.experts is not None
         for place, expert in enumerate(range(*site.experts)):
             if site.input_sink is not None:
-                site.input_sink(x[ends[expert] : ends[expert + 1]], place)
+                mine = x[ends[expert] : ends[expert + 1]]
+                # Where all tokens come to all experts, those that the router sent elsewhere are zero.
+                site.input_sink(mine if routing.counts is None else mine[mine.any(-1)], place)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losia_dist.subnet.grouped import grouped_linear, grouped_outer, take_of_owner
+from losia_dist.subnet.grouped import count_of_each, grouped_linear, grouped_outer, take_of_owner
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.site import GradientSink, Site
 
@@ -25,12 +25,14 @@ class Routing(NamedTuple):
     """Which tokens belong to which experts, tokens sorted by expert.
 
     offsets: int32 [E], where each expert's tokens end. owners: int64 [t], each token's expert, E - 1 for those of none.
-    nobodys: bool [t, 1], tokens that belong to none of these experts; None where there are no such.
+    nobodys: bool [t, 1], tokens that belong to none of these experts; None where there are no such. counts: int64 [E], tokens
+    that the router sent to each expert, where more come than those; None: all that come.
     """
 
     offsets: Tensor
     owners: Tensor
     nobodys: Tensor | None
+    counts: Tensor | None = None
 
 
 def write_subnets(sites: Sequence[Site], weight: Tensor, subnets: Sequence[Tensor], *, always: bool = False) -> None:
@@ -52,6 +54,9 @@ def experts_forward(
     layout: of all experts of the weight. subnets: of `sites`.
     """
     write_subnets(sites, weight, subnets)
+    for site in sites:
+        if site.module.training:
+            site.see_tokens(routing.counts if routing.counts is not None else count_of_each(routing.offsets))
     y = grouped_linear(x, layout.matrices(weight).to(x.dtype), routing.offsets)
     return y if routing.nobodys is None else y.masked_fill_(routing.nobodys, 0)
 
@@ -110,6 +115,7 @@ def _give_full(site: Site, grad_y: Tensor, x: Tensor, offsets: Tensor, weight: T
     start, stop = site.experts
     matrices = site.as_rows(weight)
     if getattr(sink, "one_at_a_time", False):
+        sink.note_call()  # experts may all be without a token
         ends = [0, *offsets.tolist()]  # before training: the host waits
         for place, expert in enumerate(range(start, stop)):
             mine = slice(ends[expert], ends[expert + 1])

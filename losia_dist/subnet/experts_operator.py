@@ -21,11 +21,8 @@ from losia_dist.subnet.site import Site
 
 def compiled_experts(sites: Sequence[Site], x: Tensor, routing: Routing, weight: Tensor) -> Tensor:
     """`SubnetExpertsFunction` for a graph: x [t, n] -> [t, m]."""
-    index = sites[0]
-    subnets = [site.subnet for site in sites]
-    y, _, _ = _experts(
-        x, routing.offsets, routing.owners, routing.nobodys, weight, subnets, index.row_index, index.col_index.shape[-1]
-    )
+    first, subnets = sites[0], [site.subnet for site in sites]
+    y, _, _ = _experts(x, *routing, weight, subnets, first.row_index, first.col_index.shape[-1])
     return y
 
 
@@ -42,6 +39,7 @@ def _experts(
     offsets: Tensor,
     owners: Tensor,
     nobodys: Tensor | None,
+    counts: Tensor | None,
     weight: Tensor,
     subnets: Sequence[Tensor],
     row_index: Tensor,
@@ -49,7 +47,7 @@ def _experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, x[i, C[e(i)]] for backward (empty if C takes all columns), and a ticket for all of x while experts localize."""
     sites, layout = _found(row_index)
-    routing, ticket = Routing(offsets, owners, nobodys), 0
+    routing, ticket = Routing(offsets, owners, nobodys, counts), 0
     if sites[0].module.training and any(site.gradient_sink is not None for site in sites):
         ticket = next_ticket()
         sites[0].kept_inputs[ticket] = x.clone()  # the compiler may reuse the memory of x
@@ -63,6 +61,7 @@ def _(
     offsets: Tensor,
     owners: Tensor,
     nobodys: Tensor | None,
+    counts: Tensor | None,
     weight: Tensor,
     subnets: Sequence[Tensor],
     row_index: Tensor,
@@ -127,7 +126,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, offsets, owners, nobodys, weight, subnets, row_index, columns = inputs
+    x, offsets, owners, nobodys, _, weight, subnets, row_index, columns = inputs
     _, kept, ticket = output
     takes_all = columns == x.shape[1]
     ctx.save_for_backward(x if takes_all else kept, ticket, offsets, owners, nobodys, weight, row_index, *subnets)
@@ -139,7 +138,7 @@ def _gradients(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     grad_x, *gradients = _experts_backward(
         grad_y.contiguous(), kept, ticket, offsets, owners, nobodys, weight, subnets, row_index, needs_x
     )
-    return grad_x if needs_x else None, None, None, None, None, gradients, None, None
+    return grad_x if needs_x else None, None, None, None, None, None, gradients, None, None
 
 
 _experts.register_autograd(_gradients, setup_context=_setup)

@@ -32,10 +32,15 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     a, b, step = left.shape[1], right.shape[1], _step(left)
     left, right = (functional.pad(x, (0, -x.shape[1] % step)) if x.shape[1] % step else x for x in (left, right))
     product = functional.grouped_mm(left.contiguous().t(), right.contiguous(), offs=offsets)
-    counts = torch.diff(offsets, prepend=offsets.new_zeros(1))
+    counts = count_of_each(offsets)
     # Kernels were seen to leave something else than zeros where there is nothing to sum.
     product = product.masked_fill_((counts == 0).view(-1, 1, 1), 0)
     return product if product.shape[1:] == (a, b) else product[:, :a, :b].contiguous()
+
+
+def count_of_each(offsets: Tensor) -> Tensor:
+    """Tokens of each expert: int64 [E], of where they end, int32 [E]."""
+    return torch.diff(offsets.to(torch.int64), prepend=offsets.new_zeros(1, dtype=torch.int64))
 
 
 def take_of_owner(matrix: Tensor, index: Tensor, owners: Tensor) -> Tensor:

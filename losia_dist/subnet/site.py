@@ -29,6 +29,7 @@ _OF_THE_RUN = (
     "gradient_witness",
     "input_sink",
     "kept_inputs",
+    "tokens",
 )  # what collects for the run that a copy is made from
 
 
@@ -63,6 +64,7 @@ class Site:
         asked_dtype: what the subnet was asked to be kept in, whatever the engine casts; None: the weight's.
         names: of its tensors.
         weight_name: full name of the layer or the weight without the part.
+        part: place of the part among those of the weight; -1: it is all.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class Site:
         asked_dtype: torch.dtype | None = None,
         names: TensorNames = LINEAR,
         weight_name: str | None = None,
+        part: int = -1,
     ) -> None:
         self.module, self.names, self.layout = module, names, layout
         self.name, self.group_name, self.is_output = name, group_name, is_output
-        self.shape, self.asked_dtype = shape, asked_dtype
+        self.shape, self.asked_dtype, self.part = shape, asked_dtype, part
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)
@@ -100,6 +103,7 @@ class Site:
         self.shares_embedding = False  # the input embedding has the same weight, and looks up in it (TiedSubnetEmbedding)
         # Of a deep copy that no conductor drives: version and print of the subnet it was made with.
         self.copied: tuple[int, int] | None = None
+        self.tokens: Tensor | None = None  # int64 [X]: tokens that reached each expert in training since they were counted last
         self.in_mid_step = False  # a backward formed the subnet's gradient since the last optimizer step ended
 
     @property
@@ -184,6 +188,16 @@ class Site:
         self.in_mid_step = False
         self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
 
+    def see_tokens(self, counts: Tensor) -> None:
+        """Tokens that one forward sent to each expert of the weight: int64 [E]. The host does not wait."""
+        start, stop = self.experts or (0, 0)
+        self.tokens = counts[start:stop] if self.tokens is None else self.tokens + counts[start:stop]
+
+    def count_tokens(self) -> Tensor:
+        """int64 [X]: tokens that reached each expert on this rank since the last call; counting begins anew."""
+        found, self.tokens = self.tokens, None
+        return self.row_index.new_zeros(self.layout.count) if found is None else found
+
     def copy_for(self, module: nn.Module, memo: dict[int, Any]) -> Site:
         """The site of a deep copy of its module: no conductor drives it, and it collects nothing."""
         made = Site.__new__(Site)
@@ -191,7 +205,7 @@ class Site:
         kept = {name: value for name, value in self.__dict__.items() if name not in (*_OF_THE_RUN, "module")}
         made.__dict__.update(copy.deepcopy(kept, memo))
         made.module, made.kept_inputs = module, {}
-        made.gradient_sink = made.gradient_witness = made.input_sink = None
+        made.gradient_sink = made.gradient_witness = made.input_sink = made.tokens = None
         made.written, made.in_mid_step = None, False
         return made
 

@@ -78,6 +78,7 @@ class LoSiACallback(TrainerCallback):
         # The trainer's own loss of a batch, for calibration; None: the model's.
         self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
         self._localized: list[str] = []
+        self._experts: dict[str, float] = {}
         self._subnets: SubnetLog | None = None
         self._device = torch.device("cpu")
 
@@ -128,6 +129,10 @@ class LoSiACallback(TrainerCallback):
         if self._subnets is not None:
             self._subnets.write()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log and self.losia is not None:  # on all ranks alike
+            self._experts = {f"losia/{name}": value for name, value in self.losia.expert_load.read().items()}
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.losia is not None
         self._stop_log()
@@ -139,12 +144,13 @@ class LoSiACallback(TrainerCallback):
         "losia/learning_rate/<group>": rewarming included ("learning_rate" is the scheduler's). "losia/localizing": place of
         the (first) localizing group in localization order, from 0; with several per slot, those that follow it too.
         It is left out where subnets are drawn, and nothing localizes.
+        "losia/experts_trained" and "losia/experts_busiest": of a mixture of experts (`ExpertLoad.read`).
         "losia/peak_memory_gb": what this rank held at most so far, in 10^9 bytes, on its GPU or as a process on a CPU.
         """
         if self.losia is None or not self._localized:
             return {}
         rates = {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
-        found = {**rates, "losia/peak_memory_gb": peak_memory(self._device) / GB}
+        found = {**rates, **self._experts, "losia/peak_memory_gb": peak_memory(self._device) / GB}
         if self.losia.config.located is not None:
             found["losia/localizing"] = self.losia.clock.names.index(self._localized[0])
         return found
