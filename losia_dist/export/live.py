@@ -127,9 +127,7 @@ def _stored_form(plain: Any, entries: dict[str, atomic_files.Entry], agreement: 
     """None: its form is known to this release's `save_pretrained` alone, which takes all weights at once."""
     try:
         return StoredForm(plain, entries, conversions_of(plain))
-    except ImportError:
-        return None
-    except Exception as error:  # the rules' own, of any kind
+    except Exception as error:  # the rules' own, of any kind; or this release keeps them elsewhere
         if agreement.rank == 0:
             warnings.warn(
                 f"Transformers' rules for storing {type(plain).__name__} could not be followed weight by weight "

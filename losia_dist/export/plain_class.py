@@ -48,8 +48,8 @@ def _without_weights(reader: Reader) -> Any:
     import transformers
 
     name, config = reader.base["model_class"], reader.base["config"]
-    known = getattr(transformers, name, None)
-    if known is None or config is None or not hasattr(known, "config_class"):
+    known: Any = getattr(transformers, name, None)
+    if config is None or not hasattr(known, "config_class"):
         raise _refusal(reader, f"Transformers has no class {name}, and code of the model's own is not run here")
     try:
         with tempfile.TemporaryDirectory() as place:  # what JSON cannot hold (infinity) is put back only as it reads a file

@@ -54,7 +54,7 @@ class StoredForm:
         self._model = _Described(model, entries, conversions)
         self._entries = entries
         self._delays_copies = True
-        empty = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+        empty = {name: _empty(entry) for name, entry in entries.items()}
         try:
             whole = self._reverse(empty)
         except RuntimeError:  # a rule takes a view that only a copy allows
@@ -80,17 +80,18 @@ class StoredForm:
     def _find_parts(self, empty: dict[str, Tensor], whole: dict[str, Tensor]) -> Iterator[Part]:
         name_of = {id(tensor): name for name, tensor in empty.items()}
         renamed = {name: name_of[id(tensor)] for name, tensor in whole.items() if id(tensor) in name_of}
+        taken = set(renamed.values())
         for name, source in renamed.items():
             yield Part((source,), {name: self._entries[source]}, is_computed=False)
-        computed = [name for name in empty if name not in set(renamed.values())]
+        computed = [name for name in empty if name not in taken]
         made = {name: entry for name, entry in _entries_of(whole).items() if name not in renamed}
-        for sources in self._cut(computed, made, 0) if computed else ():
-            yield Part(tuple(sources), self._made_of(sources), is_computed=True)
+        if computed:
+            yield from self._cut(computed, made, 0)
 
-    def _cut(self, names: list[str], made: Made, depth: int) -> Iterator[list[str]]:
+    def _cut(self, names: list[str], made: Made, depth: int) -> Iterator[Part]:
         """The smallest sets of weights, by module, from which the rules make what they make of all."""
         if len(names) == 1:
-            yield names
+            yield Part(tuple(names), made, is_computed=True)
             return
         inside: dict[str, list[str]] = {}
         while len(inside) < 2:
@@ -98,24 +99,21 @@ class StoredForm:
             for name in names:
                 inside.setdefault(".".join(name.split(".")[:depth]), []).append(name)
         found = {key: self._made_of(members) for key, members in inside.items()}
-        alone = {key for key, theirs in found.items() if theirs and theirs.items() <= made.items()}
+        alone = [key for key, theirs in found.items() if theirs and theirs.items() <= made.items()]
         together = [name for key, members in inside.items() if key not in alone for name in members]
         pieces = [found[key] for key in alone] + ([self._made_of(together)] if together else [])
         if sum(len(piece) for piece in pieces) != len(made) or {k: v for piece in pieces for k, v in piece.items()} != made:
-            yield names
+            yield Part(tuple(names), made, is_computed=True)
             return
         for key in alone:
             yield from self._cut(inside[key], found[key], depth)
         if together:
-            yield together
+            yield Part(tuple(together), pieces[-1], is_computed=True)
 
     def _made_of(self, names: list[str]) -> Made:
         """What the rules make of some weights alone; nothing where they need others too."""
-        shapes = {name: self._entries[name] for name in names}
         try:
-            return _entries_of(
-                self._reverse({n: torch.empty(e.shape, dtype=e.dtype, device="meta") for n, e in shapes.items()})
-            )
+            return _entries_of(self._reverse({name: _empty(self._entries[name]) for name in names}))
         except Exception:  # the rules' own, of any kind: a pattern or a tensor that is not there
             return {}
 
@@ -146,7 +144,7 @@ class _Described:
         """Without data."""
         if name not in self._shapes:
             raise AttributeError(name)
-        return torch.empty(self._shapes[name].shape, dtype=self._shapes[name].dtype, device="meta")
+        return _empty(self._shapes[name])
 
 
 class _DelayedCopies(TorchFunctionMode):
@@ -198,6 +196,10 @@ class StoredWeights:
 
 def _entries_of(tensors: dict[str, Tensor]) -> Made:
     return {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _empty(entry: Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
