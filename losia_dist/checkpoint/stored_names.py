@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,9 +47,21 @@ def plain_classes(model: Any) -> Iterator[None]:
 
 
 def describe_conversion(rule: Any) -> list[Any]:
-    """What tells a rule from the others of its model, as JSON values: kind, patterns, and the part that it is for."""
-    patterns = [list(getattr(rule, f"_original_{side}_patterns", ())) for side in ("source", "target")]
+    """What tells a rule from the others of its model, as JSON values: kind, patterns, and the part that it is for.
+
+    The same after the rule was reversed, in which Transformers moves anchors and groups between its patterns' two sides.
+    """
+    sides = [getattr(rule, f"_original_{side}", None) or getattr(rule, side) for side in ("source_patterns", "target_patterns")]
+    patterns = [[_bare(pattern) for pattern in ([side] if isinstance(side, str) else side)] for side in sides]
     return [type(rule).__name__, *patterns, getattr(rule, "scope_prefix", None), getattr(rule, "base_model_prefix", None)]
+
+
+def _bare(pattern: str) -> str:
+    """The names in a pattern: without groups, references to them, anchors and escapes."""
+    left = pattern.replace("\\1", "")
+    while (outer := re.sub(r"\([^()]*\)", "", left)) != left:  # the innermost first
+        left = outer
+    return re.sub(r"[\^$\\]", "", left)
 
 
 def _guesses_a_prefix(rule: Any) -> bool:

@@ -32,11 +32,13 @@ def stored_form_of(reader: Reader, entries: dict[str, Entry]) -> StoredForm:
     model = _without_weights(reader)
     noted = [list(rule) for rule in base["conversions"]]
     known = [(describe_conversion(rule), rule) for rule in class_conversions(model, add_legacy=True)]
-    rules = [next((rule for described, rule in known if described == one), None) for one in noted]
-    missing = [one for one, rule in zip(noted, rules, strict=True) if rule is None]
-    if missing:
-        kind, sources, targets, *_ = missing[0]
-        raise _refusal(reader, f"Transformers has no such rule for the class as {kind} of {sources} to {targets}")
+    rules = []
+    for noted in base["conversions"]:
+        place = next((place for place, (described, _) in enumerate(known) if described == noted), None)
+        if place is None:
+            kind, sources, targets, *_ = noted
+            raise _refusal(reader, f"Transformers has no such rule for the class as {kind} of {sources} to {targets}")
+        rules.append(known.pop(place)[1])
     model._weight_conversions = rules
     try:
         return StoredForm(model, entries, rules)

@@ -6,6 +6,7 @@ Its own rules are run to find out, on tensors without data. Where they only rena
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -60,10 +61,11 @@ class StoredForm:
         except RuntimeError:  # a rule takes a view that only a copy allows
             self._delays_copies = False
             whole = self._reverse(empty)
-        with plain_classes(model):
-            by_class = self._reverse(empty, _Described(model, entries))
-        if _entries_of(whole) != _entries_of(by_class):
-            raise ValueError("this release of Transformers chooses a model's rules in another way")
+        if getattr(model, "_weight_conversions", None) is None:
+            with plain_classes(model):
+                by_class = self._reverse(empty, _Described(model, entries))
+            if _entries_of(whole) != _entries_of(by_class):
+                raise ValueError("this release of Transformers chooses a model's rules in another way")
         self.parts = sorted(self._find_parts(empty, whole), key=lambda part: _natural(part.sources[0]))
         part_of = {name: part for part in self.parts for name in part.stored}
         # The order of a file (wider types first) in all of them: a part's tensors then follow each other.
@@ -133,9 +135,12 @@ class _Described:
     """
 
     def __init__(self, model: Any, entries: Made, conversions: list[Any] | None = None) -> None:
-        self._of, self._shapes = model, entries
-        if conversions is not None:
-            self._weight_conversions = conversions
+        self._of, self._shapes, self._conversions = model, entries, conversions
+
+    @property
+    def _weight_conversions(self) -> list[Any] | None:
+        """Each time anew: reversing a rule changes its patterns."""
+        return copy.deepcopy(self._conversions)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._of, name)
