@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MixtralForCausalLM
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups, save_checkpoint
 from losia_dist.checkpoint import description
 from losia_dist.checkpoint.safetensors_io import Entry
-from losia_dist.checkpoint.stored_names import conversions_of
+from losia_dist.checkpoint.stored_names import class_conversions, conversions_of, describe_conversion
 from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.errors import CheckpointError
 from losia_dist.export import model_directory
@@ -294,6 +294,11 @@ def test_parts_are_as_small_as_the_rules_let_them_be(family, together):
     assert max((len(part.sources) for part in computed), default=0) == together
     assert all(len({source.rpartition(".mlp.")[0] for source in part.sources}) == 1 for part in computed)
     assert sorted(source for part in form.parts for source in part.sources) == sorted(entries)
+
+
+def test_rules_are_told_apart():
+    described = [json.dumps(describe_conversion(rule)) for rule in class_conversions(stored_model("mixtral"), add_legacy=True)]
+    assert len(set(described)) == len(described) > 4
 
 
 @pytest.mark.parametrize("error", [ImportError("elsewhere"), ValueError("other rules")])
