@@ -10,6 +10,7 @@ import torch
 
 from losia_dist.checkpoint import content
 from losia_dist.checkpoint.reader import Reader
+from losia_dist.checkpoint.stored_names import conversions_of, describe_conversion
 from losia_dist.checkpoint.tensor_names import Contents, unwrap
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.config.removed import removed_setting
@@ -28,6 +29,7 @@ def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
         "config": _config_of(getattr(plain, "config", None), type(plain).__name__.removeprefix("FSDP"), contents),
         "generation_config": _generation_config_of(plain),
         "renamed_on_disk": is_renamed_on_disk(plain),
+        "conversions": [describe_conversion(rule) for rule in conversions_of(plain)],
     }
 
 
@@ -176,11 +178,4 @@ def _generation_config_of(model: Any) -> dict[str, Any] | None:
 
 def is_renamed_on_disk(model: Any) -> bool:
     """Whether Transformers writes this model's weights under other names, or fused, than they have in memory."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None and hasattr(model, "save_pretrained"):
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-        except ImportError:  # releases before 5 write what is in memory
-            return False
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    return bool(conversions)
+    return bool(conversions_of(model))

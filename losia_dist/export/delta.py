@@ -45,11 +45,13 @@ def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path)
         tuned = weights.read(name)
         described[name] = {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape), "base": None}
         if name not in base or tuple(base.tensor(name).shape) != entry.shape:
-            tensors[f"{name}/whole"] = tuned
+            tensors[f"{name}/whole"] = tuned.clone()  # it may be a view of something larger
             continue
         original = base.tensor(name)
         described[name]["base"] = _fingerprint(original)
-        tensors |= {f"{name}/{part}": tensor for part, tensor in _difference(original, tuned, weights.blocks(name)).items()}
+        source = weights.source_of(name)
+        blocks = weights.blocks(source) if source is not None else None
+        tensors |= {f"{name}/{part}": tensor for part, tensor in _difference(original, tuned, blocks).items()}
     header = {"kind": _KIND, "format": FORMAT, "weights": described, "texts": weights.texts}
     beside = file.with_name(f".{file.name}.incomplete")
     atomic_files.remove(beside)
@@ -107,8 +109,11 @@ def apply_delta(file: str | Path, base_model: str | Path, directory: str | Path)
     return write_model_directory(directory, entries, read, write_texts, base_model=base_model)
 
 
-def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The parts that turn `original` into `tuned`; none where they are equal bit for bit."""
+def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tensor]] | None) -> dict[str, Tensor]:
+    """The parts that turn `original` into `tuned`; none where they are equal bit for bit.
+
+    blocks: where subnets were, first and second index; None: not known in the form in which this weight is stored.
+    """
     bits = _BITS[tuned.element_size()]
     differs = (original.to(tuned.dtype).contiguous().view(bits) != tuned.contiguous().view(bits)) if tuned.dim() else None
     if differs is None:
@@ -116,6 +121,8 @@ def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tens
     count = int(differs.sum())
     if not count:
         return {}
+    if blocks is None:  # all rows and columns with a difference: where one subnet was, these are its own
+        blocks = [(differs.any(1).nonzero().reshape(-1), differs.any(0).nonzero().reshape(-1))] if tuned.dim() == 2 else []
     index_size = 4 if tuned.numel() < 2**31 else 8
     rest = differs.clone()
     cost = 0
@@ -127,7 +134,7 @@ def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tens
     forms = {"blocks": cost + int(rest.sum()) * single, "single": count * single, "whole": tuned.numel() * tuned.element_size()}
     form = min(forms, key=lambda name: forms[name])
     if form == "whole":
-        return {"whole": tuned}
+        return {"whole": tuned.clone()}  # it may be a view of something larger
     found: dict[str, Tensor] = {}
     if form == "blocks":
         for place, (first, second) in enumerate(blocks):

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from losia_dist.checkpoint import atomic_files
 from losia_dist.checkpoint.description import is_renamed_on_disk
 from losia_dist.checkpoint.session import session_of
+from losia_dist.checkpoint.stored_names import conversions_of
 from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
 from losia_dist.errors import ConfigError
 from losia_dist.export.inference import missing_for_inference
-from losia_dist.export.model_directory import write_model_directory
+from losia_dist.export.model_directory import Read, write_model_directory
 from losia_dist.export.offline import export_checkpoint
+from losia_dist.export.stored_form import StoredForm, StoredWeights
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.interface import ParameterAccess
@@ -29,8 +31,9 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     """Write the trained model as a plain directory (safetensors, config, tokenizer). Called by all ranks; rank 0 writes.
 
     The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. One weight is
-    in memory at a time beyond what the ranks hold anyway. Models that Transformers stores under other names than they have in
-    memory, or fused (some mixtures of experts), are the exception: rank 0 holds their live weights in host memory together.
+    in memory at a time beyond what the ranks hold anyway. What Transformers stores in another form than it has in memory (the
+    experts of most mixtures: one tensor of a layer there, one of each expert in the files) is written in that form, and what
+    goes into it together, at most a layer, is one weight here.
 
     From a checkpoint neither the model nor a GPU is needed.
 
@@ -91,25 +94,47 @@ def save_whole_model(
         agreement: of all ranks; None: one is made.
     """
     plain: Any = unwrap(model)
-    access = access or resolve_parameters(plain)
-    named: dict[str, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    if is_renamed_on_disk(plain):
-        state = _gather(plain, access)  # what is renamed and fused how is known to save_pretrained alone
-    else:
-        named = dict(plain_entries(plain))
-        named = _stored_once(plain, named) if hasattr(plain, "save_pretrained") else named
+    access, agreement = access or resolve_parameters(plain), agreement or Agreement.of_all()
+    named = dict(plain_entries(plain))
+    named = _stored_once(plain, named) if hasattr(plain, "save_pretrained") else named
     entries = {name: atomic_files.Entry(tensor.dtype, _shape(access, tensor)) for name, tensor in named.items()}
+    state: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        return _read(access, named[name])
+
+    weights: Read = read
+    if is_renamed_on_disk(plain):
+        form = _stored_form(plain, entries, agreement)
+        if form is None:
+            state, entries = _gather(plain, access), {}
+        else:
+            stored = StoredWeights(form, read, keeps=agreement.rank == 0)
+            weights, entries = stored.read, stored.entries
     write_model_directory(
         directory,
         entries,
-        lambda name: _read(access, named[name]),
+        weights,
         write_texts_of(plain, state),
         base_model=base_model,
         tokenizer=tokenizer,
-        agreement=agreement or Agreement.of_all(),
+        agreement=agreement,
     )
     return Path(directory)
+
+
+def _stored_form(plain: Any, entries: dict[str, atomic_files.Entry], agreement: Agreement) -> StoredForm | None:
+    """None: its form is known to this release's `save_pretrained` alone, which takes all weights at once."""
+    try:
+        return StoredForm(plain, entries, conversions_of(plain))
+    except Exception as error:  # the rules' own, of any kind; or this release keeps them elsewhere
+        if agreement.rank == 0:
+            warnings.warn(
+                f"Transformers' rules for storing {type(plain).__name__} could not be followed weight by weight "
+                f"({type(error).__name__}: {error}): rank 0 gathers the whole model in host memory to export it.",
+                stacklevel=4,
+            )
+        return None
 
 
 def _tell_missing(directory: Path, agreement: Agreement) -> None:

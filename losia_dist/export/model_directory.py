@@ -20,6 +20,7 @@ from losia_dist.export.inference import TOKENIZERS, add_end_tokens, write_tokeni
 from losia_dist.export.weight_files import INDEX, WEIGHTS, weight_map
 from losia_dist.ranks.agreement import Agreement
 
+Read = Callable[[str], "Tensor | Callable[[], Tensor]"]
 SHARD_BYTES = 5_000_000_000
 _ADAPTER = "adapter_config.json"  # from_pretrained takes it for PEFT's, and loads it on top
 # What from_pretrained looks for, in one file or several; no other name (model_ema.safetensors) is touched.
@@ -57,7 +58,7 @@ class ModelDirectory:
 def write_model_directory(
     directory: str | Path,
     entries: dict[str, atomic_files.Entry],
-    read: Callable[[str], Tensor],
+    read: Read,
     write_texts: Callable[[Path], None],
     *,
     base_model: str | Path | None = None,
@@ -73,7 +74,8 @@ def write_model_directory(
         directory: made if missing; what is in it changes only after all was written. Weights it holds then that are not
             among the new ones are deleted: a loader would take them.
         entries: every weight that `read` gives, in the same order on all ranks.
-        read: gives a weight when its turn comes; called on all ranks, so that it may communicate.
+        read: gives a weight when its turn comes; called on all ranks, so that it may communicate. It may give a function
+            instead, which the rank that writes calls for the weight, and which must not communicate: it may fail there.
         write_texts: puts into the directory that it is given the model's configuration, and its code; called on rank 0, first.
         base_model: a directory of which all but the weights is copied (`copy_beside`).
         tokenizer: a tokenizer or processor that is written too, in the place of the base's.
@@ -107,7 +109,7 @@ def write_model_directory(
             whole = read(name)
             if writer is not None and failure is None:
                 try:
-                    writer.write(name, whole)
+                    writer.write(name, whole() if callable(whole) else whole)
                 except Exception as error:  # the other ranks are in the middle of reading: tell them at the end of it
                     failure = error
                     if agreement.world_size == 1:
@@ -200,10 +202,10 @@ class _DirectoryWriter:
 
 
 def write_json_files(directory: Path, contents: dict[str, Any]) -> None:
-    """Write files of JSON: name -> content; None leaves one out."""
+    """Write files of JSON, sorted as Transformers sorts them: name -> content; None leaves one out."""
     for name, content in contents.items():
         if content is not None:
-            atomic_files.write_text(directory / name, json.dumps(content, indent=2) + "\n")
+            atomic_files.write_text(directory / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

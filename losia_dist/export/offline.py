@@ -10,26 +10,23 @@ from torch import Tensor
 
 from losia_dist.checkpoint.atomic_files import Entry
 from losia_dist.checkpoint.reader import Reader, layout_of, open_checkpoint
-from losia_dist.errors import CheckpointError
 from losia_dist.export.model_directory import write_json_files, write_model_directory
+from losia_dist.export.plain_class import stored_form_of
+from losia_dist.export.stored_form import StoredWeights
 
 
 class ExportedWeights:
     """The weights that a checkpoint's model computes with, under the names of a plain model's files.
 
     Raises:
-        CheckpointError: files that are missing or damaged, or a model whose files have other names than its parameters.
+        CheckpointError: files that are missing or damaged, or a model that is stored in another form than it has in memory, by
+            rules that cannot be found again (`stored_form_of`).
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
         self.reader: Reader = open_checkpoint(checkpoint)
         self.reader.check_files(0, 1)
         base, manifest = self.reader.base, self.reader.manifest
-        if base["renamed_on_disk"]:
-            raise CheckpointError(
-                f"{self.reader.path} holds a {base['model_class']}, whose files have other names than its parameters: export "
-                "it from the live run (export_model(losia, directory)) after load_checkpoint."
-            )
         held = {
             **base["weights"],
             **{n: e for n, e in manifest["trained"].items() if not self._is_subnet(n)},
@@ -41,6 +38,11 @@ class ExportedWeights:
             # A plain torch module's state dict has every name; Transformers ties shared weights by itself.
             self._alias = {alias: name for alias, name in base["aliases"].items() if name in self.entries}
             self.entries |= {alias: self.entries[name] for alias, name in self._alias.items()}
+        self._stored: StoredWeights | None = None
+        if base["renamed_on_disk"]:
+            self._form = stored_form_of(self.reader, self.entries)
+            self._stored = StoredWeights(self._form, self._read)
+            self.entries = self._stored.entries
 
     @property
     def texts(self) -> dict[str, Any]:
@@ -48,7 +50,20 @@ class ExportedWeights:
         return {"config.json": self.reader.base["config"], "generation_config.json": self.reader.base["generation_config"]}
 
     def read(self, name: str) -> Tensor:
-        """One weight, whole, on the CPU, in the dtype and shape of its entry (a target layer's [m, n] or [n, m], as stored)."""
+        """One weight, whole, on the CPU, in the dtype and shape of its entry (a target layer's [m, n] or [n, m], as stored).
+
+        Each is read once, in the order of `entries`: several may be made of one.
+        """
+        return self._read(name) if self._stored is None else self._stored.read(name)()
+
+    def source_of(self, name: str) -> str | None:
+        """The model's weight that a stored one is, maybe under another name; None where it is computed from one or several."""
+        if self._stored is None:
+            return name
+        part = self._form.part_of[name]
+        return None if part.is_computed else part.sources[0]
+
+    def _read(self, name: str) -> Tensor:
         name = self._alias.get(name, name)
         if name in self.reader.base["weights"]:
             return self.reader.weight(name, with_subnet=True)
@@ -60,21 +75,15 @@ class ExportedWeights:
         int64 on the CPU: [r] and [c], or [c] and [r] where the weight is stored [n, m]; of several matrices one each, in the
         weight as two dimensions, with the matrices under each other.
         """
-        found = []
-        stored = self.entries[name].shape
+        found: list[tuple[Tensor, Tensor]] = []
+        name = self._alias.get(name, name)
         for site, entry in self.reader.manifest["subnets"].items():
-            if entry["weight"] == self._alias.get(name, name):
+            if entry["weight"] == name:
+                stored = tuple(self.reader.base["weights"][name]["shape"])
                 for rows, columns, _ in self.reader.blocks(site, with_subnet=True):
                     *expert, first, second = layout_of(entry).places(stored, rows, columns)
                     first = first + expert[0] * stored[-2] if expert else first
-                    places = zip(
-                        *(
-                            index.reshape(-1, *index.shape[-2:]).expand(rows[..., 0].numel(), -1, -1)
-                            for index in (first, second)
-                        ),
-                        strict=True,
-                    )
-                    found += [(one.reshape(-1), other.reshape(-1)) for one, other in places]
+                    found += zip(*(torch.atleast_2d(index.flatten(-2)) for index in (first, second)), strict=True)
         return found
 
     def _is_subnet(self, name: str) -> bool:
@@ -101,5 +110,10 @@ def export_checkpoint(
         write_json_files(beside, weights.texts)
 
     return write_model_directory(
-        directory, weights.entries, weights.read, write_texts, base_model=base_model, tokenizer=tokenizer
+        directory,
+        weights.entries,
+        lambda name: lambda: weights.read(name),
+        write_texts,
+        base_model=base_model,
+        tokenizer=tokenizer,
     )
