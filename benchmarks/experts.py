@@ -2,10 +2,10 @@
 
     python -m benchmarks.experts [--dtype fp32 bf16] [--experts 16 64] [--rounds 15] [--budget 100] [--json FILE]
 
-A Qwen3-MoE of a few layers with random weights. The floor: frozen weights, Transformers' own grouped experts, forward and dx. Beside
-it full fine-tuning, and PEFT's LoRA on the same weights (`target_parameters` for experts), of about as many parameters and of
-rank 16. `cycle` runs drawn subnets through their slots, and gives the mean of a cycle at period T. All methods of a run live in one
-process and take turns; ratios are to the floor's steps right before and after.
+A Qwen3-MoE of a few layers with random weights. The floor: frozen weights, Transformers' own grouped experts, forward and dx.
+Beside it full fine-tuning, and PEFT's LoRA on the same weights (`target_parameters` for experts), of about as many parameters
+and of rank 16. `cycle` runs drawn subnets through their slots, and gives the mean of a cycle at period T. All methods of a run
+live in one process and take turns; ratios are to the floor's steps right before and after.
 """
 
 from __future__ import annotations

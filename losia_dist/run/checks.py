@@ -16,6 +16,7 @@ from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice
 from losia_dist.ranks.fingerprint import fingerprint, loading_print
 from losia_dist.run.parts import RunParts
+from losia_dist.subnet.listed_experts import is_listed
 from losia_dist.subnet.site import Site
 
 logger = logging.getLogger(__name__)
@@ -72,12 +73,14 @@ def check_same_subnets(parts: RunParts) -> None:
             )
 
 
-def refuse_unusable(sites: list[Site]) -> None:
+def refuse_unusable(sites: list[Site], config: LoSiAConfig, world_size: int) -> None:
     """What a converted model may not be when training begins; each rank by itself.
 
     Raises:
-        UnsupportedError: fp16; subnets that an engine cast to another dtype than they were asked for.
+        UnsupportedError: fp16; subnets that an engine cast to another dtype than they were asked for; experts that are modules
+            of their own where ranks reduce full gradients together.
     """
+    _refuse_listed(sites, config, world_size)
     for site in sites:
         if torch.float16 in (site.subnet.dtype, site.weight.dtype):
             raise UnsupportedError(
@@ -89,6 +92,16 @@ def refuse_unusable(sites: list[Site]) -> None:
                 f"{site.subnet.dtype}: model.to(...) or the engine cast it. Cast the model before get_losia_model; with "
                 "DeepSpeed leave subnet_dtype out (it keeps fp32 master values itself)."
             )
+
+
+def _refuse_listed(sites: list[Site], config: LoSiAConfig, world_size: int) -> None:
+    listed = [site.name for site in sites if site.experts is None and is_listed(site.name)]
+    if listed and world_size > 1 and config.located is not None and not config.by_rank:
+        raise UnsupportedError(
+            f"{some(listed, 1)} is an expert that is a module of its own: a rank without a token for it forms no full "
+            "gradient, and the others would wait. Draw subnets (selection: random), let each rank localize by itself "
+            "(Located(reduction='by_rank')), or leave the experts out of target_modules."
+        )
 
 
 def refuse_unlocated(config: LoSiAConfig) -> None:

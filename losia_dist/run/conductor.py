@@ -88,11 +88,11 @@ class LoSiA:
         self.sites = find_sites(model)
         if not self.sites:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
-        refuse_unusable(self.sites)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})
         self.collectives = RowCollectives(group)
+        refuse_unusable(self.sites, config, self.collectives.world_size)
         groups = len(group_names(self.sites))
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
         agreement.same("the model", {site.name: list(site.subnet.shape) for site in self.sites})
@@ -190,9 +190,9 @@ class LoSiA:
         self._note_changes()
         self.parameters.reshard()
         self._finite.end_step(self.steps + 1, copies_changed(self.sites, thoroughly=self.clock.in_last_step))
-        if self._engagement is not None and self._engagement.verify(self.rewarming.applied):
+        if self._engagement and self._engagement.verify(self.rewarming.applied):
             self._engagement = None
-        if self._drift is not None and self._drift.verify():
+        if self._drift and self._drift.verify():
             self._drift = None
         self._first_move.verify()
         for accumulator in self._accumulators.values():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.subnet.convert import find_sites
+from losia_dist.subnet.listed_experts import listed_blocks
 
 
 def refuse_leaf_modules(model: nn.Module) -> None:
@@ -34,6 +35,37 @@ def refuse_leaf_modules(model: nn.Module) -> None:
         if not makes_inputs_train and any(parameter is first for parameter in leaf.parameters()):
             raise UnsupportedError(_message(names[leaf], leaf))
         _watch_first_forward(names[leaf], leaf)
+
+
+def refuse_listed_experts(model: nn.Module) -> None:
+    """Experts that are modules of their own are gathered where a token reaches them; other ranks would wait.
+
+    Raises:
+        UnsupportedError: their block is no leaf module, and is not inside one. Same on every rank; no communication.
+    """
+    leaves = {id(module) for leaf in get_z3_leaf_modules(model) for module in leaf.modules()}
+    for name, block in listed_blocks(model).items():
+        if id(block) not in leaves:
+            raise UnsupportedError(
+                f"{name} ({type(block).__name__}) holds experts as modules of their own, which ZeRO-3 gathers one by one, on "
+                "the ranks that have a token for them: the others would wait. Make the block a leaf module before the engine "
+                f"is made (deepspeed.utils.set_z3_leaf_modules(model, [{type(block).__name__}])), or use DDP or FSDP2."
+            )
+
+
+def refuse_listed_in_buckets(model: nn.Module) -> None:
+    """Experts that are modules of their own come to an end in another order on each rank, and ZeRO-1 and 2 reduce gradients in
+    the order in which they come: one expert's with another's (findings/zero2_reduces_by_arrival.sh).
+
+    Raises:
+        UnsupportedError: same on every rank; no communication.
+    """
+    for name, block in listed_blocks(model).items():
+        raise UnsupportedError(
+            f"{name} ({type(block).__name__}) holds experts as modules of their own: ZeRO-1 and 2 reduce gradients in the order "
+            "in which they come, which differs between ranks, and would mix experts. Use DDP, FSDP2, or ZeRO-3 with the block as "
+            f"a leaf module (deepspeed.utils.set_z3_leaf_modules(model, [{type(block).__name__}]))."
+        )
 
 
 def _watch_first_forward(name: str, leaf: nn.Module) -> None:

@@ -57,7 +57,7 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
 
         refuse_engine_settings(model, optimizer)
     if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
-        state = _deepspeed_state(optimizer, kind)
+        state = _deepspeed_state(model, optimizer, kind)
     elif type(optimizer).__module__.startswith("accelerate.") and isinstance(optimizer.optimizer, Optimizer):
         return resolve_state(model, optimizer.optimizer)
     elif isinstance(optimizer, Optimizer):
@@ -107,10 +107,12 @@ def _refuse_optimizer_inside(optimizer: Optimizer) -> None:
         )
 
 
-def _deepspeed_state(optimizer: Any, kind: str) -> StateAccess:
+def _deepspeed_state(model: nn.Module, optimizer: Any, kind: str) -> StateAccess:
+    from losia_dist.sharding.leaf_modules import refuse_listed_in_buckets
     from losia_dist.sharding.zero_state import Zero3State, ZeroState
 
     if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+        refuse_listed_in_buckets(model)
         return ZeroState(optimizer)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         return Zero3State(optimizer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.ranks import compat
-from losia_dist.sharding.leaf_modules import refuse_leaf_modules
+from losia_dist.sharding.leaf_modules import refuse_leaf_modules, refuse_listed_experts
 from losia_dist.subnet.layout import Places
 
 
@@ -31,6 +31,7 @@ class Zero3Parameters:
 
     def __init__(self, model: nn.Module) -> None:
         refuse_leaf_modules(model)
+        refuse_listed_experts(model)
         for name, parameter in model.named_parameters():
             second = getattr(parameter, "ds_secondary_tensor", None)  # none: new, and partitioned once the engine is made
             if second is not None or getattr(parameter, "ds_tensor", parameter).dtype != parameter.dtype:

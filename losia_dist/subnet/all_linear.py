@@ -13,6 +13,7 @@ from torch import nn
 from losia_dist.errors import ConfigError, some
 from losia_dist.subnet.expert_weights import ExpertWeight, Shape, is_router
 from losia_dist.subnet.kinds import is_linear, why_unusable
+from losia_dist.subnet.listed_experts import block_of, is_listed
 from losia_dist.subnet.reach import unreached
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def all_linear(
         if _inside(name, part) and name != output and not any(_inside(name, saved) for saved in trained_in_full)
     ]
     left_out = unreached(model, names)
-    routers = [name for name in names if is_router(name, experts)]
+    blocks = {one.block for one in experts.values()} | {block_of(name) for name in names if is_listed(name)}
+    routers = [name for name in names if is_router(name, blocks)]
     names = [name for name in names if name not in left_out and name not in routers]
     fused = [n for n in experts if _inside(n, part) and not any(_inside(n, saved) for saved in trained_in_full)]
     _refuse_experts(model, part, names, linears, fused, trained_in_full, shape)
@@ -65,7 +67,7 @@ def all_linear(
         _logger.warning(
             "all-linear leaves out %s (%d in all), where no gradient would come: each %s", _kinds(chosen), len(chosen), reason
         )
-    _say_what_is_no_layer(model, part, names, [*fused, *trained_in_full], shape)
+    _say_what_is_no_layer(model, part, names, [*fused, *names, *trained_in_full], shape)
     return names + fused
 
 
@@ -108,14 +110,9 @@ def stacked_weights(model: nn.Module, part: str, shape: Shape) -> dict[str, tupl
             if len(size) == 3 and min(size) > 1:
                 named = "expert" in f"{words}.{name}".lower() or "moe" in words
                 found[f"{module_name}.{name}"] = (size, named or size[0] in numbers)
-            elif len(size) == 2 and is_expert(module_name) and not name.endswith("bias"):
+            elif len(size) == 2 and is_listed(module_name) and not name.endswith("bias"):
                 found[f"{module_name}.{name}"] = (size, True)
     return found
-
-
-def is_expert(name: str) -> bool:
-    """Whether a module's full name places it among experts ("model.layers.0.mlp.experts.3.w1")."""
-    return "experts" in name.split(".")
 
 
 def _expert_numbers(model: Any) -> set[int]:
@@ -139,15 +136,16 @@ def _refuse_experts(
     trained_in_full: list[str],
     shape: Shape,
 ) -> None:
-    """Experts that are neither fused in a way that holds subnets (`fused`) nor train in full."""
+    """Experts that can hold no subnets (those of `fused` and linear layers can) and do not train in full."""
+    listed = {f"{name}.weight" for name in names if is_listed(name) and why_unusable(linears[name]) is None}
     experts = {
         name: size
         for name, (size, expert) in stacked_weights(model, part, shape).items()
-        if expert and name not in fused and not any(_inside(name, saved) for saved in trained_in_full)
+        if expert and name not in listed and name not in fused and not any(_inside(name, saved) for saved in trained_in_full)
     }
     if not experts:
         return
-    others = [name for name in names if not is_expert(name) and not _is_router(name) and why_unusable(linears[name]) is None]
+    others = [name for name in names if not is_listed(name) and not _is_router(name) and why_unusable(linears[name]) is None]
     frozen = sum(_product(size) for size in experts.values())
     rest = sum(_product(shape(module.weight)) for name, module in model.named_modules() if name in others and is_linear(module))
     modules = _names_for(others, [name for name, module in model.named_modules() if is_linear(module)], part)

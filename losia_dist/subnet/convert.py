@@ -16,6 +16,7 @@ from losia_dist.subnet.drawn import draw_subnets
 from losia_dist.subnet.expert_weights import expert_weights, router_modules
 from losia_dist.subnet.experts import add_expert_site
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
+from losia_dist.subnet.listed_experts import watch_listed
 from losia_dist.subnet.routers import mark_router
 from losia_dist.subnet.site import Site, matrix_names
 from losia_dist.subnet.targets import Target, find_targets, group_of, saved_modules
@@ -37,12 +38,15 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
         _check_dtype(target, subnet_dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    sites = []
     for target in targets:
         site = _make_site(target, shapes[target.name], sizes[target.name], config.seed, access, subnet_dtype)
+        sites.append(site)
         site.converted_with = shapes  # one object of all sites, so that any of them knows what there was
         embedding = embeddings[target.name]
         if embedding is not None:
             TiedSubnetEmbedding.adopt(embedding, target.module)
+    watch_listed(model, sites)
     for parameter in trained_in_full:
         parameter.requires_grad_(True)
     for router in routers:

@@ -60,9 +60,11 @@ def why_unusable_experts(module: Any) -> str | None:
     return f"has a quantized weight ({packed[0]}): load the model unquantized" if packed else None
 
 
-def is_router(name: str, experts: dict[str, ExpertWeight]) -> bool:
-    """Whether a module of this full name chooses or weighs experts: a few rows that decide where every token goes."""
-    blocks = {one.block for one in experts.values()}
+def is_router(name: str, blocks: set[str]) -> bool:
+    """Whether a module of this full name chooses or weighs experts: a few rows that decide where every token goes.
+
+    blocks: full names of the modules that hold experts.
+    """
     return any(
         _ROUTER.fullmatch(part)
         for block in blocks
@@ -74,12 +76,13 @@ def is_router(name: str, experts: dict[str, ExpertWeight]) -> bool:
 def router_modules(model: nn.Module, experts: dict[str, ExpertWeight], shape: Shape) -> dict[str, nn.Module]:
     """Routers by full name: the outermost modules of that kind with a tensor that has a row for each expert."""
     found: dict[str, nn.Module] = {}
+    blocks = {one.block for one in experts.values()}
     counts = {one.layout.count for one in experts.values()}
     owners = {id(one.owner) for one in experts.values()}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         has_row_each = any(shape(parameter)[:1] and shape(parameter)[0] in counts for parameter in module.parameters())
-        if id(module) not in owners and not inside and has_row_each and is_router(name, experts):
+        if id(module) not in owners and not inside and has_row_each and is_router(name, blocks):
             found[name] = module
     return found
 

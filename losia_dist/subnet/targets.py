@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
-from losia_dist.subnet.all_linear import all_linear, is_expert
+from losia_dist.subnet.all_linear import all_linear
 from losia_dist.subnet.expert_weights import ExpertWeight, Shape, expert_weights, parts_of, why_unusable_experts
 from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, stores_transposed, why_unusable
 from losia_dist.subnet.layout import Layout
@@ -199,11 +199,6 @@ def _refuse_unusable(linears: dict[str, nn.Module], names: list[str], bypassed: 
             raise ConfigError(f"{name!r} {unusable.reason}, so it cannot hold a subnet. {fix} the layer out of target_modules.")
         if _within(name, bypassed):
             raise ConfigError(f"{name!r} belongs to a torch.nn.MultiheadAttention, which bypasses it; leave it out.")
-        if is_expert(name):
-            raise ConfigError(
-                f"{name!r} is one expert of several: it runs only for batches that route a token to it, so ranks would wait "
-                "for each other's gradients. Leave the experts out of target_modules; they stay frozen."
-            )
 
 
 def _refuse_unreached(model: nn.Module, names: list[str]) -> None:

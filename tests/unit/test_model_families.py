@@ -124,9 +124,9 @@ class ListOfExperts(nn.Module):
         self.q_proj = nn.Linear(16, 16)
 
 
-def test_experts_that_are_modules_of_their_own_are_refused_by_any_name():
-    assert refusal(ListOfExperts()).endswith("name them: target_modules=['q_proj'].")
-    assert "'experts.0.w1' is one expert of several" in refusal(ListOfExperts(), target_modules=["w1"])
+def test_experts_that_are_modules_of_their_own_train_as_linear_layers():
+    model = get_losia_model(ListOfExperts(), LoSiAConfig(rank_factor=0.25))
+    assert set(names(model)) == {"experts.0.w1", "experts.1.w1", "q_proj"}
 
 
 def test_of_a_vision_language_model_all_linear_takes_the_language_model():
