@@ -98,7 +98,7 @@ class DenseLoSiA:
             self.adam[name] = self._fresh_moments(tuple(self.parameters[name].shape))
         self.losses: list[float] = []
         self.history: list[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]] = []
-        self.reached: dict[str, set[int]] = {key: set() for key in self.subnets}  # places in S that ever had a gradient
+        self.reached: dict[str, list[set[int]]] = {key: [] for key in self.subnets}  # places in S with a gradient, step by step
 
     def locate(self, micro_batches: list[dict[str, Tensor]]) -> None:
         """First subnets by the mean importance of these micro-batches, each with its own gradient; nothing is trained.
@@ -140,7 +140,7 @@ class DenseLoSiA:
         # Gradients that train, clipped by their global norm.
         trained = {key: self._take(key, gradient) for key in self.subnets}
         for key in self.subnets:
-            self.reached[key] |= {place for place, (_, g) in enumerate(self._places(key, gradient)) if g.any()}
+            self.reached[key].append({place for place, (_, g) in enumerate(self._places(key, gradient)) if g.any()})
         trained |= {name: gradient[name] for name in self.trainable_names}
         if self.max_grad_norm is not None:
             norm = torch.sqrt(sum((g**2).sum() for g in trained.values()))

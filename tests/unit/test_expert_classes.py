@@ -7,14 +7,37 @@ import pytest
 import torch
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups
+from losia_dist.errors import ConfigError
 from losia_dist.subnet.convert import find_sites
 from tests.support.cases import only
 from tests.support.expert_classes import EXCEPTIONS, build, decorated_classes, logits_of, loss_of, other_classes
 
 CLASSES = {one.name: one for one in (*decorated_classes(), *other_classes()) if one.name not in EXCEPTIONS}
 OFTEN = ["GptOssExperts", "MuseSparkExperts", "Llama4TextExperts"]
-# A head that has to train as a whole.
-SETTINGS = {"OpenAIPrivacyFilterExperts": {"modules_to_save": ["score"]}}
+# What "all-linear" does not stand for, and why.
+LAYER = r"model\.(language_model\.)?layers\.\d+\."
+SETTINGS = {
+    # a head, which has to train as a whole
+    "OpenAIPrivacyFilterExperts": {"modules_to_save": ["score"]},
+    # a linear layer of a special kind (o_a_proj), and a compressor that so few tokens do not reach
+    "DeepseekV4Experts": {"target_modules": LAYER + r"(self_attn\.(q_a|q_b|kv|o_b)|mlp\.experts\.\w+)_proj"},
+    # vision_moe, which text alone does not reach
+    "Ernie4_5_VLMoeMoeExperts": {
+        "target_modules": LAYER + r"(self_attn|mlp|mlp\.text_moe\.experts|mlp\.shared_experts)\.\w+_proj"
+    },
+}
+# Classes whose weights hold no subnet, and what the refusal says.
+_BY_NAME = r"would leave the experts of \w+ frozen, .*experts"
+REFUSED = {
+    "DiffusionGemmaTextExperts": "several parts, and get_decoder",  # two of them, which share all weights
+    "JetMoeParallelExperts": _BY_NAME,
+    "LongcatFlashExperts": _BY_NAME,
+    "NllbMoeExperts": _BY_NAME,
+    "SwitchTransformersExperts": _BY_NAME,
+}
+# Computes for all tokens, and stays frozen beside the experts that do hold subnets.
+FROZEN = ["InklingSharedExperts"]
+TAKEN = [name for name in CLASSES if name not in (*REFUSED, *FROZEN)]
 
 
 def test_every_decorated_class_has_a_tiny_model_or_a_reason_not_to():
@@ -39,10 +62,24 @@ def names_on_disk(directory: Path) -> set[str]:
 
 @torch.no_grad()
 def assert_same_logits(model, expected: torch.Tensor) -> None:
-    assert (logits_of(model.eval()) - expected).abs().max() < 1e-5
+    assert (logits_of(model.eval()) - expected).abs().max() < 1e-5 * min(1.0, expected.abs().max())
 
 
-@pytest.mark.parametrize("which", only(OFTEN, CLASSES))
+@pytest.mark.parametrize("name", REFUSED)
+def test_experts_that_can_hold_no_subnet_are_refused_by_name(name):
+    model = build(CLASSES[name])
+    with pytest.raises(ConfigError, match=REFUSED[name]):
+        get_losia_model(model, LoSiAConfig(rank_factor=0.25))
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_shared_experts_stay_frozen(name):
+    model = get_losia_model(build(CLASSES[name]), LoSiAConfig(rank_factor=0.25))
+    assert not [site for site in find_sites(model) if _belongs(model, site, CLASSES[name])]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "shared_experts" in n)
+
+
+@pytest.mark.parametrize("which", only(OFTEN, {name: CLASSES[name] for name in TAKEN}))
 def test_experts_train_by_subnets_and_leave_as_a_plain_model(which, tmp_path):
     plain = build(which).eval()
     with torch.no_grad():
@@ -71,7 +108,7 @@ def test_experts_train_by_subnets_and_leave_as_a_plain_model(which, tmp_path):
     losia.consolidate()
     with torch.no_grad():
         trained = logits_of(model.eval())
-    assert (trained - before).abs().max() > 1e-4
+    assert (trained - before).abs().max() > 1e-3 * before.abs().max()
     export_model(losia, tmp_path / "exported")
     losia.detach()
 
