@@ -7,7 +7,7 @@ layer's search (`losia_dist.localization.search`): m + n numbers a layer are kep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.importance import importance_
-from losia_dist.localization.search import Query, Sums
+from losia_dist.localization.search import Choice, Query, Search, Sums
 from losia_dist.localization.sharded_choice import mask_of, masked_column_sums
 from losia_dist.subnet.blocks import take_last
 
@@ -72,10 +72,10 @@ class Located:
 
     site: Any  # a Site
     shape: tuple[int, int]
-    search: Generator[Query, Sums, Any]  # a Search, or several together
+    search: Search
     parts: int = 1
     query: Query | None = None
-    result: Any = None
+    result: Choice | None = None
 
 
 @torch.no_grad()
