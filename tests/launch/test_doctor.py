@@ -150,7 +150,8 @@ def test_two_ranks_on_one_gpu_are_an_error(here):
     assert "ranks 0-1 use one GPU" in text
 
 
-def test_locks_behind_which_nobody_builds_are_stale(tmp_path):
+def test_locks_behind_which_nobody_builds_are_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr("losia_dist.ranks.build_locks._sees_everybody", lambda lock: True)  # the tests may run in a container
     for name in ("left", "py311_cpu/left", "held"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "lock").touch()
