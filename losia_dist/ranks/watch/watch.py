@@ -177,7 +177,6 @@ class Watch:
 
     def _loop(self) -> None:
         last = next_beat = time.monotonic()
-        closing_since: float | None = None
         while True:
             events = self._lines.wait(_GATHER if self._closing or self._lost else self._interval)
             now = time.monotonic()
@@ -204,15 +203,8 @@ class Watch:
                 return
             if (self._leaving or self._closing) and not self._left:
                 self._leave(now)
-            if self._left and (isinstance(self._lines, Spoke) or not self._lines.connected):
-                self._lines.drain(1.0)
-                return
-            if self._closing and isinstance(self._lines, Hub):
-                if closing_since is None:
-                    closing_since = now
-                    self._lines.send({"kind": "closing", "progress": self._progress})
-                elif now - closing_since > 1.0:
-                    return  # a stopped reader
+            if self._left and (self._closing or isinstance(self._lines, Spoke) or not self._lines.connected):
+                return  # a hub stays for those that are still connected, as long as its process does
 
     def _forgive(self, pause: float) -> None:
         """This process was stopped itself, and heard nothing meanwhile."""
@@ -237,10 +229,6 @@ class Watch:
         elif message["kind"] == "leaver":
             leaver = Peer(**message["peer"])
             self._note_leaver(replace(leaver, progress=_progress(leaver.progress), seen=now))
-        elif message["kind"] == "closing":
-            assert isinstance(self._lines, Spoke)
-            self._note_leaver(peer)
-            self._lines.hang_up()  # from here on only this process's own clock is left
         elif message["kind"] == "failed":
             self._end_all(message["text"])
         elif message["kind"] == "end":
@@ -256,9 +244,8 @@ class Watch:
 
     def _leave(self, now: float) -> None:
         self._left = True
-        if isinstance(self._lines, Spoke):
-            self._lines.send({"kind": "left", "progress": self._progress})
-        else:
+        self._lines.send({"kind": "left", "progress": self._progress})
+        if isinstance(self._lines, Hub):
             self._note_leaver(Peer(self.rank, self.invitation.host, self._process, now, self._progress))
 
     def _judge(self, now: float) -> None:
@@ -318,7 +305,6 @@ class Watch:
         self._announced = True
         kind = "end" if isinstance(self._lines, Hub) else "failed"
         self._lines.send({"kind": kind, "text": text})
-        self._lines.drain(1.0)
         self._decide(text)
 
     def _decide(self, text: str) -> None:
