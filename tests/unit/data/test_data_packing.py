@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from losia_dist.data import PackedDataset, TokenizedDataset, prepare_for_packing
+from losia_dist.data import PackedDataset, TokenizedDataset, make_evaluation_loader, prepare_for_packing
 from losia_dist.data.encoding import Encoded
 from losia_dist.data.packing import best_fit
 from losia_dist.errors import DataError
