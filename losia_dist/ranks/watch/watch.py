@@ -78,7 +78,6 @@ class Watch:
     ) -> None:
         self.invitation, self.ranks, self.limits, patience = invitation, ranks, limits, limits.patience
         self.rank = dist.get_rank()
-        self.conductors = 0
         self.verdict = ""  # what ended the run, once it is known
         self._lines, self._when_ended = lines, ended
         self._interval = min(_LONGEST_INTERVAL, patience / 10)
@@ -123,11 +122,9 @@ class Watch:
         self._progress, self._moved = (self._progress[0] + 1, 0), time.monotonic()
 
     def release(self) -> None:
-        """One conductor less; after the last, this rank counts as having left. Returns at once."""
-        self.conductors -= 1
-        if self.conductors <= 0:
-            self._leaving = True
-            self._lines.wake()
+        """From here on this rank counts as having left. Returns at once."""
+        self._leaving = True
+        self._lines.wake()
 
     def report(self, kind: type[BaseException], error: BaseException | None) -> None:
         """Publish the exception that ends this process, unless it is a consequence of another rank's end."""
@@ -157,12 +154,6 @@ class Watch:
             # Communicators whose peers are gone have been seen to hang in their destructors, out of Python's reach.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_EXIT)
-
-    def stop(self) -> None:
-        """End the thread, with the process going on. For a watch that could not be set up on every rank."""
-        self._leaving = self._closing = True
-        self._lines.wake()
-        self._thread.join(2.0)
 
     # From here on, in the watch's own thread.
 
