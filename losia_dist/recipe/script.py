@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -238,24 +239,25 @@ def _start(
 
 def _partition(model: Any, settings: dict[str, Any], process: Process, weights: StreamedWeights, agreement: Agreement) -> None:
     """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it."""
+    from losia_dist.integrations.deepspeed.partition import partition_without_values
     from losia_dist.sharding.zero3 import own_range
 
-    places = _empty_partitions(model, settings, process.device)
-    agreement.attempt(None, lambda: weights.fill(places, own_range))
-
-
-def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device) -> list[Where]:
-    """Partitions with arbitrary values, and where the model keeps them."""
-    from losia_dist.integrations.deepspeed.partition import partition_without_values
-
     # Each parameter is cut at once, so that all may have the same memory; as it is never written to, a CPU does not give it.
-    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=device)
+    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=process.device)
+    places: list[Where] = []
 
     def allocate(parameter: Tensor) -> Tensor:
         return lent[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
-    made = give_memory(model, device, find_holders(model), allocate=allocate)
-    return partition_without_values(settings, made, lambda there: there.kept[there.name])
+    def made() -> Iterator[nn.Parameter]:
+        for place in give_memory(model, process.device, find_holders(model), allocate=allocate):
+            places.append(place)
+            tensor = place.kept[place.name]
+            if isinstance(tensor, nn.Parameter):  # buffers are left whole
+                yield tensor
+
+    partition_without_values(settings, made())
+    agreement.attempt(None, lambda: weights.fill(places, own_range))
 
 
 def _describe(

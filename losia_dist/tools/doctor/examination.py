@@ -6,8 +6,8 @@ import hashlib
 import json
 import secrets
 import sys
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,24 +31,11 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is examined, and how long ranks wait for each other.
-
-    output_dir, model, losia_config, deepspeed: the run's, as the training script takes them; None: not looked at.
-    seconds: before those that did not come are named. json: findings as one object instead of lines.
-    """
-
-    output_dir: str | None = None
-    model: str | None = None
-    losia_config: str | None = None
-    deepspeed: str | None = None
-    seconds: float = 60.0
-    json: bool = False
-
-
-def run(options: Options) -> int:
+def run(options: Namespace) -> int:
     """Examine, and print: the first rank for all, every rank for itself where they do not meet. Called by all ranks.
+
+    Args:
+        options: of `losia-dist doctor`: what is examined, and how long ranks wait for each other.
 
     Returns:
         0: nothing that would keep a run from working (warnings may be printed); 1: an error was found. The same on all
@@ -85,7 +72,7 @@ def run(options: Options) -> int:
     return 1 if any(finding.level == ERROR for finding, _ in placed) else 0
 
 
-def check_files(options: Options) -> list[Finding]:
+def check_files(options: Namespace) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
     findings = []
     for name, read in _READERS.items():
@@ -101,7 +88,7 @@ def check_files(options: Options) -> list[Finding]:
 
 
 def _together(
-    options: Options, process: LaunchedProcess, facts: Facts, own: list[Finding]
+    options: Namespace, process: LaunchedProcess, facts: Facts, own: list[Finding]
 ) -> tuple[list[Placed], dict[str, Any]]:
     """All ranks' findings, those about differences, and the links; the same on all ranks."""
     with until(4 * options.seconds, f"{process}: comparing the ranks did not end"):
@@ -136,12 +123,12 @@ def _check_shared(output_dir: str, ranks: Agreement) -> list[Finding]:
     return storage.check_shared(output_dir, seen)
 
 
-def _hashes(options: Options) -> dict[str, str]:
+def _hashes(options: Namespace) -> dict[str, str]:
     paths = {f"--{name}": Path(getattr(options, name) or "") for name in _READERS}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path.is_file()}
 
 
-def _show(options: Options, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
+def _show(options: Namespace, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
     if options.json:
         print(json.dumps(to_json(placed, world_size, measured), indent=2), flush=True)
     else:
