@@ -152,6 +152,7 @@ def start(directory: str, engine: str, precision: str, whole: bool = False) -> d
     options = add_training_arguments(argparse.ArgumentParser()).parse_args([*words, "--max_steps", "1"])
     settings = dict(_ZERO3) if engine == "zero3" else None
     options.deepspeed = settings
+    options.learning_rate = 5e-5  # nothing is trained
     choice = choose_engine(options, process)
     config = LoSiAConfig()
     agreement = Agreement(dist.new_group(backend="gloo"), is_own=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# DeepSpeed 0.19.8, ZeRO stage 2 (and 1): gradients are put into the reduction bucket in the order in which a rank's backward gives
+# DeepSpeed 0.19.8, ZeRO stage 2: gradients are put into the reduction bucket in the order in which a rank's backward gives
 # them, and the bucket is then reduced as it lies. Where ranks use two layers in another order, as lists of experts do, the gradient of
-# one layer is averaged with that of the other: training goes on, no error, other weights. DistributedDataParallel is right there.
-# Seen (two ranks, gloo, fp32, one step of SGD): largest difference to one process 0.0 for DDP, 0.1 and more for ZeRO-1 and ZeRO-2.
+# one layer is averaged with that of the other: training goes on, no error, other weights. DistributedDataParallel and stage 1 are right there.
+# Seen (two ranks, gloo, fp32, one step of SGD): largest difference to one process 0.0000 for DDP and stage 1, 0.0493 for stage 2.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -62,8 +62,8 @@ for kind in ddp zero1 zero2; do
     found=$(torchrun --nproc_per_node 2 --master_port 29878 "$work/run.py" $kind 2> "$work/log" | grep "^$kind") || { tail -5 "$work/log"; exit 1; }
     echo "$found"
     difference=${found#* }
-    if [[ $kind == ddp ]]; then
-        python3 -c "raise SystemExit(not $difference < 1e-3)" || { echo "changed: DDP differs"; exit 1; }
+    if [[ $kind != zero2 ]]; then
+        python3 -c "raise SystemExit(not $difference < 1e-3)" || { echo "changed: $kind differs"; exit 1; }
     else
         python3 -c "raise SystemExit(not $difference > 1e-2)" || { echo "changed: $kind is right"; exit 1; }
     fi

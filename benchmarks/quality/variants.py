@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "located, 1/64": _LOCATED_64,
     "located, 1/64, norms frozen": {**_LOCATED_64, "train_norms": False},
     "located, 1/64, steps over input size": {**_LOCATED_64, "column_exponent": 1.0},
-    # What `losia-dist allocate` says of SmolLM2-135M; all other modules 1/2 x 1/32.
+    # The shapes that hold most importance in SmolLM2-135M, by kind of module; all other modules 1/2 x 1/32.
     "located, 1/64, shape per module": {
         **_LOCATED_64,
         "rank_pattern": {"q_proj": [1 / 4, 1 / 16], "k_proj": [1 / 4, 1 / 16], "up_proj": [1 / 32, 1 / 2]},

@@ -19,18 +19,11 @@ _LEARNED, _READ = "\033[32m", "\033[0m"  # green
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `losia-dist data`."""
-    from losia_dist.data.forms import FORMS
+    from losia_dist.recipe.options import add_record_arguments
 
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="as for --train_file of losia-dist train")
     parser.add_argument("--model", required=True, help="directory or hub name of the model, whose tokenizer is used")
-    parser.add_argument("--form", choices=FORMS, help="form of the records (default: detected)")
-    parser.add_argument("--columns", nargs="+", metavar="NAME=KEY", help="other names of a form's keys")
-    parser.add_argument("--chat_template", metavar="FILE|trl", help="as for losia-dist train")
-    parser.add_argument("--template_date", metavar="YYYY-MM-DD", help="as for losia-dist train (today)")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens per example (1024)")
-    parser.add_argument(
-        "--overlong", choices=("truncate", "drop", "error"), default="truncate", help="longer records (truncate)"
-    )
+    add_record_arguments(parser)
     parser.add_argument("--records", type=int, default=3, help="records to show (3)")
     parser.add_argument(
         "--color", choices=("auto", "always", "never"), default="auto", help="learned text in green, or in [[ ]]"
@@ -49,10 +42,6 @@ def run_data(options: argparse.Namespace) -> int:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--model {options.model}: no tokenizer could be read: {error}") from error
-    try:
-        day = None if options.template_date is None else date.fromisoformat(options.template_date)
-    except ValueError:
-        raise ConfigError(f"--template_date {options.template_date}: give a day as YYYY-MM-DD.") from None
     records = load_records(options.source, options.form, parse_columns(options.columns))
     template = chat_template_of(options, tokenizer)
     dataset: Any = build_dataset(
@@ -61,7 +50,7 @@ def run_data(options: argparse.Namespace) -> int:
         options.max_length,
         overlong=options.overlong,
         chat_template=template,
-        template_date=day,
+        template_date=options.template_date and date.fromisoformat(options.template_date),
     )
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
     for index in range(min(options.records, len(dataset))):

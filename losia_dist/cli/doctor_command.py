@@ -22,11 +22,9 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(options: argparse.Namespace) -> int:
     """Examine and print; returns 0 (no errors; warnings are possible) or 1. Called by all ranks."""
-    from losia_dist.tools.doctor.examination import Options, run
+    from losia_dist.tools.doctor.examination import run
 
-    return run(
-        Options(options.output_dir, options.model, options.losia_config, options.deepspeed, options.seconds, options.json)
-    )
+    return run(options)
 
 
 def _seconds(text: str) -> float:

@@ -50,7 +50,6 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--simulate", action="store_true", help="measure the peak on fake tensors as well (fsdp2, hsdp)")
     output.add_argument("--compare", action="store_true", help="full fine-tuning and LoRA beside it, on the same cluster")
     output.add_argument("--json", action="store_true", help="one JSON record instead of tables")
-    output.add_argument("--figure", metavar="FILE", help="memory of one GPU as a picture (needs losia_dist[report])")
     output.add_argument("--output", metavar="DIRECTORY", help="write the engine's file, LoSiA's and the launch command")
 
 
@@ -61,7 +60,7 @@ def run_plan(options: argparse.Namespace) -> int:
         LoSiAError: an unknown model, an impossible cluster, a value out of range, or a file that cannot be written.
     """
     from losia_dist.tools.plan.launch_files import write_launch
-    from losia_dist.tools.plan.tables import describe, draw
+    from losia_dist.tools.plan.tables import describe
     from losia_dist.tools.plan.workload_plan import make_plan, recommend
 
     if options.steps is not None and options.steps < 1:
@@ -79,8 +78,6 @@ def run_plan(options: argparse.Namespace) -> int:
     record["recommended"] = None if advised is None else _choice(advised)
     if options.compare:
         record["compared"] = {p.workload.method: p.record(options.steps) for p in plans[1:]}
-    if options.figure:
-        draw(plans, Path(options.figure))
     written = write_launch(plans[0].workload, Path(options.output)) if options.output else []
     if options.json:
         print(json.dumps(record | {"written": [str(path) for path in written]}, indent=2))

@@ -14,7 +14,7 @@ With `build_dataset(..., packing=True)` the model has to take part: `flatten = p
 
 from losia_dist.data.build import build_dataset
 from losia_dist.data.dataset import Report, TokenizedDataset
-from losia_dist.data.loader import collator_for, count_targets, make_evaluation_loader, make_loader
+from losia_dist.data.loader import count_targets, make_evaluation_loader, make_loader
 from losia_dist.data.packing import PackedDataset, prepare_for_packing
 from losia_dist.data.records import Records, load_records, train_validation_split
 from losia_dist.data.sources import places_of
@@ -26,7 +26,6 @@ __all__ = [
     "Report",
     "TokenizedDataset",
     "build_dataset",
-    "collator_for",
     "count_targets",
     "load_records",
     "make_evaluation_loader",

@@ -1,16 +1,16 @@
-"""Records to token ids and a mask of the tokens that carry loss. One encoder per way of writing a record down.
+"""Records to token ids and a mask of the tokens that carry loss.
 
-An encoder writes a record as texts, each with the spans of characters that are learned; many texts reach the tokenizer in one
+A record is written as texts, each with the spans of characters that are learned; many texts reach the tokenizer in one
 call. Masks are positions, never token ids: the end of a turn may be the same token as padding, and the model must learn to
 write it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from losia_dist.data.forms import as_messages
 from losia_dist.data.records import Records
@@ -52,10 +52,7 @@ class Written(NamedTuple):
     ends: bool = False
 
 
-class Encoder(Protocol):
-    """How records of one form are written down for one tokenizer."""
-
-    def write(self, record: Mapping[str, Any]) -> Written: ...
+Write = Callable[[Mapping[str, Any]], Written]  # how records of one form are written down
 
 
 def encode(
@@ -67,7 +64,7 @@ def encode(
 
     Raises: DataError naming the record when the tokenizer or its chat template cannot serve it.
     """
-    encoder = _encoder(records, tokenizer, chat_template, template_date)
+    write = _writer(records, tokenizer, chat_template, template_date)
     start, eos = _start_ids(tokenizer), _eos_id(tokenizer)
     positions = iter(range(len(records)))
     while chunk := list(islice(positions, _CHUNK)):
@@ -75,7 +72,7 @@ def encode(
         for index in chunk:
             record = records[index]
             try:
-                written.append(encoder.write(record))
+                written.append(write(record))
             except DataError as error:
                 raise DataError(f"{records.place(index)}: {error}") from error.__cause__
         tokens = _tokenize(tokenizer, [text for one in written for text in one.texts])
@@ -123,62 +120,42 @@ class ChatEncoder:
         return message
 
 
-class PlainInstructionEncoder:
-    """Instructions for a tokenizer without a chat template: Alpaca's prompt, then the answer and eos, both learned.
+def _plain(prompt: str, learned: str, eos: str) -> Written:
+    """A text whose end and eos are learned, as TRL does. One that was rendered before brings bos and eos, and gets no other."""
+    text = prompt + learned
+    return Written([(text, [(len(prompt), len(text))])], begins=True, ends=not _ends(text, eos))
+
+
+def _instruction(record: Mapping[str, Any], eos: str) -> Written:
+    """An instruction for a tokenizer without a chat template: Alpaca's prompt, then the answer and eos, both learned.
 
     Prompt and answer are tokenized apart, so that the prompt has the same tokens in training and in generation.
     """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.eos = tokenizer.eos_token
-
-    def write(self, record: Mapping[str, Any]) -> Written:
-        for key in ("system", "history", "tools", "variables"):
-            if key in record:
-                name = "chat_template_kwargs" if key == "variables" else key
-                raise DataError(f"'{name}' needs a chat template, and this tokenizer has none. Set tokenizer.chat_template.")
-        prompt = ALPACA_WITH_INPUT if record["input"] else ALPACA_WITHOUT_INPUT
-        prompt = prompt.format(instruction=record["instruction"], input=record["input"])
-        answer = record["output"]
-        return Written([(prompt, []), (answer, [(0, len(answer))])], begins=True, ends=not _ends(answer, self.eos))
-
-
-class ContinuationEncoder:
-    """A prompt and what follows it, without a template; the completion and eos are learned, as TRL does."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.eos = tokenizer.eos_token
-
-    def write(self, record: Mapping[str, Any]) -> Written:
-        prompt, text = record["prompt"], record["prompt"] + record["completion"]
-        return Written([(text, [(len(prompt), len(text))])], begins=True, ends=not _ends(text, self.eos))
-
-
-class TextEncoder:
-    """Plain text and eos; all of it is learned. Text that was rendered before brings bos and eos, and gets no second ones."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.eos = tokenizer.eos_token
-
-    def write(self, record: Mapping[str, Any]) -> Written:
-        text = record["text"]
-        return Written([(text, [(0, len(text))])], begins=True, ends=not _ends(text, self.eos))
+    for key in ("system", "history", "tools", "variables"):
+        if key in record:
+            name = "chat_template_kwargs" if key == "variables" else key
+            raise DataError(f"'{name}' needs a chat template, and this tokenizer has none. Set tokenizer.chat_template.")
+    prompt = ALPACA_WITH_INPUT if record["input"] else ALPACA_WITHOUT_INPUT
+    prompt = prompt.format(instruction=record["instruction"], input=record["input"])
+    answer = record["output"]
+    return Written([(prompt, []), (answer, [(0, len(answer))])], begins=True, ends=not _ends(answer, eos))
 
 
 def _ends(text: str, eos: str) -> bool:
     return text.rstrip().endswith(eos)
 
 
-def _encoder(records: Records, tokenizer: Any, chat_template: str | None, template_date: date | None) -> Encoder:
+def _writer(records: Records, tokenizer: Any, chat_template: str | None, template_date: date | None) -> Write:
     _eos_id(tokenizer)
+    eos = tokenizer.eos_token
     if records.form == "text":
-        return TextEncoder(tokenizer)
+        return lambda record: _plain("", record["text"], eos)
     if records.form == "continuation":
-        return ContinuationEncoder(tokenizer)
+        return lambda record: _plain(record["prompt"], record["completion"], eos)
     if chat_template is not None or getattr(tokenizer, "chat_template", None):
-        return ChatEncoder(tokenizer, ChatTemplate(tokenizer, chat_template, template_date))
+        return ChatEncoder(tokenizer, ChatTemplate(tokenizer, chat_template, template_date)).write
     if records.form == "instruction":
-        return PlainInstructionEncoder(tokenizer)
+        return lambda record: _instruction(record, eos)
     raise DataError(
         f"{records.raw.name}: chat records need a chat template, and this tokenizer has none. Use the tokenizer of the "
         "model's instruct variant, set tokenizer.chat_template, or give instruction records."

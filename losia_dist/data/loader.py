@@ -18,29 +18,24 @@ Batch = dict[str, Tensor]
 
 
 class PaddingCollator:
-    """Pads to the longest example of the batch, on the right, and up to a multiple of `pad_to_multiple_of`.
+    """Pads to the longest example of the batch, on the right.
 
     Takes examples with `input_ids` and `labels` [length]; returns `input_ids`, `attention_mask` and `labels`, int64
     [batch, length]. Padding is told by position alone: `attention_mask` 0 and label -100. An example's own tokens keep
     mask and label where they equal `pad_token_id`, so that with pad = eos the model still learns to stop.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
-        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
-            raise ConfigError(f"pad_to_multiple_of={pad_to_multiple_of}: give a number of tokens, at least 1, or None.")
+    def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
-        self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, examples: Sequence[Mapping[str, Tensor]]) -> Batch:
-        return {
-            "input_ids": self._pad([example["input_ids"] for example in examples], self.pad_token_id),
-            "attention_mask": self._pad([torch.ones_like(example["input_ids"]) for example in examples], 0),
-            "labels": self._pad([example["labels"] for example in examples], IGNORED),
+        ids, labels = ([example[name] for example in examples] for name in ("input_ids", "labels"))
+        columns = {
+            "input_ids": (ids, self.pad_token_id),
+            "attention_mask": ([torch.ones_like(one) for one in ids], 0),
+            "labels": (labels, IGNORED),
         }
-
-    def _pad(self, columns: list[Tensor], value: int) -> Tensor:
-        padded_BT = pad_sequence(columns, batch_first=True, padding_value=value)
-        return torch.nn.functional.pad(padded_BT, (0, -padded_BT.shape[1] % self.multiple), value=value)
+        return {name: pad_sequence(parts, batch_first=True, padding_value=value) for name, (parts, value) in columns.items()}
 
 
 class PackedCollator:
@@ -58,24 +53,6 @@ class PackedCollator:
         return {key: join([row[key] for row in rows]) for key in ("input_ids", "labels", "position_ids")}
 
 
-def collator_for(
-    dataset: TokenizedDataset | PackedDataset,
-    tokenizer: Any,
-    *,
-    pad_to_multiple_of: int | None = None,
-    flatten: bool = True,
-) -> PaddingCollator | PackedCollator:
-    """The collator of `dataset`, for loaders made elsewhere (Transformers' Trainer: `data_collator`).
-
-    Raises: ConfigError for `pad_to_multiple_of` with packed rows, whose length is `max_length`.
-    """
-    if isinstance(dataset, PackedDataset):
-        if pad_to_multiple_of is not None:
-            raise ConfigError("pad_to_multiple_of has no effect on packed rows. Leave it out and choose max_length.")
-        return PackedCollator(flatten)
-    return PaddingCollator(_pad_id(tokenizer), pad_to_multiple_of)
-
-
 def make_loader(
     dataset: TokenizedDataset | PackedDataset,
     tokenizer: Any,
@@ -84,9 +61,6 @@ def make_loader(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    shuffle: bool = True,
-    drop_last: bool = True,
-    pad_to_multiple_of: int | None = None,
     flatten: bool = True,
 ) -> DataLoader[Batch]:
     """A training loader: this rank's batches of `micro_batch` examples, as many on every rank.
@@ -94,22 +68,18 @@ def make_loader(
     The order depends on `seed` and the epoch alone; call `loader.sampler.set_epoch(epoch)` before each epoch. At step k
     the ranks together see the same examples whatever their number, as long as world_size * micro_batch is the same.
 
-    drop_last: leave out what does not fill a batch on every rank; else a few examples are seen twice in an epoch, to
-    give every rank as many, and the last batch is smaller. `flatten` is for packed rows: see `PackedCollator`.
+    What does not fill a batch on every rank is left out. `flatten` is for packed rows: see `PackedCollator`.
 
     Raises: DataError when this leaves no batch; ConfigError for a setting that cannot work.
     """
     _check(micro_batch, rank, world_size)
-    if drop_last and len(dataset) < micro_batch * world_size:
+    if len(dataset) < micro_batch * world_size:
         raise DataError(
             f"{len(dataset)} examples do not fill one batch on every rank: micro_batch={micro_batch} on {world_size} "
-            f"ranks needs {micro_batch * world_size}. Give more data, a smaller micro_batch, or drop_last=False."
+            f"ranks needs {micro_batch * world_size}. Give more data, or a smaller micro_batch."
         )
-    collate = collator_for(dataset, tokenizer, pad_to_multiple_of=pad_to_multiple_of, flatten=flatten)
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last
-    )
-    return _loader(dataset, micro_batch, sampler, collate, seed, drop_last)
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, world_size, rank, seed=seed, drop_last=True)
+    return _loader(dataset, micro_batch, sampler, _collator(dataset, tokenizer, flatten), seed, drop_last=True)
 
 
 def make_evaluation_loader(
@@ -119,7 +89,6 @@ def make_evaluation_loader(
     *,
     rank: int = 0,
     world_size: int = 1,
-    pad_to_multiple_of: int | None = None,
     flatten: bool = True,
 ) -> DataLoader[Batch]:
     """A loader for held-out loss: each example once over all ranks, in order, and as many batches on every rank.
@@ -133,10 +102,9 @@ def make_evaluation_loader(
     Raises: ConfigError for a setting that cannot work.
     """
     _check(micro_batch, rank, world_size)
-    collate = collator_for(dataset, tokenizer, pad_to_multiple_of=pad_to_multiple_of, flatten=flatten)
     filled = _WithBlanks(dataset, -len(dataset) % world_size)
     sampler: DistributedSampler[Any] = DistributedSampler(filled, num_replicas=world_size, rank=rank, shuffle=False)
-    return _loader(filled, micro_batch, sampler, collate)
+    return _loader(filled, micro_batch, sampler, _collator(dataset, tokenizer, flatten))
 
 
 def count_targets(batch: Mapping[str, Tensor]) -> int:
@@ -172,6 +140,10 @@ def _loader(
     # A generator of its own: a loader otherwise draws from the global one, and so changes the model's dropout.
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(dataset, micro_batch, sampler=sampler, collate_fn=collate, drop_last=drop_last, generator=generator)
+
+
+def _collator(dataset: TokenizedDataset | PackedDataset, tokenizer: Any, flatten: bool) -> PaddingCollator | PackedCollator:
+    return PackedCollator(flatten) if isinstance(dataset, PackedDataset) else PaddingCollator(_pad_id(tokenizer))
 
 
 def _check(micro_batch: int, rank: int, world_size: int) -> None:

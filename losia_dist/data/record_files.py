@@ -14,6 +14,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,24 +33,22 @@ SUFFIXES = (*_LINES, ".json", *_TABLES)
 COMPRESSED = (".gz", ".zst")
 
 
+@dataclass
 class RawRecords:
-    """Raw records, not yet checked. `rows[i]` is what the source holds; `lines[i]` its 1-based line, if it has one."""
+    """Raw records, not yet checked: `rows[i]` is what the source holds.
 
-    def __init__(
-        self, rows: Sequence[Any], name: str, lines: array[int] | None = None, identify: Callable[[], str] | None = None
-    ) -> None:
-        self._identify = identify
-        self.rows = rows
-        self.name = name
-        self.lines = lines
+    locate: where record i came from, for messages; None: its number. identity: a text that is another one when the records
+    are others, or None if there is no such text.
+    """
+
+    rows: Sequence[Any]
+    name: str
+    locate: Callable[[int], str] | None = None
+    identity: Callable[[], str | None] = lambda: None
 
     def place(self, index: int) -> str:
         """Where record `index` came from, for messages."""
-        return f"{self.name}, line {self.lines[index]}" if self.lines is not None else f"{self.name}, record {index}"
-
-    def identity(self) -> str | None:
-        """A text that is another one when the records are others, or None if there is no such text."""
-        return self._identify() if self._identify is not None else None
+        return f"{self.name}, record {index}" if self.locate is None else self.locate(index)
 
 
 def kind_of(path: Path) -> str | None:
@@ -60,9 +59,7 @@ def kind_of(path: Path) -> str | None:
 
 def read_file(path: Path) -> RawRecords:
     """The records of one file. Raises: DataError naming the file, and the line where there is one."""
-    raw = _read_file(path)
-    raw._identify = lambda: f"{kind_of(path)} {digest_of(path)}"
-    return raw
+    return replace(_read_file(path), identity=lambda: f"{kind_of(path)} {digest_of(path)}")
 
 
 def digest_of(path: Path) -> str:
@@ -90,7 +87,7 @@ def _read_file(path: Path) -> RawRecords:
             if kind == ".json" and start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
                 return _read_json(path, file)
             lines = _Lines(file, (lambda text: {"text": text}) if kind == ".txt" else json.loads, str(path))
-            return RawRecords(lines, str(path), lines.numbers)
+            return RawRecords(lines, str(path), lambda index: f"{path}, line {lines.numbers[index]}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}. Give a file that this user can read.") from error
 

@@ -112,8 +112,7 @@ def train_validation_split(records: Records, validation_size: int | float, seed:
     Raises: ConfigError for a size that is neither; DataError when a part would be empty.
     """
     share = isinstance(validation_size, float) and 0 < validation_size < 1
-    count = isinstance(validation_size, int) and not isinstance(validation_size, bool) and validation_size >= 1
-    if not share and not count:
+    if not share and (type(validation_size) is not int or validation_size < 1):
         raise ConfigError(
             f"validation_size={validation_size!r}: give a number of records (int, at least 1) or a share "
             "(float between 0 and 1)."

@@ -26,44 +26,38 @@ _WEIGHT = re.compile(r"^(?P<rest>.+):(?P<weight>\d+(\.\d+)?|\.\d+)$")
 _GLOB = re.compile(r"[*?\[]")
 
 
-class Joined(RawRecords):
-    """Records of several sources as one: `picks[k]` of `parts[k]`, one part after the other."""
-
-    def __init__(self, parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str) -> None:
+class _Joined(Sequence[Any]):
+    def __init__(self, parts: Sequence[RawRecords], picks: Sequence[Sequence[int]]) -> None:
         self._parts, self._picks = parts, picks
         self._ends = list(accumulate(len(pick) for pick in picks))
-        super().__init__(_JoinedRows(self), name)
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        part, at = self.find(index)
+        return part.rows[at]
 
     def find(self, index: int) -> tuple[RawRecords, int]:
         """The part that record `index` is in, and its index there."""
         part = bisect_right(self._ends, index)
         return self._parts[part], self._picks[part][index - self._ends[part] + len(self._picks[part])]
 
-    def place(self, index: int) -> str:
-        part, at = self.find(index)
+
+def join(parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str) -> RawRecords:
+    """Records of several sources as one: `picks[k]` of `parts[k]`, one part after the other."""
+    rows = _Joined(parts, picks)
+
+    def locate(index: int) -> str:
+        part, at = rows.find(index)
         return part.place(at)
 
-    def identity(self) -> str | None:
-        parts = [part.identity() for part in self._parts]
-        if any(part is None for part in parts):
-            return None
-        picks = [hashlib.blake2b(array("q", pick)).hexdigest() for pick in self._picks]
-        return json.dumps([parts, picks])
+    def identity() -> str | None:
+        of_parts = [part.identity() for part in parts]
+        of_picks = [hashlib.blake2b(array("q", pick)).hexdigest() for pick in picks]
+        return None if None in of_parts else json.dumps([of_parts, of_picks])
 
-
-class _JoinedRows(Sequence[Any]):
-    def __init__(self, joined: Joined) -> None:
-        self._joined = joined
-
-    def __len__(self) -> int:
-        return len(self._joined)
-
-    def __getitem__(self, index: Any) -> Any:
-        part, at = self._joined.find(index)
-        return part.rows[at]
+    return RawRecords(rows, name, locate, identity)
 
 
 class Named(NamedTuple):
@@ -106,7 +100,7 @@ def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[st
         whole = min(len(raw.rows) / weight for raw, weight in zip(read, weights, strict=True))
         counts = [max(1, math.floor(whole * weight + 1e-9)) for weight in weights]
         picks = [sorted(random.Random(0).sample(pick, count)) for pick, count in zip(picks, counts, strict=True)]
-    return Joined(read, picks, " ".join(str(source) for source in several))
+    return join(read, picks, " ".join(str(source) for source in several))
 
 
 def places_of(source: str) -> list[Path]:
@@ -129,7 +123,7 @@ def parse_source(text: str) -> Named:
 def _read(named: Named) -> RawRecords:
     raw = _read_whole(named.text)
     if named.part != slice(None):
-        raw = Joined([raw], [range(len(raw.rows))[named.part]], str(named))
+        raw = join([raw], [range(len(raw.rows))[named.part]], str(named))
     if len(raw.rows) == 0:
         raise DataError(f"{raw.name}: the data set is empty. Give a source with at least one record.")
     return raw
@@ -142,7 +136,7 @@ def _read_whole(source: str) -> RawRecords:
     if files == [Path(source)]:
         return read_file(files[0])
     parts = [raw for raw in map(read_file, files) if len(raw.rows)]
-    return Joined(parts, [range(len(part.rows)) for part in parts], source) if parts else RawRecords([], source)
+    return join(parts, [range(len(part.rows)) for part in parts], source) if parts else RawRecords([], source)
 
 
 def files_of(source: str) -> list[Path] | None:
@@ -184,12 +178,12 @@ def _read_with_datasets(source: str) -> RawRecords:
             raise DataError(f"{source}: {name} holds one data set without splits. Leave out ':{':'.join(rest)}'.")
         files = sorted(file for file in Path(name).rglob("*") if file.is_file())
         split = ":".join(rest)
-        return RawRecords(Table(loaded), source, identify=lambda: split + "".join(map(digest_of, files)))
+        return RawRecords(Table(loaded), source, identity=lambda: split + "".join(map(digest_of, files)))
 
     name, configuration, split = parse_hub_name(source)
     with naming_hub(source, name, split):
         loaded = datasets.load_dataset(name, configuration, split=split)
-    return RawRecords(Table(loaded), source, identify=lambda: loaded._fingerprint)
+    return RawRecords(Table(loaded), source, identity=lambda: loaded._fingerprint)
 
 
 def parse_hub_name(source: str) -> tuple[str, str | None, str]:

@@ -68,17 +68,13 @@ class Stream:
         for one in self._parts[count * part // parts : count * (part + 1) // parts]:
             rows, first = one.rows(), 0
             while block := list(islice(rows, size)):
-                yield Records(_Block(block, self.name, one.place, first), self.form, columns=self.columns)
+                raw = RawRecords(block, self.name, _from(one.place, first))
+                yield Records(raw, self.form, columns=self.columns)
                 first += len(block)
 
 
-class _Block(RawRecords):
-    def __init__(self, rows: list[Any], name: str, place: Callable[[int], str], first: int) -> None:
-        super().__init__(rows, name)
-        self._place, self._first = place, first
-
-    def place(self, index: int) -> str:
-        return self._place(self._first + index)
+def _from(place: Callable[[int], str], first: int) -> Callable[[int], str]:
+    return lambda index: place(first + index)
 
 
 def _open(named: Named) -> tuple[list[_Part], Callable[[], Any]]:

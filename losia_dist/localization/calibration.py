@@ -8,9 +8,8 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.importance import importance_
-from losia_dist.localization.search import Query, Sums
+from losia_dist.localization.search import Choice, Query, Search, Sums
 from losia_dist.localization.sharded_choice import mask_of, masked_column_sums
 from losia_dist.subnet.blocks import take_last
 from losia_dist.subnet.site import Site
@@ -93,10 +92,10 @@ class Located:
 
     site: Site
     shape: tuple[int, int]
-    search: Generator[Query, Sums, Any]  # a Search, or several together
+    search: Search
     parts: int = 1
     query: Query | None = None
-    result: Any = None
+    result: Choice | None = None
 
 
 @torch.no_grad()

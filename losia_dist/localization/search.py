@@ -9,7 +9,7 @@ Of X experts all matrices are searched at once: every sum and index has one dime
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -97,26 +97,6 @@ def greedy(shape: Sizes, kept: Sizes) -> Search:
         torch.where(second, columns_first_inside, rows_first_inside),
         first.rows[0].sum(-1),
     )
-
-
-def together(searches: Sequence[Search]) -> Generator[Query, Sums, list[Choice]]:
-    """Several searches over one score at once: as many queries as the longest of them has. Returns all choices, in order."""
-    open_searches = {place: (search, next(search)) for place, search in enumerate(searches)}
-    choices: dict[int, Choice] = {}
-    while open_searches:
-        asked = [query for _, query in open_searches.values()]
-        sums = yield Query(
-            [c for query in asked for c in query.within_columns], [r for query in asked for r in query.within_rows]
-        )
-        rows, columns = iter(sums.rows), iter(sums.columns)
-        for place, (search, query) in list(open_searches.items()):
-            own = Sums([next(rows) for _ in query.within_columns], [next(columns) for _ in query.within_rows])
-            try:
-                open_searches[place] = (search, search.send(own))
-            except StopIteration as end:
-                choices[place] = end.value
-                del open_searches[place]
-    return [choices[place] for place in range(len(searches))]
 
 
 def _one_side(shape: Sizes, kept: Sizes) -> Search:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from losia_dist.data import count_targets
 from losia_dist.run.conductor import LoSiA
@@ -17,52 +16,61 @@ from losia_dist.run.conductor import LoSiA
 Batch = dict[str, Tensor]
 
 
-class Engine(Protocol):
-    """A model that trains. Every method is called by all ranks, in the same order."""
+class Engine:
+    """A model that trains. Every method is called by all ranks, in the same order.
 
-    name: str
-    model: Any  # the model without wrappers
-    device: torch.device
-    losia: LoSiA | None
-    grad_norm: Tensor | None  # of the latest step, before clipping
-    is_sharded: bool  # forward passes communicate, so that all ranks must make equally many
+    Attributes:
+        name: for people. model: without wrappers. device: where it computes.
+        losia: its conductor; None in full fine-tuning.
+        grad_norm: of the latest step, before clipping.
+        is_sharded: forward passes communicate, so that all ranks must make equally many.
+    """
+
+    grad_norm: Tensor | None = None
+
+    def __init__(
+        self, name: str, wrapped: Any, model: Any, optimizer: Any, scheduler: Any, losia: LoSiA | None, device: torch.device
+    ) -> None:
+        self.name, self.wrapped, self.model, self.device = name, wrapped, model, device
+        self.optimizer, self.scheduler, self.losia = optimizer, scheduler, losia
+        self.is_sharded = False
 
     def train_step(self, batches: list[Batch]) -> Tensor:
         """One optimizer step over this rank's micro-batches (on the CPU), for the mean loss over all target tokens of the
         global batch. Returns this rank's share: the mean over the ranks is that loss. Nothing is waited for."""
-        ...
+        raise NotImplementedError
 
     def evaluate(self, batch: Batch) -> Tensor:
         """Sum of the losses of the target tokens of a batch (on the CPU)."""
-        ...
+        model = self.model if isinstance(self.wrapped, DistributedDataParallel) else self.wrapped
+        return model(**_on(batch, self.device), use_cache=False, num_items_in_batch=1).loss
 
     def learning_rate(self) -> float:
         """The scheduled learning rate (rewarming of single groups not included)."""
-        ...
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def checkpoint_parts(self) -> dict[str, Any]:
         """What `save_checkpoint` and `load_checkpoint` take, with LoSiA."""
-        ...
+        return {"model": self.wrapped, "optimizer": self.optimizer, "losia": self.losia, "scheduler": self.scheduler}
 
 
-class PlainRun:
-    """One process, DDP over all ranks, or a model that `fully_shard` was applied to."""
+class PlainRun(Engine):
+    """One process, DDP over all ranks, or a model that `fully_shard` was applied to. max_grad_norm: 0 clips nothing."""
 
     def __init__(
         self,
         name: str,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Any,
         scheduler: Any,
         losia: LoSiA | None,
         *,
         max_grad_norm: float,
         device: torch.device,
     ) -> None:
-        self.name, self.wrapped, self.optimizer, self.scheduler, self.losia = name, model, optimizer, scheduler, losia
-        self.max_grad_norm, self.device = max_grad_norm, device
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.grad_norm: Tensor | None = None
+        plain = model.module if isinstance(model, DistributedDataParallel) else model
+        super().__init__(name, model, plain, optimizer, scheduler, losia, device)
+        self.max_grad_norm = max_grad_norm
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self.is_sharded = any(hasattr(p, "placements") for p in self._trained)
 
@@ -72,7 +80,7 @@ class PlainRun:
         targets = _targets_per_part(batches, self.device)
         for place, batch in enumerate(batches):
             hold = isinstance(self.wrapped, DistributedDataParallel) and place < len(batches) - 1
-            with self.wrapped.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
+            with self.wrapped.no_sync() if hold else contextlib.nullcontext():
                 batch = _on(batch, self.device)
                 loss = self.wrapped(**batch, use_cache=False, num_items_in_batch=targets).loss / len(batches)
                 loss.backward()
@@ -87,48 +95,28 @@ class PlainRun:
         self.scheduler.step()
         return total
 
-    def evaluate(self, batch: Batch) -> Tensor:
-        return self.model(**_on(batch, self.device), use_cache=False, num_items_in_batch=1).loss
 
-    def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def checkpoint_parts(self) -> dict[str, Any]:
-        return {"model": self.wrapped, "optimizer": self.optimizer, "losia": self.losia, "scheduler": self.scheduler}
-
-
-class DeepSpeedRun:
+class DeepSpeedRun(Engine):
     """A DeepSpeed engine, which owns accumulation, clipping and the scheduler."""
 
     def __init__(self, engine: Any, losia: LoSiA | None) -> None:
-        self.engine, self.losia, self.model = engine, losia, engine.module
-        self.device = engine.device
-        self.name = f"deepspeed-zero{engine.zero_optimization_stage()}"
-        self.grad_norm: Tensor | None = None
-        self.is_sharded = engine.zero_optimization_stage() == 3
+        stage = engine.zero_optimization_stage()
+        parts = (engine, engine.module, engine.optimizer, engine.lr_scheduler, losia, engine.device)
+        super().__init__(f"deepspeed-zero{stage}", *parts)
+        self.is_sharded = stage == 3
 
     def train_step(self, batches: list[Batch]) -> Tensor:
-        self.engine.train()
+        self.wrapped.train()
         total = torch.zeros((), device=self.device)
         targets = _targets_per_part(batches, self.device)
         for batch in batches:
-            loss = self.engine(**_on(batch, self.device), use_cache=False, num_items_in_batch=targets).loss
-            self.engine.backward(loss)  # divides by the number of micro-batches
-            self.engine.step()
+            loss = self.wrapped(**_on(batch, self.device), use_cache=False, num_items_in_batch=targets).loss
+            self.wrapped.backward(loss)  # divides by the number of micro-batches
+            self.wrapped.step()
             total += loss.detach() / len(batches)
-        norm = self.engine.get_global_grad_norm()
+        norm = self.wrapped.get_global_grad_norm()
         self.grad_norm = norm if norm is None or isinstance(norm, Tensor) else torch.tensor(norm)
         return total
-
-    def evaluate(self, batch: Batch) -> Tensor:
-        return self.engine(**_on(batch, self.device), use_cache=False, num_items_in_batch=1).loss
-
-    def learning_rate(self) -> float:
-        return float(self.engine.optimizer.param_groups[0]["lr"])
-
-    def checkpoint_parts(self) -> dict[str, Any]:
-        engine = self.engine
-        return {"model": engine, "optimizer": engine.optimizer, "losia": self.losia, "scheduler": engine.lr_scheduler}
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

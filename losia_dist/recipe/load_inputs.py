@@ -1,4 +1,4 @@
-"""What every rank reads for itself before training: tokenizer, data, model. No collectives in here."""
+"""The model, which every rank reads for itself before training. No collectives in here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.recipe.choice import EngineChoice
 from losia_dist.recipe.environment import Process
-from losia_dist.recipe.run_data import RunData
 from losia_dist.recipe.weights.empty import check_buffers, parameters_on_meta
 from losia_dist.recipe.weights.model_files import ReadWhole, find_weights
 from losia_dist.recipe.weights.renaming import keep_precision
@@ -29,42 +28,25 @@ from losia_dist.recipe.weights.streamed import StreamedWeights, missing_message
 
 
 @dataclass
-class Inputs:
-    """What a run starts from. flatten: whether packed rows must be laid end to end. use_cache: as the model came.
+class LoadedModel:
+    """What trains. flatten: whether packed rows must be laid end to end. use_cache: as the model came.
 
-    template_date: the day that the chat template writes, if it writes one.
     weights: where the engine reads the model's values from, which is on the meta device then; None: the model has them (all
     ranks', or rank 0's alone for FSDP2). notes: what is to be said about the loading.
     """
 
-    tokenizer: Any
-    train: Any
-    held_out: Any | None
     model: Any
     flatten: bool
     use_cache: bool
-    template_date: str | None = None
-    weights: StreamedWeights | None = None
-    notes: list[str] = field(default_factory=list)
+    weights: StreamedWeights | None
+    notes: list[str]
 
-    def weights_fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Numbers that must be equal on all ranks, since each takes its part of the weights from the files it sees."""
         return {"read whole": True} if self.weights is None else self.weights.fingerprint()
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Numbers that must be equal on all ranks, since each takes its slice of the same data."""
-        names = {"training": self.train, "held-out": self.held_out}
-        return {
-            f"{what} of the {name} examples": value
-            for name, dataset in names.items()
-            if dataset is not None
-            for what, value in (("count", len(dataset)), ("hash", dataset.fingerprint()))
-        }
 
-
-def load(
-    options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, process: Process, data: RunData
-) -> Inputs:
+def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: EngineChoice, process: Process) -> LoadedModel:
     """Read the model and convert it.
 
     Raises:
@@ -80,8 +62,7 @@ def load(
         model = get_losia_model(model, config)
     if options.loss == "chunked":
         use_chunked_loss(model, options.loss_chunk)
-    notes = data.notes + notes
-    return Inputs(data.tokenizer, data.train, data.held_out, model, flatten, use_cache, data.template_date, weights, notes)
+    return LoadedModel(model, flatten, use_cache, weights, notes)
 
 
 def check_writable(directory: Path) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from datetime import date
+from typing import Any
 
 from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.data.dataset import OVERLONG
 from losia_dist.data.forms import FORMS
 from losia_dist.errors import ConfigError
 from losia_dist.recipe.config_arguments import add_config_arguments
 
 PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
+_COUNTS = "micro_batch gradient_accumulation logging_steps sample_tokens max_steps loss_chunk data_workers keep_last"
+_MAY_BE_0 = "eval_steps samples seed weight_decay max_grad_norm save_steps"
+_LEAST = {**dict.fromkeys(_COUNTS.split(), 1), **dict.fromkeys(_MAY_BE_0.split(), 0)}
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -36,28 +42,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     model.add_argument(
         "--validation_size", type=_count_or_share, default=0.0, help="held-out records (1 and more) or their share (0.05)"
     )
-    model.add_argument("--form", choices=FORMS, help="form of the records (default: detected)")
-    model.add_argument(
-        "--columns", nargs="+", metavar="NAME=KEY", help="other names of a form's keys: question=instruction answer=output"
-    )
-    model.add_argument(
-        "--chat_template",
-        metavar="FILE|trl",
-        help="Jinja file in place of the tokenizer's template, saved with the model; trl: TRL's training template for the "
-        "tokenizer's, for training alone",
-    )
-    model.add_argument(
-        "--template_date",
-        metavar="YYYY-MM-DD",
-        help="what a chat template that writes the date takes for today (the day of the first start, kept when it is resumed)",
-    )
-    model.add_argument("--max_length", type=int, default=1024, help="tokens per example, or per packed row (1024)")
-    model.add_argument(
-        "--overlong",
-        choices=("truncate", "drop", "error"),
-        default="truncate",
-        help="what to do with longer records (truncate)",
-    )
+    add_record_arguments(model)
     model.add_argument(
         "--data_cache",
         metavar="DIRECTORY|off",
@@ -151,6 +136,35 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
+def add_record_arguments(parser: Any) -> None:
+    """How records become tokens: of `losia-dist train` and `losia-dist data`."""
+    parser.add_argument("--form", choices=FORMS, help="form of the records (default: detected)")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="NAME=KEY", help="other names of a form's keys: question=instruction answer=output"
+    )
+    parser.add_argument(
+        "--chat_template",
+        metavar="FILE|trl",
+        help="Jinja file in place of the tokenizer's template, saved with the model; trl: TRL's training template for the "
+        "tokenizer's, for training alone",
+    )
+    parser.add_argument(
+        "--template_date",
+        metavar="YYYY-MM-DD",
+        type=_day,
+        help="what a chat template that writes the date takes for today (the day of the first start, kept when it is resumed)",
+    )
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens per example, or per packed row (1024)")
+    parser.add_argument("--overlong", choices=OVERLONG, default="truncate", help="what to do with longer records (truncate)")
+
+
+def _day(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give a day as YYYY-MM-DD") from None
+
+
 def _loss(name: str) -> str:
     if name == "liger":
         raise argparse.ArgumentTypeError(
@@ -165,30 +179,21 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
     Raises:
         ConfigError: names the option, the rule and the fix.
     """
-    for name in ("micro_batch", "gradient_accumulation", "logging_steps", "sample_tokens"):
-        _at_least(options, name, 1)
-    for name in ("eval_steps", "samples", "seed", "weight_decay", "max_grad_norm", "save_steps"):
-        _at_least(options, name, 0)
-    if options.max_steps is not None:
-        _at_least(options, "max_steps", 1)
-    elif not 0 < options.epochs < float("inf"):
-        raise ConfigError(f"--epochs {options.epochs}: a number above 0 is needed, or --max_steps.")
-    for name in ("learning_rate", "timeout"):
-        if getattr(options, name) is not None and not 0 < getattr(options, name) < float("inf"):
-            raise ConfigError(f"--{name} {getattr(options, name)}: a number above 0 is needed.")
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None and not value >= least:  # so that "nan" is refused too
+            raise ConfigError(f"--{name} {value}: at least {least} is needed.")
+    for name in ("learning_rate", "timeout", *([] if options.max_steps else ["epochs"])):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} {value}: a number above 0 is needed.")
     for name in ("warmup_ratio", "min_lr_ratio"):
         if not 0 <= getattr(options, name) <= 1:
             raise ConfigError(f"--{name} {getattr(options, name)}: a share in [0, 1] is needed.")
-    if options.loss_chunk is not None:
-        _at_least(options, "loss_chunk", 1)
-        if options.loss != "chunked":
-            raise ConfigError("--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out.")
-    _check_data(options)
-    _check_reporting(options)
-    _check_engine(options)
-    _check_checkpoints(options)
-    if options.losia_config and not options.losia:
-        raise ConfigError("--losia_config has no effect without --losia; add --losia, or leave it out.")
+    parse_columns(options.columns)
+    for broken, text in _rules(options):
+        if broken:
+            raise ConfigError(text)
     return LoSiAConfig.read(options.losia_config) if options.losia_config else None
 
 
@@ -202,76 +207,44 @@ def parse_columns(given: list[str] | None) -> dict[str, str] | None:
     return columns or None
 
 
-def _check_data(options: argparse.Namespace) -> None:
-    parse_columns(options.columns)
-    if options.template_date is not None:
-        try:
-            date.fromisoformat(options.template_date)
-        except ValueError:
-            raise ConfigError(f"--template_date {options.template_date}: give a day as YYYY-MM-DD.") from None
-    _at_least(options, "data_workers", 1)
-    if options.data_workers > 1 and options.data_cache == "off":
-        raise ConfigError(f"--data_workers {options.data_workers} fill the data cache: leave out --data_cache off, or them.")
-    if options.streaming and options.data_cache == "off":
-        raise ConfigError("--streaming keeps the tokens in the data cache: leave out --data_cache off, or --streaming.")
-    if options.streaming and options.validation_size:
-        raise ConfigError(
-            f"--validation_size {options.validation_size} needs the number of records, which a stream does not know: "
-            "give held-out data by --eval_file, or leave out --streaming."
-        )
-
-
-def _check_reporting(options: argparse.Namespace) -> None:
-    if not options.eval_file and not options.validation_size:
-        for name in ("eval_steps", "samples"):
-            if getattr(options, name):
-                raise ConfigError(
-                    f"--{name} {getattr(options, name)} needs held-out data: give --eval_file or --validation_size."
-                )
-    elif options.eval_file and options.validation_size:
-        raise ConfigError("--eval_file and --validation_size both name held-out data: give one of the two.")
-    if options.samples and options.packing:
-        raise ConfigError("--samples does not work with --packing, whose rows hold several prompts; leave one of them out.")
-
-
-def _check_engine(options: argparse.Namespace) -> None:
-    if options.deepspeed and options.sharding:
-        raise ConfigError("--deepspeed and --sharding are two engines: give one of them.")
-    if options.sharding:
-        return
+def _rules(o: argparse.Namespace) -> Iterator[tuple[Any, str]]:
+    """Options that do not go together: whether they are given so, and what is said then."""
+    yield o.losia_config and not o.losia, "--losia_config has no effect without --losia; add --losia, or leave it out."
+    text = "--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out."
+    yield o.loss_chunk is not None and o.loss != "chunked", text
+    uncached = o.data_cache == "off"
+    text = f"--data_workers {o.data_workers} fill the data cache: leave out --data_cache off, or them."
+    yield o.data_workers > 1 and uncached, text
+    yield (
+        o.streaming and uncached,
+        "--streaming keeps the tokens in the data cache: leave out --data_cache off, or --streaming.",
+    )
+    text = f"--validation_size {o.validation_size} needs the number of records, which a stream does not know: "
+    yield o.streaming and o.validation_size, f"{text}give held-out data by --eval_file, or leave out --streaming."
+    for name in ("eval_steps", "samples"):
+        text = f"--{name} {getattr(o, name)} needs held-out data: give --eval_file or --validation_size."
+        yield getattr(o, name) and not (o.eval_file or o.validation_size), text
+    text = "--eval_file and --validation_size both name held-out data: give one of the two."
+    yield o.eval_file and o.validation_size, text
+    text = "--samples does not work with --packing, whose rows hold several prompts; leave one of them out."
+    yield o.samples and o.packing, text
+    yield o.deepspeed and o.sharding, "--deepspeed and --sharding are two engines: give one of them."
     for name in ("offload", "shard_layers"):
-        if getattr(options, name):
-            raise ConfigError(f"--{name} belongs to --sharding; with DeepSpeed, offloading stands in its own file.")
-
-
-def _check_checkpoints(options: argparse.Namespace) -> None:
-    if options.keep_last is not None:
-        _at_least(options, "keep_last", 1)
-    given = {
-        "--keep_last": options.keep_last is not None,
-        "--async_save": options.async_save,
-        "--resume auto": options.resume == "auto",
-    }
+        text = f"--{name} belongs to --sharding; with DeepSpeed, offloading stands in its own file."
+        yield getattr(o, name) and not o.sharding, text
+    given = {"--keep_last": o.keep_last is not None, "--async_save": o.async_save, "--resume auto": o.resume == "auto"}
     for name, there in given.items():
-        if there and not options.save_steps:
-            raise ConfigError(f"{name} has no effect without --save_steps: add it, or leave {name} out.")
-    if options.overwrite and options.resume in ("auto", "newest"):
-        raise ConfigError("--overwrite deletes the run that --resume goes on from: leave one of the two out.")
-    if options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        raise ConfigError(
-            "--overwrite: torchrun has started this run again, and it would delete what it wrote before. To go on from its "
-            "checkpoints: --save_steps with --resume auto, without --overwrite."
-        )
-    if not options.losia and (options.save_steps or options.resume != "never"):
-        name = "--save_steps" if options.save_steps else "--resume"
-        raise ConfigError(
-            f"{name} works with --losia only: checkpoints hold subnets and their state. Add --losia, or leave {name} out."
-        )
-
-
-def _at_least(options: argparse.Namespace, name: str, minimum: int) -> None:
-    if not getattr(options, name) >= minimum:  # so that "nan" is refused too
-        raise ConfigError(f"--{name} {getattr(options, name)}: at least {minimum} is needed.")
+        yield there and not o.save_steps, f"{name} has no effect without --save_steps: add it, or leave {name} out."
+    text = "--overwrite deletes the run that --resume goes on from: leave one of the two out."
+    yield o.overwrite and o.resume in ("auto", "newest"), text
+    text = (
+        "--overwrite: torchrun has started this run again, and it would delete what it wrote before. To go on from its "
+        "checkpoints: --save_steps with --resume auto, without --overwrite."
+    )
+    yield o.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", text
+    name = "--save_steps" if o.save_steps else "--resume"
+    text = f"{name} works with --losia only: checkpoints hold subnets and their state. Add --losia, or leave {name} out."
+    yield not o.losia and (o.save_steps or o.resume != "never"), text
 
 
 def _count_or_share(text: str) -> int | float:

@@ -38,6 +38,16 @@ class RunData:
     origin: str
     notes: list[str] = field(default_factory=list)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Numbers that must be equal on all ranks, since each takes its slice of the same data."""
+        names = {"training": self.train, "held-out": self.held_out}
+        return {
+            f"{what} of the {name} examples": value
+            for name, dataset in names.items()
+            if dataset is not None
+            for what, value in (("count", len(dataset)), ("hash", dataset.fingerprint()))
+        }
+
 
 class _Sources(NamedTuple):
     tokenizer: Any

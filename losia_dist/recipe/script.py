@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,16 +88,16 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
 
     config, choice, steps = agreement.attempt(None, decide)
     agreement.same("the LoSiA configuration", config.to_dict() if config else {})
-    inputs = agreement.attempt(None, lambda: load(options, config, choice, process, data))
-    agreement.same("the data", inputs.fingerprint())
-    prints = agreement.attempt(None, inputs.weights_fingerprint)
+    loaded = agreement.attempt(None, lambda: load(options, config, choice, process))
+    agreement.same("the data", data.fingerprint())
+    prints = agreement.attempt(None, loaded.fingerprint)
     agreement.same("the model's files", prints)
 
-    where = {**ranks, "flatten": inputs.flatten}
-    loader = make_loader(inputs.train, inputs.tokenizer, options.micro_batch, seed=options.seed, **where)
-    followed = {"template_date": inputs.template_date, **inputs.fingerprint()}
-    checkpoints.check(describe(options, choice.precision, followed, len(inputs.train), steps, process.world_size))
-    run = _start(inputs.model, config, choice, options, process, steps, inputs.weights, agreement)
+    where = {**ranks, "flatten": loaded.flatten}
+    loader = make_loader(data.train, data.tokenizer, options.micro_batch, seed=options.seed, **where)
+    followed = {"template_date": data.template_date, **data.fingerprint()}
+    checkpoints.check(describe(options, choice.precision, followed, len(data.train), steps, process.world_size))
+    run = _start(loaded.model, config, choice, options, process, steps, loaded.weights, agreement)
     subnets = SubnetLog(run.losia) if run.losia is not None and process.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
     continues = source is not None and source.is_own
@@ -109,7 +110,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         "ranks": process.world_size,
         "steps": steps,
         "trainable_parameters": count_trainable(run.model),
-        "data": str(inputs.train.report()),
+        "data": str(data.train.report()),
         "data_from": data.origin,
     }
     agreement.on_first(None, lambda: _describe(run, config, options, process, summary))
@@ -118,18 +119,17 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         f"{summary['method']}, {run.name}, {choice.precision}, {process.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
     )
-    agreement.on_first(None, lambda: _describe(run, config, options, process, summary))
     log.say(f"data {data.origin}")
     log.follow(subnets, continues)
     if source is None and run.losia is not None and not run.losia.located:
         log.say(locate_first_subnets(run, loader))
-    if inputs.notes:
-        summary["notes"] = inputs.notes
-        log.say("\n".join(inputs.notes))
+    if notes := data.notes + loaded.notes:
+        summary["notes"] = notes
+        log.say("\n".join(notes))
     reporter = Reporter(run, log, summary, options)
-    if inputs.held_out is not None:
-        evaluation = make_evaluation_loader(inputs.held_out, inputs.tokenizer, options.micro_batch, **where)
-        reporter.hold_out(evaluation, inputs.held_out, inputs.tokenizer)
+    if data.held_out is not None:
+        evaluation = make_evaluation_loader(data.held_out, data.tokenizer, options.micro_batch, **where)
+        reporter.hold_out(evaluation, data.held_out, data.tokenizer)
     if source is None:
         reporter.loss(0, "held_out_loss_before")
         reporter.samples("samples_before")
@@ -145,15 +145,15 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         raise
     reporter.loss(steps, "held_out_loss_after")
     reporter.samples("samples_after")
-    if inputs.held_out is not None:
+    if data.held_out is not None:
         before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
         log.say(f"held-out loss: {before:.4f} before training, {after:.4f} after")
     log.finish(summary)
     if not options.no_save:
         target = output.model
         agreement.on_first(None, output.note_others)
-        run.model.config.use_cache = run.model.config.get_text_config().use_cache = inputs.use_cache  # packing turned it off
-        beside = {"base_model": local_directory(options.model), "tokenizer": inputs.tokenizer}
+        run.model.config.use_cache = run.model.config.get_text_config().use_cache = loaded.use_cache  # packing turned it off
+        beside = {"base_model": local_directory(options.model), "tokenizer": data.tokenizer}
         if run.losia is not None:
             export_model(run.losia, target, **beside)
         else:
@@ -239,24 +239,25 @@ def _start(
 
 def _partition(model: Any, settings: dict[str, Any], process: Process, weights: StreamedWeights, agreement: Agreement) -> None:
     """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it."""
+    from losia_dist.integrations.deepspeed.partition import partition_without_values
     from losia_dist.sharding.zero3 import own_range
 
-    places = _empty_partitions(model, settings, process.device)
-    agreement.attempt(None, lambda: weights.fill(places, own_range))
-
-
-def _empty_partitions(model: Any, settings: dict[str, Any], device: torch.device) -> list[Where]:
-    """Partitions with arbitrary values, and where the model keeps them."""
-    from losia_dist.integrations.deepspeed.partition import partition_without_values
-
     # Each parameter is cut at once, so that all may have the same memory; as it is never written to, a CPU does not give it.
-    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=device)
+    lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=process.device)
+    places: list[Where] = []
 
     def allocate(parameter: Tensor) -> Tensor:
         return lent[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
-    made = give_memory(model, device, find_holders(model), allocate=allocate)
-    return partition_without_values(settings, made, lambda there: there.kept[there.name])
+    def made() -> Iterator[nn.Parameter]:
+        for place in give_memory(model, process.device, find_holders(model), allocate=allocate):
+            places.append(place)
+            tensor = place.kept[place.name]
+            if isinstance(tensor, nn.Parameter):  # buffers are left whole
+                yield tensor
+
+    partition_without_values(settings, made())
+    agreement.attempt(None, lambda: weights.fill(places, own_range))
 
 
 def _describe(

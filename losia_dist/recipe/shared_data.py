@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from losia_dist import errors
 from losia_dist.data import cache
 from losia_dist.data.dataset import Settings, TokenizedDataset, check_not_empty, tokenize
 from losia_dist.data.records import Records
 from losia_dist.data.streaming import Stream
-from losia_dist.errors import ConfigError, DataError, LoSiAError
+from losia_dist.errors import ConfigError, DataError
 from losia_dist.ranks.agreement import Agreement
 
 OFF = "off"  # of --data_cache
@@ -61,28 +60,16 @@ class Shared:
         parts, first = len(members) * self.workers, members.index(agreement.rank) * self.workers
         mine = range(first, first + self.workers)
 
-        def make() -> tuple[TokenizedDataset | None, tuple[str, str] | None]:
-            try:
-                if found.key is None:
-                    return _in_memory(work, found.reason), None
-                if found.making is not None:
-                    self._write(found.making, mine, parts, work, read)
-                return None, None
-            except LoSiAError as error:
-                return None, (type(error).__name__, str(error))
-
-        dataset, failure = agreement.attempt(None, make)
-        failures = agreement.gather(failure)
-        if any(failures) and found.making is not None and is_first:
-            shutil.rmtree(found.making, ignore_errors=True)
-        _raise_first(failures, whole=len(members) == agreement.world_size)
+        def make() -> TokenizedDataset | None:
+            if found.key is None:
+                return _in_memory(work, found.reason)
+            if found.making is not None:
+                self._write(found.making, mine, parts, work, read)
+            return None
 
         def finish() -> None:
             if found.making is not None and found.key is not None and is_first:
-                try:
-                    cache.join(found.making, parts, found.key, name)
-                finally:
-                    shutil.rmtree(found.making, ignore_errors=True)
+                cache.join(found.making, parts, found.key, name)
 
         def open_whole() -> TokenizedDataset:
             whole = dataset
@@ -93,7 +80,12 @@ class Shared:
             check_not_empty(whole.report(), name, work.settings.max_length)
             return whole
 
-        agreement.attempt(None, finish)
+        try:
+            dataset = agreement.attempt(None, make)
+            agreement.attempt(None, finish)
+        finally:
+            if found.making is not None and is_first:
+                shutil.rmtree(found.making, ignore_errors=True)
         whole = agreement.attempt(None, open_whole)
         if found.key is None or self.directory is None:
             return whole, f"tokenized by every rank for itself in {{seconds:.1f}} s{found.reason}"
@@ -150,12 +142,3 @@ def _in_memory(work: Tokenizing, reason: str) -> TokenizedDataset:
         why = reason.strip(" ()") or "the tokenizer is not a fast one, or --data_cache is off"
         raise DataError(f"{work.records.name}: --streaming keeps the tokens in the data cache, and there is none: {why}.")
     return tokenize(work.records, work.tokenizer, work.settings)
-
-
-def _raise_first(failures: list[tuple[str, str] | None], whole: bool) -> None:
-    """Raise the first of the ranks' errors, on all of them: their parts are in order, so that it is the first bad record."""
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            kind, message = failure
-            error: type[LoSiAError] = getattr(errors, kind)
-            raise error(message if whole else f"rank {rank}: {message}")

@@ -55,7 +55,7 @@ def describe(
     """Plain values that a run and the one that resumes it must share.
 
     Args:
-        data: fingerprints of the data, as `Inputs.fingerprint` gives them, and the date that the chat template writes.
+        data: fingerprints of the data, as `RunData.fingerprint` gives them, and the date that the chat template writes.
         examples: in the training data.
     """
     at_once = options.micro_batch * world_size

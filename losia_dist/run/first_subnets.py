@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
 from losia_dist.localization.calibration import Located, locate
 from losia_dist.localization.inputs import input_sizes, outliers_of
-from losia_dist.localization.search import Choice, Query, Search, Sums, greedy, keep_without_signal
+from losia_dist.localization.search import Choice, Search, greedy, keep_without_signal
 from losia_dist.run.parts import RunParts
 from losia_dist.subnet.linear import TiedSubnetEmbedding
 from losia_dist.subnet.site import Site
@@ -28,14 +27,36 @@ def locate_all(
 ) -> tuple[list[Choice], int]:
     """Choices for all layers by the greedy search, and the passes that they took. Nothing is moved.
 
-    Called by all ranks, with equally many micro-batches on each.
+    The weights' gradients are formed, and no parameter changes. Called by all ranks, with equally many micro-batches on each.
+
+    importance: the kind of it, of the configuration.
     """
+    model = _unwrapped(model)
+    tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
+    searches = [Located(site, site.shape, _search(site), parts=2 if site in tied else 1) for site in parts.sites]
+    backward = CalibrationBackward(model, compute_loss or _own_loss)
+    _refuse_reentrant(model)
+    device, was_training = parts.sites[0].row_index.device, model.training
+    witnesses = [site.gradient_witness for site in parts.sites]
+    for site in parts.sites:
+        site.gradient_witness = None  # what calibration shows is no sign that the subnet trains
 
-    def search_of(site: Site) -> Search:
-        return greedy(site.shape, site.subnet_shape)
+    def run_pass() -> None:
+        for place, batch in enumerate(batches):
+            # Not compiled: the embedding is watched by a hook, for a few batches only.
+            with same_noise(device, place), torch.compiler.set_stance("force_eager"):
+                backward.run(batch)
 
-    found, passes = run_searches(model, parts, importance, search_of, batches, compute_loss)
-    return [keep_without_signal(one.result, (one.site.row_index, one.site.col_index)) for one in found], passes
+    model.train()  # activations are recomputed in training mode only
+    try:
+        with parts.parameters.without_reduction():
+            passes = locate(searches, run_pass, parts.collectives, kind=importance)
+    finally:
+        model.train(was_training)
+        for site, witness in zip(parts.sites, witnesses, strict=True):
+            site.gradient_witness = witness
+        parts.parameters.reshard()
+    return [_choice(one) for one in searches], passes
 
 
 def find_outliers(
@@ -68,43 +89,13 @@ def find_outliers(
     return found
 
 
-def run_searches(
-    model: nn.Module,
-    parts: RunParts,
-    importance: str,
-    search_of: Callable[[Site], Generator[Query, Sums, Any]],
-    batches: Batches,
-    compute_loss: Loss | None,
-) -> tuple[list[Located], int]:
-    """Run a search of each layer over the calibration batches; the weights' gradients are formed, and no parameter changes.
+def _search(site: Site) -> Search:
+    return greedy(site.shape, site.subnet_shape)
 
-    importance: the kind of it, of the configuration. Called by all ranks.
-    """
-    model = _unwrapped(model)
-    tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
-    searches = [Located(site, site.shape, search_of(site), parts=2 if site in tied else 1) for site in parts.sites]
-    backward = CalibrationBackward(model, compute_loss or _own_loss)
-    _refuse_reentrant(model)
-    device, was_training = parts.sites[0].row_index.device, model.training
-    witnesses = [site.gradient_witness for site in parts.sites]
-    for site in parts.sites:
-        site.gradient_witness = None  # what calibration shows is no sign that the subnet trains
 
-    def run_pass() -> None:
-        for place, batch in enumerate(batches):
-            # Not compiled: the embedding is watched by a hook, for a few batches only.
-            with same_noise(device, place), torch.compiler.set_stance("force_eager"):
-                backward.run(batch)
-
-    model.train()  # activations are recomputed in training mode only
-    try:
-        passes = locate(searches, run_pass, parts.collectives, kind=importance)
-    finally:
-        model.train(was_training)
-        for site, witness in zip(parts.sites, witnesses, strict=True):
-            site.gradient_witness = witness
-        parts.parameters.reshard()
-    return searches, passes
+def _choice(found: Located) -> Choice:
+    assert found.result is not None
+    return keep_without_signal(found.result, (found.site.row_index, found.site.col_index))
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

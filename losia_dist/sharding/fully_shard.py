@@ -7,6 +7,7 @@ HSDP keep the same block. Indexing a DTensor in place raises, so everything here
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class FullyShardParameters:
         # the next forward pass would take as they are, without what the optimizer has changed since.
         for unit in self._units:
             unit.reshard()
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         return tuple(parameter.shape)

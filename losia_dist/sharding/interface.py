@@ -5,6 +5,7 @@ Every method is called on all ranks, with the same arguments, in the same order.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class ParameterAccess(Protocol):
     def reshard(self) -> None:
         """Leave no parameter gathered: all are where the other methods, and the optimizer, look for them. Called first, between
         steps."""
+        ...
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """While it is open a backward pass that gives no parameter a gradient reduces none."""
         ...
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:

@@ -54,17 +54,17 @@ def refuse_listed_experts(model: nn.Module) -> None:
 
 
 def refuse_listed_in_buckets(model: nn.Module) -> None:
-    """Experts that are modules of their own come to an end in another order on each rank, and ZeRO-1 and 2 reduce gradients in
-    the order in which they come: one expert's with another's (findings/zero2_reduces_by_arrival.sh).
+    """Experts that are modules of their own come to an end in another order on each rank, and ZeRO-2 reduces gradients in the order
+    in which they come: one expert's with another's (findings/zero2_reduces_by_arrival.sh).
 
     Raises:
         UnsupportedError: same on every rank; no communication.
     """
     for name, block in listed_blocks(model).items():
         raise UnsupportedError(
-            f"{name} ({type(block).__name__}) holds experts as modules of their own: ZeRO-1 and 2 reduce gradients in the order "
-            "in which they come, which differs between ranks, and would mix experts. Use DDP, FSDP2, or ZeRO-3 with the block as "
-            f"a leaf module (deepspeed.utils.set_z3_leaf_modules(model, [{type(block).__name__}]))."
+            f"{name} ({type(block).__name__}) holds experts as modules of their own: ZeRO-2 reduces gradients in the order in "
+            "which they come, which differs between ranks, and would mix experts. Use DDP, ZeRO-1, FSDP2, or ZeRO-3 with the "
+            f"block as a leaf module (deepspeed.utils.set_z3_leaf_modules(model, [{type(block).__name__}]))."
         )
 
 

@@ -112,7 +112,8 @@ def _deepspeed_state(model: nn.Module, optimizer: Any, kind: str) -> StateAccess
     from losia_dist.sharding.zero_state import Zero3State, ZeroState
 
     if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-        refuse_listed_in_buckets(model)
+        if getattr(optimizer, "partition_gradients", False):
+            refuse_listed_in_buckets(model)
         return ZeroState(optimizer)
     if kind == "DeepSpeedZeroOptimizer_Stage3":
         return Zero3State(optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ class WholeParameters:
 
     def reshard(self) -> None:
         """Nothing to do: parameters keep their places between steps."""
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         return tuple(parameter.shape)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import get_z3_leaf_modules
 from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
@@ -30,6 +33,7 @@ class Zero3Parameters:
     weight_is_resident = False
 
     def __init__(self, model: nn.Module) -> None:
+        self._leaves = get_z3_leaf_modules(model)
         refuse_leaf_modules(model)
         refuse_listed_experts(model)
         for name, parameter in model.named_parameters():
@@ -42,6 +46,20 @@ class Zero3Parameters:
 
     def reshard(self) -> None:
         """Nothing to do: parameters keep their places between steps."""
+
+    @contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        # DeepSpeed reduces a leaf module's gradients whenever a backward pass leaves it, whether or not any were formed.
+        taken = [
+            (module, key, hook) for module in self._leaves for key, hook in module._backward_hooks.items() if _reduces(hook)
+        ]
+        for module, key, _ in taken:
+            del module._backward_hooks[key]
+        try:
+            yield
+        finally:
+            for module, key, hook in taken:
+                module._backward_hooks[key] = hook
 
     def shape(self, parameter: Any) -> tuple[int, ...]:
         return tuple(parameter.ds_shape)  # DeepSpeed puts ds_* attributes on parameters
@@ -102,6 +120,10 @@ class Zero3Parameters:
     @staticmethod
     def _is_gathered(parameter: Any) -> bool:
         return parameter.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def _reduces(hook: Any) -> bool:
+    return getattr(hook, "__qualname__", "").endswith("reduce_leaf_module_grads")
 
 
 @torch.no_grad()

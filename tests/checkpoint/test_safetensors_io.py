@@ -33,7 +33,6 @@ def test_what_the_library_writes_is_read_where_it_lies(tmp_path):
     assert all(torch.equal(stored.tensors[name].read(), tensor) for name, tensor in TENSORS.items())
     middle = torch.empty(5)
     stored.tensors["matrix"].read_into(middle, 3)
-    stored.close()
     assert middle.tolist() == [3, 4, 5, 6, 7]
 
 

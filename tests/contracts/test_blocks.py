@@ -187,7 +187,7 @@ def test_the_options_of_a_command_are_read(command, monkeypatch, tmp_path):
     else:
         launcher, started = launched(words)
         if len(command.words) == 2 and program in ("losia-dist", "accelerate"):  # the name of a command, in running text
-            assert words[1] in ("train", "plan", "export", "apply", "doctor", "allocate", "data", "cache", "report", "launch")
+            assert words[1] in ("train", "plan", "export", "apply", "doctor", "data", "cache", "report", "launch")
             return
         if launcher:
             read_launcher(launcher, started)

@@ -29,7 +29,7 @@ ORDER = [
 # Rooms inside a room: likewise. "*": files that lie in the room itself, and import each other.
 WITHIN = {
     "integrations": [["deepspeed"], ["accelerate"], ["trainer"]],
-    "tools": [["allocation", "doctor", "plan", "report"]],
+    "tools": [["doctor", "plan", "report"]],
     "recipe": [["weights"], ["*"]],
 }
 TOOLS_IMPORT_UP_TO, TOOLS_ARE_IMPORTED_BY = "export", {"cli"}

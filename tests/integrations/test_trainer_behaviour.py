@@ -16,9 +16,7 @@ from losia_dist import (
     get_losia_model,
     losia_parameter_groups,
 )
-from losia_dist.checkpoint.tensor_names import plain_entries
 from losia_dist.errors import ConfigError
-from losia_dist.integrations.trainer import best_model
 from tests.support import training
 from tests.support.cases import only, slow
 from tests.support.compare import assert_same_run
@@ -63,24 +61,6 @@ def test_the_best_model_comes_back_at_the_end_and_computes_what_it_did(ranks, tm
         assert result["weights"].keys() == saved.keys()
         for name, weight in saved.items():
             assert torch.equal(result["weights"][name], weight), name
-
-
-def test_a_checkpoint_with_other_names_is_reported_at_the_first_save_not_at_the_end(tmp_path, monkeypatch):
-    saving = {
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-    }
-
-    def with_subnets(model):  # as if the model had weights that saving renames
-        return plain_entries(model) + [entry for entry in model.named_parameters() if entry[0].endswith(".subnet")]
-
-    monkeypatch.setattr(best_model, "plain_entries", with_subnets)
-    with pytest.raises(ConfigError, match=r"does not hold .*\.subnet .*set load_best_model_at_end=False"):
-        train_with_trainer(str(tmp_path), "one", SHORT, **saving)
-    assert not (tmp_path / "checkpoint-6").exists()
 
 
 def save_model(trainer):

@@ -119,7 +119,7 @@ def test_a_bad_record_in_the_part_of_one_rank_is_the_same_error_on_all(ranks, ma
         lines[line - 1] = '{"instruction": "a", "output": 3}'
     file.write_text("\n".join(lines))
     found = ranks.errors(2, train, arguments(material, tmp_path / "run", **options, train_file=file))
-    assert found[0] == found[1] == ("DataError", f"{file}, line 30: 'output' must be a string, got int 3.")
+    assert found[0] == found[1] == ("DataError", f"rank 1 of 2: {file}, line 30: 'output' must be a string, got int 3.")
     assert names(directory) == []
 
 
@@ -149,7 +149,7 @@ def test_positions_that_the_configuration_scales_are_allowed(material):
     "options, words",
     [
         ({"columns": "question"}, "--columns question: give the file's names and the form's"),
-        ({"template_date": "today"}, "--template_date today: give a day as YYYY-MM-DD"),
+        ({"template_date": "today"}, "--template_date: today: give a day as YYYY-MM-DD"),
         ({"template_date": "2026-03-01"}, "--template_date 2026-03-01 has no effect"),
         ({"chat_template": "absent.jinja"}, "--chat_template absent.jinja cannot be read"),
         ({"data_workers": 0}, "--data_workers 0"),

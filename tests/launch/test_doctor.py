@@ -150,7 +150,8 @@ def test_two_ranks_on_one_gpu_are_an_error(here):
     assert "ranks 0-1 use one GPU" in text
 
 
-def test_locks_behind_which_nobody_builds_are_stale(tmp_path):
+def test_locks_behind_which_nobody_builds_are_stale(tmp_path, monkeypatch):
+    monkeypatch.setattr("losia_dist.ranks.build_locks._sees_everybody", lambda lock: True)  # the tests may run in a container
     for name in ("left", "py311_cpu/left", "held"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "lock").touch()
@@ -200,7 +201,7 @@ def test_a_directory_without_write_access_is_an_error(monkeypatch, tmp_path):
 
 def test_a_directory_that_is_not_shared_names_the_ranks_that_do_not_see_it(tmp_path):
     mark = storage.leave_mark(str(tmp_path / "not" / "yet"), "token")
-    assert storage.sees_mark(str(mark)) and not storage.sees_mark(str(tmp_path / "else" / mark.name))
+    assert storage.sees_mark(mark) and not storage.sees_mark(tmp_path / "else" / mark.name)
     (finding,) = storage.check_shared("/shared", [True, False, False])
     assert finding.level == ERROR and "ranks 1-2 do not see what rank 0 writes there" in finding.text
 

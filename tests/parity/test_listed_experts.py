@@ -95,7 +95,7 @@ def train(engine: str, config: LoSiAConfig = CONFIG):
     return {site.name: losia.parameters.read_whole(site.weight).clone() for site in find_sites(unwrap(losia.model))}
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3-leaf", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero3-leaf", "fsdp2"])
 def test_ranks_with_tokens_for_different_experts_train_as_one_process(ranks, engine):
     expected = train("one")
     assert len(expected) == 7  # first, and three experts in two layers; no router
@@ -114,7 +114,7 @@ def refusal(engine: str, config: LoSiAConfig) -> str:
     "engine, config, fix",
     [
         ("ddp", LoSiAConfig(rank_factor=0.25), "Draw subnets"),
-        ("zero2", CONFIG, "reduce gradients in the order in which they come"),
+        ("zero2", CONFIG, "reduces gradients in the order in which they come"),
         ("zero3", CONFIG, "set_z3_leaf_modules(model, [Block])"),
     ],
 )

@@ -9,14 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 from torch.utils import cpp_extension
 
 from losia_dist.ranks import build_locks
-from losia_dist.ranks.build_locks import GuardedBaton, Judgement, stale_locks
+from losia_dist.ranks.build_locks import GuardedBaton, stale_locks
 
 here = multiprocessing.get_context("fork")
 
@@ -51,6 +49,12 @@ def holding(folder):
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def sees_everybody(monkeypatch):
+    """As on a machine's own disk, outside containers; the tests may run in one."""
+    monkeypatch.setattr(build_locks, "_sees_everybody", lambda lock: True)
 
 
 def plain(code, **where):
@@ -107,7 +111,7 @@ def test_a_writer_that_lives_is_waited_for_and_named_once_within_seconds(capfd, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who has a file open is seen in /proc")
-def test_a_lock_without_a_note_counts_for_as_long_as_it_is_open(capfd, folder):
+def test_a_lock_without_a_note_counts_for_as_long_as_it_is_open(capfd, folder, sees_everybody):
     process = plain("import os; os.open('lock', os.O_CREAT | os.O_EXCL)", cwd=folder.parent)
     shutil.move(folder.parent / "lock", folder / "lock")
     try:
@@ -140,37 +144,28 @@ def age(folder, minutes):
         os.utime(path, (time.time() - 60 * minutes,) * 2)
 
 
-@pytest.mark.parametrize("note, limit", [(True, 3), (False, 30)])
-def test_a_lock_of_another_host_goes_when_nothing_has_changed_for_long(folder, monkeypatch, note, limit):
-    monkeypatch.setattr(build_locks, "_file_system", lambda folder: "nfs4")
-    text = json.dumps({"process": 1, "host": "elsewhere", "boot": "other", "since": 0.0, "held": True})
-    (folder / "lock").write_text(text if note else "")
+@pytest.mark.parametrize("has_note", [True, False])
+def test_a_lock_of_another_host_goes_when_nothing_has_changed_for_long(capfd, folder, monkeypatch, has_note):
+    monkeypatch.setattr(build_locks, "_sees_everybody", lambda lock: False)
+    (folder / "lock").write_text(json.dumps({"process": 1, "host": "elsewhere", "since": 0.0}) if has_note else "")
     (folder / "one.o").touch()
-    with (folder / "lock").open("r+") as file:
-        judgement = build_locks.judge(folder / "lock", file.fileno())
-    assert not judgement.is_stale and f"rm {folder}/lock" in judgement.text
-    age(folder, limit - 1)
+    is_stale_now, text = build_locks.judge(folder / "lock")
+    assert not is_stale_now and f"rm {folder}/lock" in text
+    age(folder, 29)
     assert not is_stale(folder)
-    age(folder, limit + 1)
+    age(folder, 31)
     assert is_stale(folder)
     (folder / "one.o").touch()  # somebody compiles
     assert not is_stale(folder)
-
-
-def test_what_only_this_machine_can_have_written_goes_after_its_restart(folder, monkeypatch):
-    monkeypatch.setattr(build_locks, "_file_system", lambda folder: "ext4")
-    note = {"process": os.getppid(), "host": "here", "boot": "before", "since": 0.0, "held": True}
-    (folder / "lock").write_text(json.dumps(note))
-    assert is_stale(folder)
+    age(folder, 31)
+    assert take(folder) < 5
+    assert "nothing has changed there for 31 minutes: left by a start that was killed" in capfd.readouterr().err
 
 
 def test_a_container_that_cannot_see_its_neighbours_leaves_their_locks(folder, monkeypatch):
-    monkeypatch.setattr(build_locks, "_FIRST_PID_NAMESPACE", "pid:[0]")
-    monkeypatch.setattr(build_locks, "_file_system", lambda folder: "ext4")
     (folder / "lock").touch()
+    monkeypatch.setattr(build_locks, "_FIRST_PID_NAMESPACE", "pid:[0]")
     assert not is_stale(folder)
-    monkeypatch.setattr(build_locks, "_file_system", lambda folder: "overlay")  # nobody else's
-    assert is_stale(folder)
 
 
 def take_turns(folder, ready, record):
@@ -185,7 +180,7 @@ def take_turns(folder, ready, record):
         baton.release()
 
 
-def test_of_several_that_find_a_stale_lock_one_builds_at_a_time(folder):
+def test_of_several_that_find_a_stale_lock_one_builds_at_a_time(folder, sees_everybody):
     (folder / "lock").touch()
     record, ready = folder.parent / "record", here.Event()
     processes = [here.Process(target=take_turns, args=(folder, ready, record)) for _ in range(4)]
@@ -196,39 +191,6 @@ def test_of_several_that_find_a_stale_lock_one_builds_at_a_time(folder):
         process.join(60)
         assert process.exitcode == 0
     assert record.read_text().split() == ["in", "out"] * 12
-
-
-def test_a_lock_that_was_made_while_a_stale_one_was_judged_stays(folder, monkeypatch):
-    def judge(lock, descriptor):
-        lock.unlink()
-        lock.write_text("other")
-        return Judgement(True, "")
-
-    monkeypatch.setattr(build_locks, "judge", judge)
-    (folder / "lock").touch()
-    build_locks._Waiting(folder / "lock").look()
-    assert (folder / "lock").read_text() == "other"
-
-
-def test_a_lock_that_somebody_else_has_made_since_is_not_released(folder):
-    baton = GuardedBaton(str(folder / "lock"))
-    baton.try_acquire()
-    (folder / "lock").unlink()
-    (folder / "lock").write_text("other")
-    baton.release()
-    assert (folder / "lock").read_text() == "other"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files there")
-@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.9])
-def test_a_library_that_was_cut_short_is_built_again(capfd, folder, kept):
-    whole = Path(torch._C.__file__).read_bytes()
-    (folder / "whole.so").write_bytes(whole)
-    (folder / "cut.so").write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    (folder / "notes.txt").write_text("")
-    take(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "whole.so"]
-    assert f"removed {folder}/cut.so, which was cut short" in capfd.readouterr().err
 
 
 def wait_behind_a_lock(folder, mark):

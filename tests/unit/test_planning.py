@@ -180,18 +180,6 @@ def test_settings_come_from_a_file_and_options_override_them(capsys, tmp_path):
     assert "for 2 full cycles use layers_per_slot: 8" in text and "Half the period and half as many layers a slot" in text
 
 
-def test_a_figure_is_drawn_or_its_extra_is_named(capsys, tmp_path):
-    words = (*BASE, "--figure", str(tmp_path / "memory.png"), "--json")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        assert main(list(words)) == 2
-        assert "losia_dist[report]" in capsys.readouterr().err
-    else:
-        run(capsys, *words)
-        assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -1,4 +1,4 @@
-"""The files that `losia-dist plan --output` writes are ones that the script, Accelerate, DeepSpeed and bash take."""
+"""The files that `losia-dist plan --output` writes are ones that the script, DeepSpeed and bash take."""
 
 import json
 import re
@@ -7,17 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
 from losia_dist import LoSiAConfig
 from losia_dist.cli.main import main
-from losia_dist.integrations.accelerate.launch_settings import read_launch_settings
 from losia_dist.recipe.fsdp import Sharding
 from losia_dist.recipe.options import check
 from losia_dist.tools.plan.launch_files import deepspeed_settings
 from losia_dist.tools.plan.shapes import find_shape
 from losia_dist.tools.plan.workload import Cluster, Workload
-from tests.contracts.test_configs import launch_environment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -43,29 +40,24 @@ def script_options(directory: Path) -> tuple[str, object]:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
 @pytest.mark.parametrize("nodes", ["1", "2"])
-def test_accelerates_file_and_the_command(tmp_path, monkeypatch, engine, nodes):
-    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+def test_the_command_of_plain_pytorch(tmp_path, engine, nodes):
     shards = ["--shard-ranks", "2"] if engine == "hsdp" else []
     write(tmp_path, "--engine", engine, "--nodes", nodes, "--sequence-length", "1024", "--checkpointing", "off", *shards)
     start, options = script_options(tmp_path)
-    assert start.startswith(f"accelerate launch --config_file {tmp_path}/accelerate.yaml")
-    assert ("--machine_rank value-of-NODE_RANK" in start) == (nodes == "2")
+    assert start.startswith("torchrun --nproc_per_node 4")
+    assert ("--nnodes 2 --node_rank value-of-NODE_RANK --master_addr value-of-MASTER_ADDR" in start) == (nodes == "2")
     config = check(options)
     assert config == LoSiAConfig.from_file(tmp_path / "losia.yaml") == LoSiAConfig(rank_factor=(0.25, 0.0625))
     assert (options.max_length, options.gradient_checkpointing, options.precision) == (1024, "off", "bf16")
-    processes = 4 * int(nodes)
-    assert yaml.safe_load((tmp_path / "accelerate.yaml").read_text())["num_processes"] == processes
-    settings = read_launch_settings(processes, launch_environment(tmp_path / "accelerate.yaml", monkeypatch))
-    assert settings.sharding == {"ddp": None, "fsdp2": "fsdp2", "hsdp": "hsdp:2"}[engine]
-    assert settings.precision == "bf16" and settings.deepspeed is None
-    if settings.sharding:
-        Sharding.parse(settings.sharding).check(processes)
+    assert options.sharding == {"ddp": None, "fsdp2": "fsdp2", "hsdp": "hsdp:2"}[engine]
+    assert options.deepspeed is None and not options.offload
+    if options.sharding:
+        Sharding.parse(options.sharding).check(4 * int(nodes))
 
 
-def test_offload_of_fsdp2_reaches_the_script(tmp_path, monkeypatch):
-    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda *_: False)
+def test_offload_of_fsdp2_reaches_the_script(tmp_path):
     write(tmp_path, "--engine", "fsdp2", "--offload", "all")
-    assert read_launch_settings(4, launch_environment(tmp_path / "accelerate.yaml", monkeypatch)).offload
+    assert script_options(tmp_path)[1].offload
 
 
 @pytest.mark.parametrize("engine, offload", [("zero1", "none"), ("zero2", "none"), ("zero3", "none"), ("zero3", "optimizer")])
@@ -93,4 +85,6 @@ def test_full_fine_tuning_gets_no_losia_options_and_paths_with_spaces_survive(tm
     write(tmp_path / "a b", "--method", "full", "--engine", "fsdp2")
     start, options = script_options(tmp_path / "a b")
     assert not options.losia and not (tmp_path / "a b" / "losia.yaml").exists()
-    assert f"'{tmp_path}/a b'/accelerate.yaml" in start
+    assert options.sharding == "fsdp2" and start.startswith("torchrun")
+    write(tmp_path / "c d", "--engine", "zero2")
+    assert script_options(tmp_path / "c d")[1].deepspeed == f"{tmp_path}/c d/deepspeed.json"

@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist.cli.main import REFUSED, main
 from losia_dist.config.removed import refuse_removed_variables
 from losia_dist.errors import ConfigError
 from tests.support.models import tiny_llama
@@ -65,3 +66,10 @@ def test_a_file_with_a_removed_value_says_why_and_what_to_set(tmp_path, name):
 def test_a_removed_value_in_a_program_is_refused_too():
     with pytest.raises(ConfigError, match="selection='alternating' was removed"):
         LoSiAConfig(selection="alternating")
+
+
+def test_the_command_that_allocated_budgets_says_where_its_numbers_stand(capsys):
+    assert main(["allocate", "--model", "MODEL", "--train_file", "x.jsonl", "--output", "losia.yaml"]) == REFUSED
+    message = capsys.readouterr().err
+    assert message.startswith("error: losia-dist allocate was removed: ") and message.count("\n") == 1
+    assert "benchmarks/quality/NOTES.md" in message

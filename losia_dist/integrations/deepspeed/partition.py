@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import Init
 from torch import nn
-
-Key = TypeVar("Key")
 
 
 class _WithoutValues(Init):
@@ -21,25 +19,17 @@ class _WithoutValues(Init):
         param.partition()
 
 
-def partition_without_values(settings: dict[str, Any], made: Iterable[Key], tensor_at: Callable[[Key], Any]) -> list[Key]:
+def partition_without_values(settings: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
     """Partition parameters one by one, as soon as each has its memory. Called by all ranks; no values are sent.
 
     Args:
         settings: the DeepSpeed configuration, stage 3.
-        made: gives a place when the tensor there has its memory.
-        tensor_at: that tensor; buffers are left whole.
-
-    Returns:
-        all places.
+        parameters: gives each when it has its memory.
     """
     deepspeed.init_distributed()  # its configuration counts the ranks by it
-    zero, places = None, []
-    for place in made:
-        tensor = tensor_at(place)
-        if isinstance(tensor, nn.Parameter):
-            if zero is None:
-                zero = _WithoutValues(module=nn.ParameterList([tensor]), config_dict_or_path=copy.deepcopy(settings))
-            else:
-                zero._convert_to_zero_parameters([tensor])
-        places.append(place)
-    return places
+    zero = None
+    for parameter in parameters:
+        if zero is None:
+            zero = _WithoutValues(module=nn.ParameterList([parameter]), config_dict_or_path=copy.deepcopy(settings))
+        else:
+            zero._convert_to_zero_parameters([parameter])

@@ -10,22 +10,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
-from losia_dist.errors import ConfigError
 from losia_dist.export.weight_files import weight_map
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.access import read_subnet
-
-
-def check_restorable(model: nn.Module, directory: str | Path, agreement: Agreement) -> None:
-    """Whether `load_plain_weights` will find every weight; called on all ranks, reads names only.
-
-    Raises:
-        ConfigError: the directory stores weights under other names than the model's (some architectures are rewritten on
-            saving). Same on every rank.
-        CheckpointError: a file cannot be read. Same on every rank.
-    """
-    agreement.on_first(f"reading {directory}", lambda: _files_of(entries_of(model), Path(directory)))
 
 
 @torch.no_grad()
@@ -40,11 +28,11 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
         agreement: of all ranks.
 
     Raises:
-        ConfigError, CheckpointError: as `check_restorable`, on every rank before any weight is changed.
+        CheckpointError: a file cannot be read, or a weight is in none of them; on every rank before any weight is changed.
     """
     losia.parameters.reshard()
-    entries = entries_of(losia.model)
-    files = agreement.on_first(f"reading {directory}", lambda: _files_of(entries, Path(directory)))
+    entries = _entries(losia.model)
+    files = agreement.on_first(f"reading {directory}", lambda: _places(entries, Path(directory)))
     for tensor, (file, key) in zip(entries, files, strict=True):
         shape = losia.parameters.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
         values = torch.empty(shape, dtype=tensor.dtype, device=device)
@@ -68,7 +56,7 @@ def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
         losia.state.write_master(tensor, values.to(torch.float32))
 
 
-def entries_of(model: nn.Module) -> dict[Tensor, list[str]]:
+def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
     """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank.
 
     The model's own tensors, as this rank holds them (whole, a DTensor, or empty under ZeRO-3). No communication.
@@ -79,27 +67,8 @@ def entries_of(model: nn.Module) -> dict[Tensor, list[str]]:
     return entries
 
 
-def _files_of(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:
+def _places(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:
     """For each entry, the file that holds it and the name it has there (a tied tensor is stored under one of its names)."""
     stored = weight_map(directory)
-    found = place_entries(entries, stored, directory)
+    found = [next((name for name in names if name in stored), names[0]) for names in entries.values()]
     return [(str(directory / stored[name]), name) for name in found]
-
-
-def place_entries(entries: dict[Tensor, list[str]], stored: dict[str, str], where: str | Path) -> list[str]:
-    """For each entry the name that it is stored under, of those in `stored`. Reads names, and no tensor.
-
-    Args:
-        entries: from `entries_of`. stored: keys are the names. where: names the place in the error.
-
-    Raises:
-        ConfigError: one of them is stored under none of its names.
-    """
-    found = [next((name for name in names if name in stored), None) for names in entries.values()]
-    missing = [names[0] for names, name in zip(entries.values(), found, strict=True) if name is None]
-    if missing:
-        raise ConfigError(
-            f"{where} does not hold {missing[0]} ({len(missing)} weights in all) under this name, so the best weights "
-            "could not be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."
-        )
-    return [name for name in found if name is not None]

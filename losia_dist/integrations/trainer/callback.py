@@ -24,23 +24,6 @@ from losia_dist.run.log_files import FACTS
 from losia_dist.run.run_facts import GB, peak_memory, write_facts
 from losia_dist.run.subnet_log import SubnetLog
 
-# Of the training arguments, for the report.
-_ARGUMENTS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "max_steps",
-    "num_train_epochs",
-    "weight_decay",
-    "max_grad_norm",
-    "bf16",
-    "gradient_checkpointing",
-    "optim",
-    "seed",
-)
-
 
 class LoSiACallback(TrainerCallback):
     """Makes the conductor when training begins and calls it once per optimizer step. `LoSiATrainerMixin` adds it.
@@ -165,7 +148,7 @@ class LoSiACallback(TrainerCallback):
             "steps": state.max_steps,
             "trainable_parameters": count_trainable(losia.model),
             "groups_per_slot": losia.clock.per_slot,
-            "options": {name: getattr(args, name) for name in _ARGUMENTS if hasattr(args, name)},
+            "options": args.to_sanitized_dict(),
         }
         try:
             write_facts(Path(args.output_dir), self.losia_config, losia.clock.names, self._device, **facts)

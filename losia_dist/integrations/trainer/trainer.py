@@ -17,7 +17,7 @@ from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.export.live import save_whole_model
 from losia_dist.integrations.deepspeed.engine_checkpoint import EngineCounters
-from losia_dist.integrations.trainer.best_model import check_restorable, load_plain_weights
+from losia_dist.integrations.trainer.best_model import load_plain_weights
 from losia_dist.integrations.trainer.callback import LoSiACallback
 from losia_dist.integrations.trainer.jit_checkpoint import take_over
 from losia_dist.integrations.trainer.refusals import refuse_arguments, refuse_engine
@@ -167,10 +167,6 @@ class LoSiATrainerMixin:
             self.losia.consolidate()
             model = self.losia.model
         save_whole_model(model, directory, tokenizer=self._processor(), agreement=self._checkpoints.agreement)
-        if _internal_call and self.args.load_best_model_at_end:
-            check_restorable(
-                model, directory, self._checkpoints.agreement
-            )  # an error at the first checkpoint, not at the end of the run
         if self.args.should_save:
             torch.save(self.args, os.path.join(directory, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from losia_dist.checkpoint.description import is_renamed_on_disk
-from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
+from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.export.inference import write_tokenizer
 from losia_dist.export.live import write_texts_of
-from losia_dist.integrations.trainer.best_model import entries_of, place_entries
 from losia_dist.ranks.agreement import Agreement
 
 
@@ -50,19 +49,9 @@ def try_to_save(model: Any, args: Any, processor: Any, agreement: Agreement, *, 
                 "(a setting of model.generation_config, the tokenizer, output_dir ...) and start again."
             ) from error
         if args.load_best_model_at_end and is_renamed_on_disk(plain):
-            stored = _names_on_disk(plain)
-            if stored is not None:
-                place_entries(entries_of(plain), dict.fromkeys(stored, ""), "a checkpoint of this model")
+            raise ConfigError(
+                f"{type(plain).__name__} is stored under other names than it has in memory, so that its best weights could not "
+                "be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."
+            )
 
     agreement.on_first(None, attempt)
-
-
-def _names_on_disk(model: Any) -> list[str] | None:
-    """What Transformers will call the weights; None: it cannot be told without their values."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in plain_entries(model)}
-        return list(revert_weight_conversion(model, {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}))
-    except Exception:  # a release that keeps its rules elsewhere, or a rule that reads: the first save will tell
-        return None

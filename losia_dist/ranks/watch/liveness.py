@@ -42,7 +42,6 @@ _SWITCH, _PATIENCE, _STALL = "LOSIA_LIVENESS", "LOSIA_LIVENESS_PATIENCE", "LOSIA
 _DEFAULT_PATIENCE = 30.0  # seconds; longer than C code is known to keep Python's lock, half of the minute promised
 _REACH = 10.0  # seconds to connect within
 
-_watches: dict[tuple[int, ...], Watch] = {}  # the watch in use over these ranks
 _running: set[Watch] = set()  # every watch whose thread lives; a hub outlives its use while others are connected
 _previous_hook: Any = None
 
@@ -79,7 +78,7 @@ def _seconds(environment: Mapping[str, str], name: str) -> float | None:
 
 
 def join_watch(group: dist.ProcessGroup | None) -> Watch | None:
-    """This process's watch over the ranks of a group; conductors over the same ranks share one. Called by all of them.
+    """This process's watch over the ranks of a group, until it is released. Called by all of them.
 
     Returns:
         None where there is nothing to watch: one rank, the fake backend, or the watch turned off; and, with a warning from
@@ -91,45 +90,34 @@ def join_watch(group: dist.ProcessGroup | None) -> Watch | None:
     limits = read_limits()
     if group is None or limits is None or dist.get_backend(group) == "fake":
         return None
-    ranks, rank = tuple(dist.get_process_group_ranks(group)), dist.get_rank()
-    watch = _watches.get(ranks)
-    if watch is not None and not watch.running:
-        watch = None
-    if watch is None and rank == ranks[0]:
-        hub = Hub()
-        watch = _begin(Watch(hub, hub.invitation, ranks, limits, _forget))
-    offer = [watch.invitation if watch is not None and rank == ranks[0] else None]
+    ranks, rank, host = tuple(dist.get_process_group_ranks(group)), dist.get_rank(), socket.gethostname()
+    lines: Hub | Spoke | None = Hub() if rank == ranks[0] else None
+    offer = [lines.invitation if isinstance(lines, Hub) else None]
     dist.broadcast_object_list(offer, group=group, group_src=0)
     invitation, problem = offer[0], ""
     assert invitation is not None
-    if watch is None or watch.invitation != invitation:
-        hello = {"rank": rank, "host": socket.gethostname(), "process": os.getpid()}
-        try:
-            spoke = Spoke(invitation, hello, ranks[0], _REACH)
-            watch = _begin(Watch(spoke, invitation, ranks, limits, _forget))
-        except OSError as error:
-            watch, problem = None, f"rank {rank} (host {socket.gethostname()}) cannot reach {error}"
+    try:
+        lines = lines or Spoke(invitation, {"rank": rank, "host": host, "process": os.getpid()}, ranks[0], _REACH)
+    except OSError as error:
+        problem = f"rank {rank} (host {host}) cannot reach {error}"
     problems: list[str] = [""] * len(ranks)
     dist.all_gather_object(problems, problem, group=group)
-    if any(problems):
-        if watch is not None:
-            watch.stop()
-        if rank == ranks[0]:
-            tell(
-                "the ranks do not watch each other, so a rank that is lost keeps the others waiting: "
-                f"{next(filter(None, problems))}. Open the hosts' ports to each other, or set {_SWITCH}=0."
-            )
-        return None
-    assert watch is not None
-    watch.conductors += 1
-    return watch
+    if lines is not None and not any(problems):
+        return _begin(Watch(lines, invitation, ranks, limits, _forget))
+    if lines is not None:
+        lines.close()
+    if rank == ranks[0]:
+        tell(
+            "the ranks do not watch each other, so a rank that is lost keeps the others waiting: "
+            f"{next(filter(None, problems))}. Open the hosts' ports to each other, or set {_SWITCH}=0."
+        )
+    return None
 
 
 def _begin(watch: Watch) -> Watch:
     global _previous_hook
     if not _running:
         _previous_hook, sys.excepthook = sys.excepthook, _report
-    _watches[watch.ranks] = watch
     _running.add(watch)
     watch.start()
     return watch
@@ -137,8 +125,6 @@ def _begin(watch: Watch) -> Watch:
 
 def _forget(watch: Watch) -> None:
     _running.discard(watch)
-    if _watches.get(watch.ranks) is watch:
-        del _watches[watch.ranks]
     if not _running and sys.excepthook is _report:
         sys.excepthook = _previous_hook
 

@@ -78,7 +78,6 @@ class Watch:
     ) -> None:
         self.invitation, self.ranks, self.limits, patience = invitation, ranks, limits, limits.patience
         self.rank = dist.get_rank()
-        self.conductors = 0
         self.verdict = ""  # what ended the run, once it is known
         self._lines, self._when_ended = lines, ended
         self._interval = min(_LONGEST_INTERVAL, patience / 10)
@@ -123,11 +122,9 @@ class Watch:
         self._progress, self._moved = (self._progress[0] + 1, 0), time.monotonic()
 
     def release(self) -> None:
-        """One conductor less; after the last, this rank counts as having left. Returns at once."""
-        self.conductors -= 1
-        if self.conductors <= 0:
-            self._leaving = True
-            self._lines.wake()
+        """From here on this rank counts as having left. Returns at once."""
+        self._leaving = True
+        self._lines.wake()
 
     def report(self, kind: type[BaseException], error: BaseException | None) -> None:
         """Publish the exception that ends this process, unless it is a consequence of another rank's end."""
@@ -158,12 +155,6 @@ class Watch:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(_EXIT)
 
-    def stop(self) -> None:
-        """End the thread, with the process going on. For a watch that could not be set up on every rank."""
-        self._leaving = self._closing = True
-        self._lines.wake()
-        self._thread.join(2.0)
-
     # From here on, in the watch's own thread.
 
     def _run(self) -> None:
@@ -177,7 +168,6 @@ class Watch:
 
     def _loop(self) -> None:
         last = next_beat = time.monotonic()
-        closing_since: float | None = None
         while True:
             events = self._lines.wait(_GATHER if self._closing or self._lost else self._interval)
             now = time.monotonic()
@@ -204,15 +194,8 @@ class Watch:
                 return
             if (self._leaving or self._closing) and not self._left:
                 self._leave(now)
-            if self._left and (isinstance(self._lines, Spoke) or not self._lines.connected):
-                self._lines.drain(1.0)
-                return
-            if self._closing and isinstance(self._lines, Hub):
-                if closing_since is None:
-                    closing_since = now
-                    self._lines.send({"kind": "closing", "progress": self._progress})
-                elif now - closing_since > 1.0:
-                    return  # a stopped reader
+            if self._left and (self._closing or isinstance(self._lines, Spoke) or not self._lines.connected):
+                return  # a hub stays for those that are still connected, as long as its process does
 
     def _forgive(self, pause: float) -> None:
         """This process was stopped itself, and heard nothing meanwhile."""
@@ -237,10 +220,6 @@ class Watch:
         elif message["kind"] == "leaver":
             leaver = Peer(**message["peer"])
             self._note_leaver(replace(leaver, progress=_progress(leaver.progress), seen=now))
-        elif message["kind"] == "closing":
-            assert isinstance(self._lines, Spoke)
-            self._note_leaver(peer)
-            self._lines.hang_up()  # from here on only this process's own clock is left
         elif message["kind"] == "failed":
             self._end_all(message["text"])
         elif message["kind"] == "end":
@@ -256,9 +235,8 @@ class Watch:
 
     def _leave(self, now: float) -> None:
         self._left = True
-        if isinstance(self._lines, Spoke):
-            self._lines.send({"kind": "left", "progress": self._progress})
-        else:
+        self._lines.send({"kind": "left", "progress": self._progress})
+        if isinstance(self._lines, Hub):
             self._note_leaver(Peer(self.rank, self.invitation.host, self._process, now, self._progress))
 
     def _judge(self, now: float) -> None:
@@ -318,7 +296,6 @@ class Watch:
         self._announced = True
         kind = "end" if isinstance(self._lines, Hub) else "failed"
         self._lines.send({"kind": kind, "text": text})
-        self._lines.drain(1.0)
         self._decide(text)
 
     def _decide(self, text: str) -> None:

@@ -10,15 +10,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from losia_dist.checkpoint.safetensors_io import DTYPES, read_header
 from losia_dist.errors import ConfigError, some
 
-_PIECE = 16 << 20  # bytes read at a time where they are cast or go to another device
+_PIECE = 16 << 20  # bytes read at a time
 _SAMPLES, _SAMPLE = 32, 4096  # pieces and bytes of a file that tell it from another of the same shape
 _AGAIN = "Download or copy it again."
 
@@ -46,19 +46,14 @@ class StoredTensor:
         """Elements [start, start + target.numel()) into a flat contiguous tensor, cast to its dtype, on its device.
 
         Raises:
-            ConfigError: the file cannot be read, or ends early.
+            ConfigError: the file cannot be read.
         """
         assert self.dtype is not None
-        if target.device.type == "cpu" and target.dtype == self.dtype:
-            self.file.read(self.begin + start * target.element_size(), target)
-            return
         size = self.dtype.itemsize
-        step = _PIECE // size
-        piece = torch.empty(min(step, target.numel()), dtype=self.dtype)
-        for place in range(0, target.numel(), step):
-            part = target[place : place + step]
-            self.file.read(self.begin + (start + place) * size, piece[: part.numel()])
-            part.copy_(piece[: part.numel()])
+        for place in range(0, target.numel(), _PIECE // size):
+            part = target[place : place + _PIECE // size]
+            piece = self.file.read(self.begin + (start + place) * size, part.numel() * size)
+            part.copy_(piece.view(self.dtype))
 
 
 class StoredFile:
@@ -76,52 +71,34 @@ class StoredFile:
             raise self._unreadable(error) from error
         except ValueError as error:
             raise ConfigError(f"{self.path} {error}. {_AGAIN}") from error
-        self._opened: Any = None
         # 8-bit floats need a scale that is not in the tensor: none that is read here.
         dtypes = {name: dtype for name, dtype in DTYPES.items() if not name.startswith("F8")}
         self.tensors = {
             name: StoredTensor(self, dtypes.get(dtype), shape, begin) for name, (dtype, shape, begin) in places.items()
         }
 
-    def read(self, begin: int, target: Tensor) -> None:
-        """Bytes from `begin` on, into a contiguous CPU tensor, until it is full. Raises: ConfigError."""
-        view = _bytes_of(target)
+    def read(self, begin: int, count: int) -> Tensor:
+        """Bytes from `begin` on, uint8 [count]. Raises: ConfigError."""
         try:
-            if self._opened is None:
-                self._opened = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
-            self._opened.seek(begin)
-            while len(view):
-                count = self._opened.readinto(view)
-                if not count:
-                    raise ConfigError(f"{self.path} ended while it was read: it was changed or cut. {_AGAIN}")
-                view = view[count:]
+            found = np.fromfile(self.path, np.uint8, count, offset=begin)
         except OSError as error:
             raise self._unreadable(error) from error
+        if len(found) < count:
+            raise ConfigError(f"{self.path} ended while it was read: it was changed or cut. {_AGAIN}")
+        return torch.from_numpy(found)
 
     def fingerprint(self) -> list[int]:
         """Size, and checksums of the header and of a sample of the data: equal for equal files, on any machine."""
-        sample, found = torch.empty(_SAMPLE, dtype=torch.uint8), 0
+        found = 0
         for place in range(_SAMPLES if self.size > _SAMPLE else 0):
-            self.read((self.size - _SAMPLE) * place // (_SAMPLES - 1), sample)
-            found = zlib.crc32(_bytes_of(sample), found)
+            sample = self.read((self.size - _SAMPLE) * place // (_SAMPLES - 1), _SAMPLE)
+            found = zlib.crc32(sample.numpy().tobytes(), found)
         return [self.size, self._header_print, found]
-
-    def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
 
     def _unreadable(self, error: OSError) -> ConfigError:
         return ConfigError(
             f"{self.path} cannot be read: {error.strerror}. The model's files must be there on every machine that trains."
         )
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    flat: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat) if tensor.numel() else memoryview(b"")
 
 
 def open_files(files: list[Path], index: Path | None, find: Callable[[str], Path]) -> dict[str, StoredTensor]:

@@ -12,7 +12,7 @@ from losia_dist.errors import ConfigError, some
 from losia_dist.recipe.weights.empty import Where
 from losia_dist.recipe.weights.model_files import ReadWhole
 from losia_dist.recipe.weights.renaming import Conversion, match_names
-from losia_dist.recipe.weights.stored import StoredFile, StoredTensor
+from losia_dist.recipe.weights.stored import StoredTensor
 
 
 class StreamedWeights:
@@ -49,7 +49,7 @@ class StreamedWeights:
         return self._source_of.get(id(tensor))
 
     def fill(self, places: Iterable[Where], own_range: Callable[[Tensor], tuple[Tensor, int]]) -> None:
-        """Read this rank's part of everything that `give_memory` made for the model; then let go of the files.
+        """Read this rank's part of everything that `give_memory` made for the model.
 
         Args:
             places: as `give_memory` gave them.
@@ -62,7 +62,7 @@ class StreamedWeights:
             source = self._source_of.get(old)
             if source is not None:
                 self.read(source, *own_range(kept[name]))
-        self.close()
+        self._latest = (None, {})
 
     def read(self, name: str, target: Tensor, start: int) -> None:
         """Elements [start, start + target.numel()) of a whole parameter, flat and row-major, into a flat tensor.
@@ -86,16 +86,8 @@ class StreamedWeights:
 
     def fingerprint(self) -> dict[str, list[int]]:
         """Numbers of each file that must be equal on every machine, since each rank takes its part from its own copy."""
-        return {file.path.name: file.fingerprint() for file in self._files()}
-
-    def close(self) -> None:
-        """Let go of the files and of what was made from them."""
-        self._latest = (None, {})
-        for file in self._files():
-            file.close()
-
-    def _files(self) -> Iterable[StoredFile]:
-        return {id(tensor.file): tensor.file for tensor in self._stored.values()}.values()
+        files = {id(tensor.file): tensor.file for tensor in self._stored.values()}
+        return {file.path.name: file.fingerprint() for file in files.values()}
 
     def _sources(self, model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[int, str]:
         """For every parameter the name it is stored under: its own, or another one of a shared parameter."""

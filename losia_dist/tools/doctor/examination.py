@@ -6,24 +6,24 @@ import hashlib
 import json
 import secrets
 import sys
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
+from losia_dist.ranks.agreement import Agreement
 from losia_dist.tools.doctor import across_ranks, links, storage
 from losia_dist.tools.doctor.findings import ERROR, Finding, Placed, error, merge, ok, render, to_json
 from losia_dist.tools.doctor.machine import examine
 from losia_dist.tools.doctor.machine_facts import Facts, collect
 from losia_dist.tools.doctor.rendezvous import LaunchedProcess, RendezvousFailed, connect, launched_process, rendezvous, until
 
-Value = TypeVar("Value")
 # The configuration files that may be named, and what reads them.
 _READERS: dict[str, Callable[[str], Any]] = {
     "losia_config": LoSiAConfig.read,
@@ -31,24 +31,11 @@ _READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is examined, and how long ranks wait for each other.
-
-    output_dir, model, losia_config, deepspeed: the run's, as the training script takes them; None: not looked at.
-    seconds: before those that did not come are named. json: findings as one object instead of lines.
-    """
-
-    output_dir: str | None = None
-    model: str | None = None
-    losia_config: str | None = None
-    deepspeed: str | None = None
-    seconds: float = 60.0
-    json: bool = False
-
-
-def run(options: Options) -> int:
+def run(options: Namespace) -> int:
     """Examine, and print: the first rank for all, every rank for itself where they do not meet. Called by all ranks.
+
+    Args:
+        options: of `losia-dist doctor`: what is examined, and how long ranks wait for each other.
 
     Returns:
         0: nothing that would keep a run from working (warnings may be printed); 1: an error was found. The same on all
@@ -82,10 +69,10 @@ def run(options: Options) -> int:
     if process.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
-    return 1 if any(one.finding.level == ERROR for one in placed) else 0
+    return 1 if any(finding.level == ERROR for finding, _ in placed) else 0
 
 
-def check_files(options: Options) -> list[Finding]:
+def check_files(options: Namespace) -> list[Finding]:
     """The configuration files that were named: there, and readable as what they are."""
     findings = []
     for name, read in _READERS.items():
@@ -101,15 +88,16 @@ def check_files(options: Options) -> list[Finding]:
 
 
 def _together(
-    options: Options, process: LaunchedProcess, facts: Facts, own: list[Finding]
+    options: Namespace, process: LaunchedProcess, facts: Facts, own: list[Finding]
 ) -> tuple[list[Placed], dict[str, Any]]:
     """All ranks' findings, those about differences, and the links; the same on all ranks."""
     with until(4 * options.seconds, f"{process}: comparing the ranks did not end"):
-        answers = _gather((facts, _hashes(options)), process)
-        local_ranks = _gather(process.local_rank, process)
+        ranks = Agreement(dist.group.WORLD, is_own=True)
+        answers = ranks.gather((facts, _hashes(options)))
+        local_ranks = ranks.gather(process.local_rank)
         common = across_ranks.compare(answers, local_ranks)
         if options.output_dir:
-            common += _check_shared(options.output_dir, process)
+            common += _check_shared(options.output_dir, ranks)
         measured = {"gloo": links.measure(torch.device("cpu"), dist.group.WORLD)}
         everyone = [answer[0] for answer in answers]
         places = [(one.host, local) for one, local in zip(everyone, local_ranks, strict=True) if local < len(one.gpus)]
@@ -120,34 +108,27 @@ def _together(
             measured["nccl"] = links.measure(device, group)
         hosts = len({one.host for one in everyone})
         common += [links.about(backend, values, hosts) for backend, values in measured.items()]
-        return merge([[*findings, *common] for findings in _gather(own, process)]), measured
+        return merge([[*findings, *common] for findings in ranks.gather(own)]), measured
 
 
-def _check_shared(output_dir: str, process: LaunchedProcess) -> list[Finding]:
+def _check_shared(output_dir: str, ranks: Agreement) -> list[Finding]:
     """Whether all ranks see what the first one writes."""
-    mark = storage.leave_mark(output_dir, secrets.token_hex(8)) if process.rank == 0 else None
-    shown = [None if mark is None else str(mark)]
-    dist.broadcast_object_list(shown, src=0)
-    if shown[0] is None:
+    mark = storage.leave_mark(output_dir, secrets.token_hex(8)) if ranks.rank == 0 else None
+    shown = ranks.gather(mark)[0]
+    if shown is None:
         return []  # the first rank has said why
-    seen = _gather(storage.sees_mark(shown[0]), process)
+    seen = ranks.gather(storage.sees_mark(shown))
     if mark is not None:
         mark.unlink(missing_ok=True)
     return storage.check_shared(output_dir, seen)
 
 
-def _hashes(options: Options) -> dict[str, str]:
+def _hashes(options: Namespace) -> dict[str, str]:
     paths = {f"--{name}": Path(getattr(options, name) or "") for name in _READERS}
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items() if path.is_file()}
 
 
-def _gather(value: Value, process: LaunchedProcess) -> list[Value]:
-    everyone: list[Any] = [None] * process.world_size
-    dist.all_gather_object(everyone, value)
-    return everyone
-
-
-def _show(options: Options, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
+def _show(options: Namespace, placed: list[Placed], world_size: int, measured: dict[str, Any], on: str = "") -> None:
     if options.json:
         print(json.dumps(to_json(placed, world_size, measured), indent=2), flush=True)
     else:

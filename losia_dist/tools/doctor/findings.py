@@ -29,12 +29,7 @@ warning = partial(Finding, WARNING)
 error = partial(Finding, ERROR)
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A finding, and the ranks that made it."""
-
-    finding: Finding
-    ranks: list[int]
+Placed = tuple[Finding, list[int]]  # a finding, and the ranks that made it
 
 
 def merge(per_rank: list[list[Finding]]) -> list[Placed]:
@@ -43,20 +38,18 @@ def merge(per_rank: list[list[Finding]]) -> list[Placed]:
     for rank, findings in enumerate(per_rank):
         for finding in findings:
             ranks.setdefault(finding, []).append(rank)
-    placed = [Placed(finding, where) for finding, where in ranks.items()]
-    return sorted(placed, key=lambda one: _ORDER.index(one.finding.level))
+    return sorted(ranks.items(), key=lambda placed: _ORDER.index(placed[0].level))
 
 
 def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
     """One line a finding, and a last one that counts them. on: whom it speaks for, if not for all ranks."""
-    subjects = max((len(one.finding.subject) for one in placed), default=0)
+    subjects = max((len(finding.subject) for finding, _ in placed), default=0)
     lines = []
-    for one in placed:
-        finding = one.finding
-        where = f" [{who(one.ranks)}]" if len(one.ranks) < world_size else ""
+    for finding, ranks in placed:
+        where = f" [{who(ranks)}]" if len(ranks) < world_size else ""
         fix = f" Fix: {finding.fix}" if finding.fix else ""
         lines.append(f"{finding.level:<8} {finding.subject:<{subjects}}  {finding.text}{where}{fix}")
-    counts = Counter(one.finding.level for one in placed)
+    counts = Counter(finding.level for finding, _ in placed)
     on = on or ("this machine" if world_size == 1 else f"{world_size} ranks")
     lines.append(f"{on}: errors {counts[ERROR]}, warnings {counts[WARNING]}, ok {counts[OK]}")
     return lines
@@ -64,8 +57,8 @@ def render(placed: list[Placed], world_size: int, on: str = "") -> list[str]:
 
 def to_json(placed: list[Placed], world_size: int, measured: dict[str, Any]) -> dict[str, Any]:
     """The same as plain values. measured: what `losia_dist.tools.doctor.links` returns, by backend."""
-    counts = Counter(one.finding.level for one in placed)
-    findings = [{**asdict(one.finding), "ranks": one.ranks} for one in placed]
+    counts = Counter(finding.level for finding, _ in placed)
+    findings = [{**asdict(finding), "ranks": ranks} for finding, ranks in placed]
     numbers = {"errors": counts[ERROR], "warnings": counts[WARNING], "ranks": world_size}
     return {**numbers, "links": measured, "findings": findings}
 

@@ -23,18 +23,15 @@ def measure(device: torch.device, group: Any) -> dict[str, float]:
         The slowest rank counts.
     """
     size = dist.get_world_size(group)
-    small = torch.ones(1, device=device)
-    _all_reduce(small, group)
-    correct = small.item() == size
-    seconds = sorted(_timed(torch.ones(1, device=device), group) for _ in range(_ROUNDS))
     large = torch.ones(_BYTES[device.type] // 4, device=device)
-    _all_reduce(large, group)
-    correct = correct and bool((large == size).all())
+    dist.all_reduce(large, group=group)  # the first one also connects
+    correct = bool((large == size).all())
+    median = sorted(_timed(torch.ones(1, device=device), group) for _ in range(_ROUNDS))[_ROUNDS // 2]
     best = min(_timed(large.fill_(1.0), group) for _ in range(_LARGE_ROUNDS))
-    moved = 2 * (size - 1) / size * large.numel() * 4
-    worst = torch.tensor([seconds[len(seconds) // 2], best, -float(correct)], dtype=torch.float64, device=device)
+    worst = torch.tensor([median, best, -float(correct)], dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
     latency, slowest, wrong = worst.tolist()
+    moved = 2 * (size - 1) / size * large.numel() * 4
     return {"latency_us": latency * 1e6, "bandwidth_gb_s": moved / slowest / 1e9, "correct": -wrong}
 
 
@@ -47,15 +44,10 @@ def about(backend: str, measured: dict[str, float], hosts: int) -> Finding:
     return ok(backend, f"all-reduce over {where}: {rates}")
 
 
-def _all_reduce(tensor: torch.Tensor, group: Any) -> None:
-    dist.all_reduce(tensor, group=group)
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
 def _timed(tensor: torch.Tensor, group: Any) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if tensor.is_cuda else lambda: None
+    wait()
     began = time.perf_counter()
-    _all_reduce(tensor, group)
+    dist.all_reduce(tensor, group=group)
+    wait()
     return time.perf_counter() - began

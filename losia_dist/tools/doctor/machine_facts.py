@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -38,64 +39,6 @@ class Gpu:
     has_bf16: bool
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Plain values, so that ranks can exchange them.
-
-    requirements: as "name;bounds;extra", of the installed package's metadata. shared_memory: bytes of /dev/shm, or None.
-    locked_memory: bytes that a process may lock, None: no limit. stale_locks: files left by a build that was killed.
-    """
-
-    host: str
-    python: str
-    versions: dict[str, str]
-    requirements: list[tuple[str, str, str]]
-    code: str
-    has_distributed: bool
-    backends: list[str]
-    cuda_build: str
-    gpus: list[Gpu]
-    has_gpu_device_file: bool
-    programs: list[str]
-    has_cuda_home: bool
-    stale_locks: list[str]
-    interfaces: list[str]
-    has_infiniband: bool
-    locked_memory: int | None
-    shared_memory: int | None
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def collect(environment: Mapping[str, str] = os.environ) -> Facts:
-    """Look at this machine through this process's eyes."""
-    requirements = _requirements()
-    locked, shared = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], Path("/dev/shm")
-    extensions = environment.get("TORCH_EXTENSIONS_DIR")
-    backends = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available} if dist.is_available() else {}
-    return Facts(
-        host=socket.gethostname(),
-        python=platform.python_version(),
-        versions=_versions({"torch", "ninja", *(name for name, _, _ in requirements)}),
-        requirements=requirements,
-        code=code_hash(),
-        has_distributed=dist.is_available(),
-        backends=[name for name, is_there in backends.items() if is_there()],
-        cuda_build=str(getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None) or ""),
-        gpus=_gpus(),
-        has_gpu_device_file=any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd")),
-        programs=[name for name in ("c++", "ninja", "nvcc") if shutil.which(name)],
-        has_cuda_home=bool(environment.get("CUDA_HOME")) or Path("/usr/local/cuda").is_dir(),
-        stale_locks=stale_locks(
-            Path(extensions or Path(environment.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")).expanduser()
-        ),
-        interfaces=[name for _, name in socket.if_nameindex()],
-        has_infiniband=any(Path("/sys/class/infiniband").glob("*")),
-        locked_memory=None if locked == resource.RLIM_INFINITY else locked,
-        shared_memory=shutil.disk_usage(shared).total if shared.is_dir() else None,
-        environment={name: value for name, value in environment.items() if name.startswith(_KEPT)},
-    )
-
-
 def compared(environment: dict[str, str]) -> dict[str, str]:
     """The settings that must be the same on all ranks."""
     return {k: v for k, v in environment.items() if k.startswith(_COMPARED) and k not in _MAY_DIFFER}
@@ -125,15 +68,26 @@ def _requirements() -> list[tuple[str, str, str]]:
     return found
 
 
-def _versions(names: set[str]) -> dict[str, str]:
-    found = {}
-    for name in sorted(names):
-        try:
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:2]))}
+    for name in sorted({"torch", "ninja", *(name for name, _, _ in _requirements())}):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    found["python"] = ".".join(map(str, sys.version_info[:2]))
     return found
+
+
+def _backends() -> list[str]:
+    looks = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available} if dist.is_available() else {}
+    return [name for name, is_there in looks.items() if is_there()]
+
+
+def _locked_memory() -> int | None:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _shared_memory() -> int | None:
+    return shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
 
 
 def _gpus() -> list[Gpu]:
@@ -145,3 +99,41 @@ def _gpus() -> list[Gpu]:
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         found.append(Gpu(properties.name, str(getattr(properties, "uuid", index)), free, total, has_bf16))
     return found
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Plain values, so that ranks can exchange them.
+
+    requirements: as "name;bounds;extra", of the installed package's metadata. shared_memory: bytes of /dev/shm, or None.
+    locked_memory: bytes that a process may lock, None: no limit. stale_locks: files left by a build that was killed.
+    """
+
+    has_cuda_home: bool
+    stale_locks: list[str]
+    environment: dict[str, str]
+    host: str = field(default_factory=socket.gethostname)
+    python: str = field(default_factory=platform.python_version)
+    requirements: list[tuple[str, str, str]] = field(default_factory=_requirements)
+    versions: dict[str, str] = field(default_factory=_versions)
+    code: str = field(default_factory=code_hash)
+    has_distributed: bool = field(default_factory=dist.is_available)
+    backends: list[str] = field(default_factory=_backends)
+    cuda_build: str = str(getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None) or "")
+    gpus: list[Gpu] = field(default_factory=_gpus)
+    has_gpu_device_file: bool = field(default_factory=lambda: any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))))
+    programs: list[str] = field(default_factory=lambda: [name for name in ("c++", "ninja", "nvcc") if shutil.which(name)])
+    interfaces: list[str] = field(default_factory=lambda: [name for _, name in socket.if_nameindex()])
+    has_infiniband: bool = field(default_factory=lambda: any(Path("/sys/class/infiniband").glob("*")))
+    locked_memory: int | None = field(default_factory=_locked_memory)
+    shared_memory: int | None = field(default_factory=_shared_memory)
+
+
+def collect(environment: Mapping[str, str] = os.environ) -> Facts:
+    """Look at this machine through this process's eyes."""
+    cache = Path(environment.get("XDG_CACHE_HOME", "~/.cache"), "torch_extensions")
+    return Facts(
+        has_cuda_home=bool(environment.get("CUDA_HOME")) or Path("/usr/local/cuda").is_dir(),
+        stale_locks=stale_locks(Path(environment.get("TORCH_EXTENSIONS_DIR") or cache).expanduser()),
+        environment={name: value for name, value in environment.items() if name.startswith(_KEPT)},
+    )

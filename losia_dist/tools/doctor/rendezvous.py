@@ -95,7 +95,10 @@ def rendezvous(process: LaunchedProcess, seconds: float, environment: Mapping[st
             return store
         present = [rank for rank in range(process.world_size) if rank not in missing]
         hosts = sorted({store.get(f"here/{rank}").decode() for rank in present})
-        _part(store, process, "here", present)
+        # The first rank serves the store: it stays until the others have read what they need, for a moment.
+        store.set(f"read/{process.rank}", "")
+        if process.rank == 0:
+            _wait(store, [f"read/{rank}" for rank in present], _GRACE)
     text = (
         f"{who(missing)} of {process.world_size} did not come within {seconds:g} s; "
         f"{who(present)} did (hosts {', '.join(hosts[:8])}{' ...' if len(hosts) > 8 else ''})."
@@ -108,34 +111,19 @@ def connect(process: LaunchedProcess, store: Any, seconds: float) -> None:
     """Start gloo among all ranks: every pair connects, at ports of their own. Called by all ranks.
 
     Raises:
-        RendezvousFailed: names the ranks that failed.
+        RendezvousFailed: this rank does not reach another.
     """
-    ranks, failed, said = range(process.world_size), [], ""
-    with _asking(process, 2 * seconds + _GRACE, "connecting to the other ranks did not end"):
+    place: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size, "timeout": timedelta(seconds=seconds)}
+    with until(2 * seconds + _GRACE, f"{process}: connecting to the other ranks did not end"):
         try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("gloo", store),
-                rank=process.rank,
-                world_size=process.world_size,
-                timeout=timedelta(seconds=seconds),
-            )
+            dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), **place)
             dist.barrier()
-        except (dist.DistError, RuntimeError, ValueError) as failure:
-            said = f"{process.host}: {_first_line(failure)}"
-        store.set(f"gloo/{process.rank}", said)
-        _wait(store, [f"gloo/{rank}" for rank in ranks], seconds)
-        for rank in ranks:
-            if not store.check([f"gloo/{rank}"]):
-                failed.append(f"rank {rank} gave no answer")
-            elif said := store.get(f"gloo/{rank}").decode():
-                failed.append(f"rank {rank} on {said}")
-        _part(store, process, "gloo", list(ranks))
-    if failed:
-        shown = "; ".join(failed[:3]) + (f"; and {len(failed) - 3} more" if len(failed) > 3 else "")
-        text = f"the ranks meet, but do not reach each other at other ports within {seconds:g} s ({shown})."
-        fix = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts; open all ports among them"
-        raise RendezvousFailed("meeting", text, fix)
+        except (dist.DistError, RuntimeError, ValueError) as problem:
+            if process.rank == 0:
+                time.sleep(_GRACE)  # it serves the store, whose end would be what the others see
+            text = f"the ranks meet, but {process} does not reach all others at other ports: {_first_line(problem)}."
+            fix = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts; open all ports among them"
+            raise RendezvousFailed("meeting", text, fix) from problem
 
 
 @contextmanager
@@ -177,13 +165,6 @@ def _roll_call(store: Any, process: LaunchedProcess, seconds: float) -> list[int
     missing = [rank for rank in ranks if not store.check([f"here/{rank}"])]
     store.set("missing", json.dumps(missing))
     return missing
-
-
-def _part(store: Any, process: LaunchedProcess, stage: str, ranks: list[int]) -> None:
-    """The first rank serves the store: it stays until the others have read what they need, for a moment."""
-    store.set(f"{stage}/read/{process.rank}", "")
-    if process.rank == 0:
-        _wait(store, [f"{stage}/read/{rank}" for rank in ranks], _GRACE)
 
 
 def _wait(store: Any, keys: list[str], seconds: float) -> bool:

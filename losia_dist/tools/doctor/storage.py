@@ -63,11 +63,10 @@ def leave_mark(output_dir: str, token: str) -> Path | None:
     return mark
 
 
-def sees_mark(mark: str) -> bool:
+def sees_mark(mark: Path) -> bool:
     """Whether the first rank's mark is here too. Listing the directory makes network file systems look again."""
-    path = Path(mark)
     try:
-        return path.name in os.listdir(path.parent)
+        return mark.name in os.listdir(mark.parent)
     except OSError:
         return False
 

@@ -1,4 +1,4 @@
-"""Files to start a planned run with: the engine's configuration, LoSiA's, and the command, as `losia-dist train` takes them."""
+"""Files to start a planned run with: DeepSpeed's configuration, LoSiA's, and the command, as `losia-dist train` takes them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ def write_launch(workload: Workload, directory: Path) -> list[Path]:
     files: dict[str, str] = {}
     if workload.engine in _ZERO:
         files["deepspeed.json"] = json.dumps(deepspeed_settings(workload), indent=2) + "\n"
-    else:
-        files["accelerate.yaml"] = yaml.safe_dump(accelerate_settings(workload), sort_keys=False)
     if workload.method == "losia":
         files["losia.yaml"] = yaml.safe_dump(workload.config.to_dict(), sort_keys=False)
     files["launch.sh"] = launch_script(workload, directory)
@@ -67,46 +65,16 @@ def deepspeed_settings(workload: Workload) -> dict[str, Any]:
     return settings | {"steps_per_print": 1_000_000_000}
 
 
-def accelerate_settings(workload: Workload) -> dict[str, Any]:
-    """The file of `accelerate launch --config_file`, as in configs/accelerate."""
-    cluster = workload.cluster
-    kind = ("MULTI_GPU" if cluster.gpus > 1 else "NO") if workload.engine == "ddp" else "FSDP"
-    settings: dict[str, Any] = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": kind,
-        "num_machines": cluster.nodes,
-        "num_processes": cluster.gpus,
-        "mixed_precision": "bf16",
-    }
-    if cluster.nodes > 1:
-        settings |= {"machine_rank": 0, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
-        settings |= {"rdzv_backend": "static", "same_network": True}
-    if kind == "FSDP":
-        settings["fsdp_config"] = {
-            "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": True,
-            "fsdp_offload_params": workload.offload == "all",
-        }
-    if workload.engine == "hsdp":
-        settings["parallelism_config"] = {
-            "parallelism_config_dp_replicate_size": cluster.gpus // workload.shards,
-            "parallelism_config_dp_shard_size": workload.shards,
-        }
-    return settings
-
-
 def launch_script(workload: Workload, directory: Path) -> str:
     """A shell script to run on every node; MODEL, TRAIN_FILE and, on several nodes, MASTER_ADDR and NODE_RANK are set by
     the caller."""
     cluster, here = workload.cluster, shlex.quote(str(directory))
     several = cluster.nodes > 1
-    if workload.engine in _ZERO:
-        start, engine = f"torchrun --nproc_per_node {cluster.gpus_per_node}", f" --deepspeed {here}/deepspeed.json"
-        nodes = f' --nnodes {cluster.nodes} --node_rank "${{NODE_RANK:?}}" --master_addr "${{MASTER_ADDR:?}}"'
-    else:
-        start, engine = f"accelerate launch --config_file {here}/accelerate.yaml", ""
-        nodes = ' --machine_rank "${NODE_RANK:?}" --main_process_ip "${MASTER_ADDR:?}"'
+    nodes = f' --nnodes {cluster.nodes} --node_rank "${{NODE_RANK:?}}" --master_addr "${{MASTER_ADDR:?}}"' if several else ""
+    sharding = {"ddp": "", "fsdp2": " --sharding fsdp2", "hsdp": f" --sharding hsdp:{workload.shards}"}
+    engine = sharding.get(workload.engine, f" --deepspeed {here}/deepspeed.json")
+    if workload.engine in sharding and workload.offload == "all":
+        engine += " --offload"
     method = f" --losia --losia_config {here}/losia.yaml" if workload.method == "losia" else ""
     model = shlex.quote(workload.shape.source) if workload.shape.source else '"${MODEL:?directory or hub name}"'
     where = "every node, with MASTER_ADDR and its own NODE_RANK" if several else "the node"
@@ -120,7 +88,7 @@ def launch_script(workload: Workload, directory: Path) -> str:
     return (
         f"#!/usr/bin/env bash\n# {workload.shape.name}, {workload.method}, {workload.engine} on {cluster.nodes} x "
         f"{cluster.gpus_per_node} GPUs. Run on {where}, from the project's directory.\nset -euo pipefail\n"
-        f"exec {start}{nodes if several else ''} launch/train.py{method}{engine} \\\n"
+        f"exec torchrun --nproc_per_node {cluster.gpus_per_node}{nodes} launch/train.py{method}{engine} \\\n"
         f'  --model {model} --train_file "${{TRAIN_FILE:?}}" --output_dir "${{OUTPUT_DIR:-runs/planned}}" \\\n'
         f'  {" ".join(f"--{name} {value}" for name, value in options.items())} "$@"\n'
     )

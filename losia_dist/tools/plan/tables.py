@@ -1,13 +1,11 @@
-"""A plan as text: Markdown tables, so that they can be pasted into documentation as they are; and as a picture."""
+"""A plan as text: Markdown tables, so that they can be pasted into documentation as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from losia_dist.digits import short
-from losia_dist.errors import ConfigError
 from losia_dist.tools.plan.memory import PARTS
 from losia_dist.tools.plan.workload import GB
 from losia_dist.tools.plan.workload_plan import Plan
@@ -99,36 +97,3 @@ def _schedule(schedule: dict[str, Any]) -> str:
     wanted = "one full cycle" if cycles == 1 else f"{cycles} full cycles"
     advice = "shorten the period" if advised is None else f"for {wanted} use layers_per_slot: {advised}"
     return f"{text} A run of {schedule['steps']:,} steps makes {short(schedule['cycles'])} cycles; {advice}."
-
-
-def draw(plans: Sequence[Plan], path: Path) -> None:
-    """Write memory of one GPU as a picture, a bar for each method, cut by what the bytes are for.
-
-    Its format follows the file's ending (.png, .svg, .pdf).
-
-    Raises:
-        ConfigError: matplotlib is not installed, an unknown ending, or a file that cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("--figure needs matplotlib: pip install 'losia_dist[report]'.") from error
-    figure = Figure(figsize=(8, 1.4 + 0.6 * len(plans)), layout="constrained")
-    axes = figure.subplots()
-    names = [plan.workload.method for plan in plans]
-    left = [0.0] * len(plans)
-    for part in PARTS:
-        widths = [plan.memory.parts[part] / GB for plan in plans]
-        if any(widths):
-            axes.barh(names, widths, left=left, label=part)
-            left = [start + width for start, width in zip(left, widths, strict=True)]
-    workload = plans[0].workload
-    axes.axvline(workload.cluster.memory / GB, color="black", linestyle="--", label="one GPU")
-    axes.invert_yaxis()
-    axes.set_xlabel("GB")
-    axes.set_title(f"{workload.shape.name}, {workload.engine}, {workload.cluster.gpus} GPUs, {workload.sequence} tokens")
-    axes.legend(fontsize="small", ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--figure {path} cannot be written: {error}.") from error

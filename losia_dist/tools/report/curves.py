@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from losia_dist.tools.report.drawing import COLUMNS, ROWS, SEVERAL, Picture, new_figure, style
+from losia_dist.tools.report.drawing import COLUMNS, ROWS, Picture, new_figure
 from losia_dist.tools.report.run_directory import Run
 from losia_dist.tools.report.series import Curve
 
@@ -22,8 +22,7 @@ _MEMORY_OF = {
 def draw_learning(run: Run) -> list[Picture]:
     """Losses and learning rates, as far as the run logged them."""
     draw_rates = _rates if run.curves.rates else _scheduled_rate
-    with style():
-        return [picture for picture in (_losses(run), draw_rates(run)) if picture is not None]
+    return [picture for picture in (_losses(run), draw_rates(run)) if picture is not None]
 
 
 def draw_measurements(run: Run) -> list[Picture]:
@@ -40,8 +39,7 @@ def draw_measurements(run: Run) -> list[Picture]:
         (curves.tokens_per_second, "tokens_per_second", "Tokens per second", speed, "tokens/s", 0.0),
         (curves.memory, "memory", "Peak memory", memory, "GB (10⁹ bytes)", 0.0),
     ]
-    with style():
-        return [_measured(*row) for row in measured if row[0]]
+    return [_measured(*row) for row in measured if row[0]]
 
 
 def draw_comparison(runs: Sequence[Run]) -> list[Picture]:
@@ -53,17 +51,16 @@ def draw_comparison(runs: Sequence[Run]) -> list[Picture]:
     kinds = {name: curves for name, curves in kinds.items() if any(map(any, curves))}
     if not kinds:
         return []
-    with style():
-        figure, axes = new_figure(1.0 + 2.4 * len(kinds), width=9.0, nrows=len(kinds), sharex=True, squeeze=False)
-        for axis, (name, curves) in zip(axes[:, 0], kinds.items(), strict=True):
-            mark = "o-" if name == "held-out loss" else "-"
-            for place, run in enumerate(runs):
-                for number, curve in enumerate(filter(None, curves[place])):
-                    label = "_" * (number > 0) + run.name  # once in the legend
-                    _plot(axis, curve, mark, color=SEVERAL[place % len(SEVERAL)], label=label, markersize=4)
-            axis.set_ylabel(name)
-            axis.legend()
-        axes[-1, 0].set_xlabel(_STEP)
+    figure, axes = new_figure(1.0 + 2.4 * len(kinds), width=9.0, nrows=len(kinds), sharex=True, squeeze=False)
+    for axis, (name, curves) in zip(axes[:, 0], kinds.items(), strict=True):
+        mark = "o-" if name == "held-out loss" else "-"
+        for place, run in enumerate(runs):
+            for number, curve in enumerate(filter(None, curves[place])):
+                label = "_" * (number > 0) + run.name  # once in the legend
+                _plot(axis, curve, mark, color=f"C{place}", label=label, markersize=4)
+        axis.set_ylabel(name)
+        axis.legend()
+    axes[-1, 0].set_xlabel(_STEP)
     caption = "Nats a token. Runs that saw other data, or other held-out data, cannot be compared by these numbers."
     alt = f"Training and held-out loss over steps of the runs {', '.join(run.name for run in runs)}."
     return [Picture("comparison", "Losses of all runs", caption, alt, figure, wide=True)]
@@ -78,7 +75,7 @@ def _losses(run: Run) -> Picture | None:
     if run.curves.loss:
         _plot(axis, run.curves.loss, "-", color=ROWS, label="training")
     for place, (name, curve) in enumerate(run.curves.held_out.items()):
-        _plot(axis, curve, "o--", color=SEVERAL[1 + place % (len(SEVERAL) - 1)], label=name, markersize=5)
+        _plot(axis, curve, "o--", color=f"C{place + 1}", label=name, markersize=5)
     axis.set(xlabel=_STEP, ylabel="loss (nats a token)")
     axis.legend()
     caption = "Training: mean over all target tokens since the log line before. Held-out: the whole held-out set."

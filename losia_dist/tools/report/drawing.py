@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from losia_dist.errors import ConfigError
 
 ROWS, COLUMNS, CHANCE, INK = "#1d5fbf", "#c65d0e", "#6b7280", "#1f2933"
-SEVERAL = ("#1d5fbf", "#c65d0e", "#0f7b6c", "#8e44ad", "#a16207", "#be185d", "#475569")
 # Small enough to be read on a telephone, where the page scales it down but a little.
 WIDTH, HEIGHT = 5.6, 3.1  # inches
 _STYLE: Any = {
@@ -34,6 +32,7 @@ _STYLE: Any = {
     "lines.linewidth": 1.8,
     "image.interpolation": "none",
     "svg.fonttype": "none",  # text stays text, in the reader's font
+    "svg.hashsalt": "losia_dist",
 }
 
 
@@ -59,18 +58,21 @@ class Picture:
 
     def _saved(self, **options: Any) -> bytes:
         target = io.BytesIO()
-        with style():
-            self.figure.savefig(target, **options)
+        self.figure.savefig(target, **options)
         return target.getvalue()
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """The settings of matplotlib while a figure is drawn or saved; a figure's owner's settings are put back."""
-    import matplotlib
+def style() -> AbstractContextManager[None]:
+    """The settings of matplotlib while figures are drawn and saved; those of the process are put back.
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "losia_dist"}):
-        yield
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ConfigError("losia-dist report needs matplotlib: pip install 'losia_dist[report]'.") from error
+    return matplotlib.rc_context(_STYLE)
 
 
 def new_figure(height: float = HEIGHT, width: float = WIDTH, **subplots: Any) -> tuple[Any, Any]:
@@ -79,11 +81,3 @@ def new_figure(height: float = HEIGHT, width: float = WIDTH, **subplots: Any) ->
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(**subplots)
-
-
-def check_matplotlib() -> None:
-    """Raise ConfigError unless figures can be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("losia-dist report needs matplotlib: pip install 'losia_dist[report]'.") from error

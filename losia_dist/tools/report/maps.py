@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from losia_dist.digits import short
-from losia_dist.tools.report.drawing import CHANCE, COLUMNS, ROWS, Picture, new_figure, style
+from losia_dist.tools.report.drawing import CHANCE, COLUMNS, ROWS, Picture, new_figure
 from losia_dist.tools.report.movement import Indices, Layer, Move, Movement
 from losia_dist.tools.report.run_directory import Run
 
@@ -24,18 +24,14 @@ STAYED, JOINED, LEFT = ("#{:02x}{:02x}{:02x}".format(*(round(255 * c) for c in c
 def draw_importance(run: Run) -> list[Picture]:
     """Share of importance captured, over the steps and by kind and depth; nothing where it was not measured."""
     measured = [move for move in run.movement.moves if move.captured is not None]
-    if not measured:
-        return []
-    with style():
-        return [_captured_over_steps(measured), _captured_by_layer(run.movement)]
+    return [_captured_over_steps(measured), _captured_by_layer(run.movement)] if measured else []
 
 
 def draw_movement(run: Run) -> list[Picture]:
     """Overlap of successive subnets over the steps, and for each kind of layer a map of what was chosen."""
     moved = [move for move in run.movement.moves if move.overlap is not None]
-    with style():
-        overlap = [_overlap(moved)] if moved else []
-        maps = [_map(run.movement, kind) for kind in run.movement.kinds()]
+    overlap = [_overlap(moved)] if moved else []
+    maps = [_map(run.movement, kind) for kind in run.movement.kinds()]
     return overlap + [picture for picture in maps if picture is not None]
 
 

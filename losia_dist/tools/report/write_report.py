@@ -14,7 +14,7 @@ from losia_dist.digits import percent
 from losia_dist.errors import ConfigError
 from losia_dist.tools.report import maps
 from losia_dist.tools.report.curves import draw_comparison, draw_learning, draw_measurements
-from losia_dist.tools.report.drawing import check_matplotlib
+from losia_dist.tools.report.drawing import style
 from losia_dist.tools.report.page import Section, render
 from losia_dist.tools.report.run_directory import Run, read_run
 
@@ -35,24 +35,27 @@ def write_report(directory: Path, output: Path, png: Path | None = None, compare
     Raises:
         ConfigError: matplotlib is missing, a directory is no run's, or a file cannot be written.
     """
-    check_matplotlib()
     if output.is_dir():
         raise ConfigError(f"--output {output} is a directory: give the name of an HTML file.")
-    run, *others = runs = [read_run(one) for one in (directory, *compare)]
-    _name_apart(runs)
-    sections = _sections(run, others)
-    page = render(
-        title=f"{'Full fine-tuning' if run.fact('method') == 'full' else 'LoSiA'} run {run.name}",
-        subtitle=_subtitle(run),
-        tiles=_tiles(run),
-        notes=run.notes,
-        sections=sections,
-        footer=f"Made by losia-dist report {__version__} from {', '.join(run.files)}.",
-    )
-    written = [_write(output, page.encode("utf-8"), "--output")]
-    if png is not None:
-        pictures = [picture for section in sections for picture in section.pictures]
-        written += [_write(png / f"{picture.name}.png", picture.png(), "--png") for picture in pictures]
+    with style():
+        run, *others = runs = [read_run(one) for one in (directory, *compare)]
+        names = [one.name for one in runs]
+        for one in runs:
+            if names.count(one.name) > 1:
+                one.name = str(one.directory.resolve())
+        sections = _sections(run, others)
+        page = render(
+            title=f"{'Full fine-tuning' if run.fact('method') == 'full' else 'LoSiA'} run {run.name}",
+            subtitle=_subtitle(run),
+            tiles=_tiles(run),
+            notes=run.notes,
+            sections=sections,
+            footer=f"Made by losia-dist report {__version__} from {', '.join(run.files)}.",
+        )
+        written = [_write(output, page.encode("utf-8"), "--output")]
+        if png is not None:
+            pictures = [picture for section in sections for picture in section.pictures]
+            written += [_write(png / f"{picture.name}.png", picture.png(), "--png") for picture in pictures]
     return written
 
 
@@ -202,18 +205,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-def _name_apart(runs: Sequence[Run]) -> None:
-    """Directories of one name are told apart by the directories above them, or in the end by their place."""
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = f"{run.directory.resolve().parent.name}/{run.name}"
-    names = [run.name for run in runs]
-    for place, run in enumerate(runs):
-        if names.count(names[place]) > 1:
-            run.name = f"{names[place]} ({place + 1})"
 
 
 def _write(path: Path, content: bytes, option: str) -> Path:

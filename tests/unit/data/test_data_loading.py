@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from losia_dist.data import PackedDataset, TokenizedDataset, collator_for, count_targets, make_evaluation_loader, make_loader
+from losia_dist.data import PackedDataset, TokenizedDataset, count_targets, make_evaluation_loader, make_loader
 from losia_dist.data.encoding import Encoded
 from losia_dist.errors import ConfigError, DataError
 
@@ -29,7 +29,7 @@ def first_tokens(batches):
 
 def test_padding_is_told_by_position_and_the_end_of_turn_stays_learned():
     dataset = dataset_of([3, 5])
-    batch = collator_for(dataset, TOKENIZER)([dataset[0], dataset[1]])
+    (batch,) = make_evaluation_loader(dataset, TOKENIZER, 2)
     assert batch["input_ids"].tolist() == [[10, 10, EOS, EOS, EOS], [11, 11, 11, 11, EOS]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 10, EOS, -100, -100], [-100, 11, 11, 11, EOS]]
@@ -37,37 +37,25 @@ def test_padding_is_told_by_position_and_the_end_of_turn_stays_learned():
     assert count_targets(batch) == 2 + 4
 
 
-@pytest.mark.parametrize(("multiple", "width"), [(None, 5), (1, 5), (5, 5), (8, 8)])
-def test_padding_to_a_multiple(multiple, width):
-    dataset = dataset_of([3, 5])
-    batch = collator_for(dataset, TOKENIZER, pad_to_multiple_of=multiple)([dataset[0], dataset[1]])
-    assert all(column.shape == (2, width) for column in batch.values())
-    assert batch["attention_mask"].sum() == 8
-
-
 @pytest.mark.parametrize(("pad", "eos", "used"), [(7, EOS, 7), (None, EOS, EOS), (None, None, 0), (0, EOS, 0)])
 def test_any_token_serves_as_padding(pad, eos, used):
     dataset = dataset_of([2, 3])
     tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
-    assert collator_for(dataset, tokenizer)([dataset[0], dataset[1]])["input_ids"][0, 2] == used
+    (batch,) = make_evaluation_loader(dataset, tokenizer, 2)
+    assert batch["input_ids"][0, 2] == used
 
 
 def rank_loaders(dataset, micro_batch, world_size, **options):
     return [make_loader(dataset, TOKENIZER, micro_batch, rank=r, world_size=world_size, **options) for r in range(world_size)]
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize(("examples", "micro_batch", "world_size"), [(13, 2, 3), (12, 2, 3), (11, 2, 3), (9, 4, 2)])
-def test_all_ranks_make_as_many_batches_of_one_size(examples, micro_batch, world_size, drop_last):
-    loaders = rank_loaders(dataset_of([4] * examples), micro_batch, world_size, drop_last=drop_last)
+def test_all_ranks_make_as_many_batches_of_one_size(examples, micro_batch, world_size):
+    loaders = rank_loaders(dataset_of([4] * examples), micro_batch, world_size)
     sizes = [[len(batch["labels"]) for batch in loader] for loader in loaders]
     assert all(size == sizes[0] for size in sizes) and sizes[0]
     assert [len(loader) for loader in loaders] == [len(sizes[0])] * world_size
-    seen = {token for loader in loaders for batch in first_tokens(loader) for token in batch}
-    if drop_last:
-        assert set(sizes[0]) == {micro_batch}
-    else:
-        assert len(seen) == examples
+    assert set(sizes[0]) == {micro_batch}
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -91,11 +79,6 @@ def test_a_loader_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_without_shuffle_the_order_is_the_data_sets():
-    loader = make_loader(dataset_of([4] * 6), TOKENIZER, 2, shuffle=False)
-    assert first_tokens(loader) == [[10, 11], [12, 13], [14, 15]]
-
-
 def test_a_step_sees_the_same_examples_on_any_number_of_ranks():
     dataset = dataset_of([4] * 26)
     one, two = rank_loaders(dataset, 4, 1, seed=5), rank_loaders(dataset, 2, 2, seed=5)
@@ -105,11 +88,8 @@ def test_a_step_sees_the_same_examples_on_any_number_of_ranks():
 
 
 def test_a_data_set_too_small_for_one_batch_is_refused():
-    with pytest.raises(
-        DataError, match=r"5 examples do not fill one batch .*micro_batch=2 on 3 ranks needs 6.*drop_last=False"
-    ):
+    with pytest.raises(DataError, match=r"5 examples do not fill one batch .*micro_batch=2 on 3 ranks needs 6.*Give more data"):
         rank_loaders(dataset_of([4] * 5), 2, 3)
-    assert len(rank_loaders(dataset_of([4] * 2), 2, 3, drop_last=False)[2]) == 1
 
 
 def test_settings_that_cannot_work_are_refused():
@@ -119,10 +99,6 @@ def test_settings_that_cannot_work_are_refused():
             make(dataset, TOKENIZER, 0)
         with pytest.raises(ConfigError, match="rank=2 with world_size=2"):
             make(dataset, TOKENIZER, 1, rank=2, world_size=2)
-    with pytest.raises(ConfigError, match="pad_to_multiple_of=0"):
-        make_loader(dataset, TOKENIZER, 1, pad_to_multiple_of=0)
-    with pytest.raises(ConfigError, match="pad_to_multiple_of has no effect on packed rows"):
-        make_loader(PackedDataset(dataset, 8, EOS), TOKENIZER, 1, pad_to_multiple_of=8)
 
 
 @pytest.mark.parametrize(("examples", "micro_batch", "world_size"), [(7, 2, 3), (6, 2, 3), (1, 2, 4), (9, 1, 2)])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from losia_dist.data import PackedDataset, TokenizedDataset, make_loader, prepare_for_packing
+from losia_dist.data import PackedDataset, TokenizedDataset, make_evaluation_loader, prepare_for_packing
 from losia_dist.data.encoding import Encoded
 from losia_dist.data.packing import best_fit
 from losia_dist.errors import DataError
@@ -54,7 +54,7 @@ def test_packed_logits_are_those_of_each_record_alone(attention, flatten, traini
     prepare_for_packing(model)
     dataset = PackedDataset(examples_of([7, 5, 3, 9, 1, 6, 2], 16), 16, PAD)
     compared = 0
-    for batch in make_loader(dataset, TOKENIZER, 3, drop_last=False, flatten=flatten):
+    for batch in make_evaluation_loader(dataset, TOKENIZER, 3, flatten=flatten):
         assert set(batch) == {"input_ids", "labels", "position_ids"}
         assert batch["input_ids"].shape == ((1, 48) if flatten else (3, 16))
         assert {str(column.dtype) for column in batch.values()} == {"torch.int64"}
@@ -74,11 +74,11 @@ def test_a_packed_step_has_the_gradients_of_its_records_alone():
     prepare_for_packing(model)
     examples = examples_of([7, 5, 3, 9, 6, 2], 16)
     targets = examples.report().answer_tokens
-    for batch in make_loader(PackedDataset(examples, 16, PAD), TOKENIZER, 2, drop_last=False):
+    for batch in make_evaluation_loader(PackedDataset(examples, 16, PAD), TOKENIZER, 2):
         model(**batch, num_items_in_batch=targets).loss.backward()
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    for batch in make_loader(examples, TOKENIZER, 4, drop_last=False):
+    for batch in make_evaluation_loader(examples, TOKENIZER, 4):
         model(**batch, num_items_in_batch=targets).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(packed[name], parameter.grad, atol=1e-6, rtol=1e-4)
@@ -88,7 +88,7 @@ def test_flash_attention_is_told_the_same_records():
     # Flash kernels need a GPU. What they are given is computed from position_ids, and that runs anywhere.
     flash = pytest.importorskip("transformers.modeling_flash_attention_utils")
     dataset = PackedDataset(examples_of([7, 5, 3, 9, 1, 6, 2], 16), 16, PAD)
-    (batch,) = make_loader(dataset, TOKENIZER, 3, shuffle=False)
+    (batch,) = make_evaluation_loader(dataset, TOKENIZER, 3)
     position_ids = batch["position_ids"]
     assert flash._is_packed_sequence(position_ids, batch_size=1)
     (boundaries, _), _ = flash.prepare_fa_kwargs_from_position_ids(position_ids)
