@@ -54,8 +54,8 @@ def refuse_listed_experts(model: nn.Module) -> None:
 
 
 def refuse_listed_in_buckets(model: nn.Module) -> None:
-    """Experts that are modules of their own come to an end in another order on each rank, and ZeRO-2 reduces gradients in the order
-    in which they come: one expert's with another's (findings/zero2_reduces_by_arrival.sh).
+    """Experts that are modules of their own come to an end in another order on each rank, and ZeRO-2 reduces gradients in the
+    order in which they come: one expert's with another's (findings/zero2_reduces_by_arrival.sh).
 
     Raises:
         UnsupportedError: same on every rank; no communication.
