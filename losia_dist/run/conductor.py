@@ -109,16 +109,15 @@ class LoSiA:
         self.parts = RunParts(self.sites, self.parameters, self.state, self.collectives)
         self.placement = Placement(self.parts)
         self.expert_load = ExpertLoad(self.parts)  # how evenly tokens fall on experts, for logs
-        is_cut = self.state.one_scalar_per_group or not self.parameters.weight_is_resident
+        resident = self.parameters.weight_is_resident
+        is_cut = self.state.one_scalar_per_group or not resident
         check_clearing(self.state, self.sites, config, is_cut=is_cut)
         getattr(self.state.optimizer, "create_state", lambda: None)()
         for site in self.sites:
             site.copied = None  # a copy of another model that is driven by itself from here on
-            site.weight_is_resident = self.parameters.weight_is_resident
+            site.weight_is_resident = resident
         make_findable(self.sites)
-        self.localization: Localization = make_localization(
-            config, self.collectives, weight_is_resident=self.parameters.weight_is_resident
-        )
+        self.localization: Localization = make_localization(config, self.collectives, weight_is_resident=resident)
         per_slot = self.localization.groups_per_slot(layers_per_slot(config))
         self.clock = SlotClock(group_names(self.sites), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
@@ -227,14 +226,15 @@ class LoSiA:
         Args:
             batches: this rank's micro-batches, keyword arguments of the model on its device (input_ids int64 [B, L], ...);
                 equally many on every rank.
-            compute_loss: (model, batch) -> mean loss []; None: `model(**batch).loss`. The model is unwrapped from DDP.
+            compute_loss: (model, batch) -> mean loss [], with training's own arguments (use_cache=False): ZeRO-3 wants one order
+                of layers. None: `model(**batch).loss`. The model is unwrapped from DDP.
 
         Returns:
             passes over the batches.
 
         Raises:
-            ConfigError: `Drawn` without outlier_limit, no batch, unequal counts, training has begun, a layer that
-                no gradient (or forward) reaches, or an outlier_limit that leaves too few neurons. Same on every rank.
+            ConfigError: `Drawn` without outlier_limit, no batch, unequal counts, training has begun, a layer that no gradient
+                (or forward) reaches, or an outlier_limit that leaves too few neurons. Same on every rank.
             DivergenceError: importance, or the inputs, are not finite.
         """
         located, limit = self.config.located, self.config.outlier_limit

@@ -107,9 +107,10 @@ def stacked_weights(model: nn.Module, part: str, shape: Shape) -> dict[str, tupl
         words = f"{module_name}.{type(module).__name__}".lower()
         for name, parameter in module.named_parameters(recurse=False):
             size = shape(parameter)
-            if len(size) == 3 and min(size) > 1:
-                named = "expert" in f"{words}.{name}".lower() or "moe" in words
-                found[f"{module_name}.{name}"] = (size, named or size[0] in numbers)
+            named = "expert" in f"{words}.{name}".lower() or "moe" in words
+            if len(size) == 3 and min(size[1:]) > 1 and (size[0] > 1 or named):
+                # Shared experts see every token: what holds several of them is no mixture.
+                found[f"{module_name}.{name}"] = (size, (named or size[0] in numbers) and "shared" not in words)
             elif len(size) == 2 and is_listed(module_name) and not name.endswith("bias"):
                 found[f"{module_name}.{name}"] = (size, True)
     return found

@@ -76,7 +76,7 @@ def locate_first(losia: LoSiA, run: Run) -> None:
     """Show this rank's share of the run's calibration batches to the conductor, if there are any."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     if run.calibration:
-        losia.locate(calibration_batches(run)[rank::world])
+        losia.locate(calibration_batches(run)[rank::world], lambda model, batch: model(**batch, use_cache=False).loss)
 
 
 def optimizer_of(run: Run) -> Any:
