@@ -226,7 +226,7 @@ class LoSiA:
         Args:
             batches: this rank's micro-batches, keyword arguments of the model on its device (input_ids int64 [B, L], ...);
                 equally many on every rank.
-            compute_loss: (model, batch) -> mean loss [], with training's own arguments (use_cache=False): ZeRO-3 wants one order
+            compute_loss: (model, batch) -> mean loss [], with training's arguments (use_cache=False): ZeRO-3 wants one order
                 of layers. None: `model(**batch).loss`. The model is unwrapped from DDP.
 
         Returns:

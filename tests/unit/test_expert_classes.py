@@ -32,8 +32,6 @@ REFUSED = {
     "DiffusionGemmaTextExperts": "several parts, and get_decoder",  # two of them, which share all weights
     "JetMoeParallelExperts": _BY_NAME,
     "LongcatFlashExperts": _BY_NAME,
-    "NllbMoeExperts": _BY_NAME,
-    "SwitchTransformersExperts": _BY_NAME,
 }
 # Computes for all tokens, and stays frozen beside the experts that do hold subnets.
 FROZEN = ["InklingSharedExperts"]
@@ -73,10 +71,11 @@ def test_experts_that_can_hold_no_subnet_are_refused_by_name(name):
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_shared_experts_stay_frozen(name):
+def test_shared_experts_stay_frozen_with_a_line(name, caplog):
     model = get_losia_model(build(CLASSES[name]), LoSiAConfig(rank_factor=0.25))
     assert not [site for site in find_sites(model) if _belongs(model, site, CLASSES[name])]
     assert not any(p.requires_grad for n, p in model.named_parameters() if "shared_experts" in n)
+    assert "shared_experts.gate_proj" in caplog.text and "stay frozen" in caplog.text
 
 
 @pytest.mark.parametrize("which", only(OFTEN, {name: CLASSES[name] for name in TAKEN}))
