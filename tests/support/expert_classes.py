@@ -162,6 +162,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "muse_spark": {"depths": [1, 1], "hidden_sizes": [16, 32], "patch_sizes": [4, 4], "projector_hidden_size": 32},
+    "nllb_moe": {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},  # a layer that is dropped has no gradient
     "openai_privacy_filter": {"num_labels": 97},
     "qwen3_omni_moe": {"text_config": {"shared_expert_intermediate_size": 16}},
     "step3p7": {"sliding_window": 8},
