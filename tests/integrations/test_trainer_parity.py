@@ -46,6 +46,16 @@ def test_with_accumulation_and_clipping_it_equals_the_dense_reference(ranks, tmp
         assert_same_run(result, expected(EVERYTHING))
 
 
+@pytest.mark.parametrize("engine", ["one", slow("ddp"), slow("zero2"), slow("zero3"), "fsdp2"])
+def test_a_mixture_of_experts_equals_it_and_its_balance_is_logged(ranks, tmp_path, expected, engine):
+    config = {"rank_factor": 0.25, "period": 2, "experts_per_slot": 2}
+    run = variant(PLAIN, family="mixture:qwen3_moe", steps=16, max_grad_norm=0.5, config=config)
+    for result in train_on(ranks, tmp_path, engine, run):
+        assert_same_run(result, expected(run))
+        logged = [entry for entry in result["log"] if "loss" in entry]
+        assert all(0 < entry["losia/experts_trained"] < 1 and entry["losia/experts_busiest"] > 1 for entry in logged)
+
+
 def save_base(tmp_path, run):
     """The run's model in a directory, to be read back as users do."""
     directory = tmp_path / "base"

@@ -54,6 +54,19 @@ def test_decoder_layers_compiled_one_by_one(ranks, expected, engine):
         assert graphs <= 2  # the layers share their code; the first one's input needs no gradient
 
 
+@pytest.mark.parametrize("engine", ["one", slow("ddp"), "fsdp2"])
+def test_decoder_layers_with_experts_compiled_one_by_one(ranks, engine):
+    config = {"rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "experts_per_slot": 2}
+    run = variant(RUN, family="mixture:qwen3_moe", config=config)
+    results = (
+        ranks(2, train_compiled, engine, run, whole=False) if engine != "one" else [train_compiled("one", run, whole=False)]
+    )
+    for result, breaks, graphs in results:
+        assert_same_run(result, reference(run))
+        assert breaks == 0
+        assert graphs <= 4  # the layers share their code; of their experts the number of tokens may come in
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_default_compiler(expected, whole):

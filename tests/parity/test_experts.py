@@ -168,6 +168,18 @@ def test_experts_train_as_the_dense_reference_does(ranks, expected, engine, fami
 CHECKPOINTED = ["reentrant-qwen3_moe-one", "non-reentrant-gpt_oss-one"]
 
 
+FURTHER = {"zero0": 2, "zero1": 2, "zero2-offload": 2, "zero3-offload": 2, "fsdp2-noreshard": 2, "fsdp2-offload": 2, "hsdp": 4}
+
+
+@pytest.mark.parametrize(
+    "family, engine", grid(["qwen3_moe", "gpt_oss"], list(FURTHER), often=["gpt_oss-zero3-offload", "qwen3_moe-hsdp"])
+)
+def test_every_other_engine_of_the_matrix_equals_it(ranks, expected, family, engine):
+    run = of(family, MODES["parts"])
+    for result in ranks(FURTHER[engine], train, engine, run):
+        assert_same_experts(result, expected(run))
+
+
 @pytest.mark.parametrize(
     "checkpointing, family, engine",
     grid(["non-reentrant", "reentrant"], ["qwen3_moe", "gpt_oss"], ["one", "zero3", "fsdp2"], often=CHECKPOINTED),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from losia_dist import LoSiAConfig, LoSiATrainer
-from tests.support.models import tiny_llama
-from tests.support.training import RATE, Run, global_batches
+from tests.support.training import RATE, Run, build, global_batches, weight_key
 
 WARMUP = 2
 
@@ -75,7 +75,7 @@ class Recorder(TrainerCallback):
         if located and state.global_step % self.trainer.losia_config.period == 0:
             name = losia.clock.names[self.trainer.losia_callback.metrics()["losia/localizing"]]
             layers = [layer for layer in losia.sites if layer.group_name == name]
-            chosen = {f"{layer.name}.weight": (layer.row_index.clone(), layer.col_index.clone()) for layer in layers}
+            chosen = {weight_key(layer): (layer.row_index.clone(), layer.col_index.clone()) for layer in layers}
             self.history.append((state.global_step - 1, name, chosen))
 
 
@@ -114,7 +114,10 @@ def arguments(directory: str, run: Run, engine: str = "one", **changes: Any) -> 
         }
     if engine == "fsdp2":
         settings["fsdp"] = True
-        settings["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        settings["fsdp_config"] = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": [{"llama": "LlamaDecoderLayer"}.get(run.family, "Qwen3MoeDecoderLayer")],
+        }
     return TrainingArguments(**{**settings, **changes})
 
 
@@ -149,11 +152,12 @@ def trainer_of(
 
     mask: give each example its own number of labels. load_from: read the model from this directory, as users do.
     """
+    model = None if load_from else build(run)
     args = arguments(directory, run, engine, **changes)
     data = examples(run)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[run.dtype]
     # Read after the arguments were made, a model comes partitioned under ZeRO-3.
-    model = LlamaForCausalLM.from_pretrained(load_from) if load_from else tiny_llama(**run.model)
+    model = model or LlamaForCausalLM.from_pretrained(load_from)
     return TrainerOnCPU(
         model=model.to(dtype),
         args=args,
@@ -188,7 +192,7 @@ def result_of(trainer: Any) -> dict[str, Any]:
     log = trainer.state.log_history
     return {
         "losses": [entry["loss"] for entry in log if "loss" in entry],
-        "weights": {n: w for n, w in weights.items() if not n.endswith(".subnet")},
+        "weights": {n: w for n, w in weights.items() if not re.search(r"[._]subnet(_\d+)?$", n)},
         "log": log,
         "engine": {
             "type": trainer.accelerator.distributed_type.value,
