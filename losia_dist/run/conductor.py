@@ -16,7 +16,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.backward import Batch
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.modes import Localization, make_localization
+from losia_dist.localization.modes import Localization
 from losia_dist.localization.moves import Reason, SubnetMove, describe_moves
 from losia_dist.localization.schedule import layers_per_slot, resolve_layers_per_slot
 from losia_dist.localization.search import Choice
@@ -38,7 +38,7 @@ from losia_dist.run.drift import DriftCheck
 from losia_dist.run.finite import FiniteCheck
 from losia_dist.run.first_subnets import find_outliers, locate_all
 from losia_dist.run.masters import FirstMove, check_masters
-from losia_dist.run.parts import RunParts
+from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
@@ -116,9 +116,7 @@ class LoSiA:
             site.copied = None  # a copy of another model that is driven by itself from here on
             site.weight_is_resident = self.parameters.weight_is_resident
         make_findable(self.sites)
-        self.localization: Localization = make_localization(
-            config, self.collectives, weight_is_resident=self.parameters.weight_is_resident
-        )
+        self.localization: Localization = localization_of(self.parts, config, agreement)
         per_slot = self.localization.groups_per_slot(layers_per_slot(config))
         self.clock = SlotClock(group_names(self.sites), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
@@ -358,7 +356,7 @@ class LoSiA:
             if site.group_name not in groups:
                 continue
             group, device = groups[site.group_name], site.row_index.device
-            accumulator = self.localization.accumulator(group, site.shape, device, site.layout.count)
+            accumulator = self.localization.accumulator(group, site.shape, device, site.layout.count, site.held)
             if accumulator is not None:
                 self._accumulators[site] = site.gradient_sink = accumulator
 

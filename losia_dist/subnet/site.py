@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +85,8 @@ class Site:
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)
+        # Experts [start, stop) of the weight that this rank computes with, where they are spread over ranks; None: with all.
+        self.held: tuple[int, int] | None = None
         self.awaits_weights = self.subnet.is_meta  # converted on the meta device: the subnet is cut once the weights are there
         self.converted_print: Tensor  # int64 scalar of the subnet's first values, to tell ranks that loaded different weights
         # True once an access object has established that the engine never re-gathers the weight between forward and
@@ -152,6 +155,20 @@ class Site:
     def experts(self) -> tuple[int, int] | None:
         """The experts [start, stop) of the weight that the subnets are in; None of a linear layer."""
         return self.layout.experts
+
+    @property
+    def here(self) -> Layout:
+        """How the weight and the subnet that this rank computes with store their matrices: of the experts that it holds."""
+        return self.layout if self.held is None else replace(self.layout, experts=(0, self.held[1] - self.held[0]))
+
+    @property
+    def first_here(self) -> int:
+        """Place among the X matrices of the first one that this rank computes with."""
+        return 0 if self.held is None else self.held[0]
+
+    def index_here(self, index: Tensor) -> Tensor:
+        """A row or column index [X, k], of the matrices that this rank computes with."""
+        return index if self.held is None else index[self.held[0] : self.held[1]]
 
     @property
     def weight_is_transposed(self) -> bool:
