@@ -41,6 +41,7 @@ from losia_dist.run.masters import FirstMove, check_masters
 from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
 from losia_dist.sharding.clearing import check_clearing
+from losia_dist.sharding.expert_parallel import refuse_unfit
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.copied import copies_changed
@@ -88,6 +89,7 @@ class LoSiA:
         if not self.sites:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
         refuse_unusable(self.sites)
+        refuse_unfit(self.sites, config, process_group)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})

@@ -31,7 +31,7 @@ class RunParts:
 
 def localization_of(parts: RunParts, config: LoSiAConfig, agreement: Agreement) -> Localization:
     """Who localizes what in this run; called by all ranks, which make process groups where experts are spread over them."""
-    group, is_spread = replica_group(parts.sites, agreement, config)
+    group, is_spread = replica_group(parts.sites, agreement)
     replicas = RowCollectives(group, parts.collectives.world_size) if is_spread else None
     resident = parts.parameters.weight_is_resident
     return make_localization(config, parts.collectives, weight_is_resident=resident, replicas=replicas)

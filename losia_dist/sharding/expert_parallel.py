@@ -21,14 +21,18 @@ from losia_dist.ranks.agreement import Agreement
 from losia_dist.subnet.experts import SubnetExperts, SubnetWeights, hold_experts
 from losia_dist.subnet.site import Site
 
-EP = "ep"  # what Transformers calls the dimension of the mesh
-CONVERT_FIRST = "Load the model with losia_dist.load_distributed_model(directory, config, distributed_config)"
+EP, EFSDP = "ep", "efsdp"  # what Transformers calls the dimensions of the mesh
 
 
 def is_spread(parameter: Tensor) -> bool:
     """Whether this is a parameter of experts that are spread over ranks."""
-    mesh = getattr(parameter, "device_mesh", None)  # of a DTensor, whose class is not loaded where nothing is distributed
-    return EP in (getattr(mesh, "mesh_dim_names", None) or ())
+    return EP in _names(parameter)
+
+
+def is_whole_expert(parameter: Tensor) -> bool:
+    """Whether this is a parameter of such experts that every rank of an "ep" group holds for itself."""
+    names = _names(parameter)
+    return EFSDP in names and EP not in names
 
 
 def note_held_experts(model: nn.Module) -> None:
@@ -74,16 +78,39 @@ def check_config(config: LoSiAConfig) -> None:
         raise UnsupportedError(f"with expert parallelism (ep_size): {why}.")
 
 
-def check_experts(sites: list[Site], ep_size: int) -> None:
+def refuse_calibration(sites: list[Site]) -> None:
+    """Refuse what is measured by micro-batch, where experts are spread over ranks. No communication.
+
+    Raises:
+        UnsupportedError: they are.
+    """
+    spread = [site.name for site in sites if site.held is not None]
+    if spread:
+        raise UnsupportedError(
+            f"calibration is by micro-batch, and the experts of {some(spread)} see those of several ranks at once (ep_size): "
+            "leave losia.locate(...) out."
+        )
+
+
+def check_experts(sites: list[Site], fsdp_size: int, ep_size: int) -> None:
     """Refuse experts that cannot be spread over so many ranks, before they are. No communication.
 
     Raises:
-        UnsupportedError: a count that ep_size does not divide, experts that localize in parts, or of a kind without a plan.
+        UnsupportedError: a count that ep_size does not divide or that leaves a rank without any, experts that localize in
+            parts, or of a kind without a plan.
     """
     for site in sites:
         if site.experts is None:
             continue
         count = site.layout.number_of_experts(tuple(site.weight.shape))
+        own, replicas = count // ep_size, fsdp_size // ep_size
+        if count % ep_size == 0 and -(-own // replicas) * (replicas - 1) >= own:
+            raise UnsupportedError(
+                f"fsdp_size={fsdp_size}, ep_size={ep_size} cut {own} experts of {site.name} over {replicas} ranks, which "
+                "leaves one without any; Transformers' loading does not take that. Choose a larger ep_size, or fewer ranks."
+            )
+        if ep_size == 1:
+            continue
         if not isinstance(site.module, SubnetExperts):
             raise UnsupportedError(
                 f"ep_size={ep_size}: the experts of {site.name} ({type(site.module).__name__}) have no expert parallelism in "
@@ -97,7 +124,7 @@ def check_experts(sites: list[Site], ep_size: int) -> None:
         if site.layout.count != count:
             raise UnsupportedError(
                 f"ep_size={ep_size}: {site.name} localizes apart from the other experts of its layer, and every part would "
-                f"have to be spread over all ranks. Set experts_per_slot={count}, or draw subnets (selection=Drawn())."
+                f"have to be spread over all ranks. Leave experts_per_slot out, or draw subnets (selection=Drawn())."
             )
 
 
@@ -107,48 +134,64 @@ def expert_plan(sites: list[Site], plan: dict[str, str], generic: Any) -> dict[s
     plan: the model's, by names with `*` for layer numbers. generic: full name -> such a name.
 
     Raises:
-        UnsupportedError: experts that the plan leaves whole.
+        UnsupportedError: experts that the plan leaves whole, or some of their parameters.
     """
     found = {}
     for site in sites:
         if site.experts is None:
             continue
         module, _, _ = site.name.rpartition(".")
-        rule = plan.get(generic(site.name))
-        if rule is None or plan.get(generic(module)) != "ep_dispatch_experts":
+        of_experts = [name for name, p in site.module.named_parameters(recurse=False) if p.dim() > 1]
+        own = {one.names.subnet for one in sites if one.module is site.module}
+        lacking = [name for name in of_experts if name not in own and generic(f"{module}.{name}") not in plan]
+        if lacking or plan.get(generic(module)) != "ep_dispatch_experts":
             raise UnsupportedError(
-                f"the model's expert-parallel plan has no rule for {site.name}, or none that brings its experts their tokens "
-                "('ep_dispatch_experts'): without them every rank would train experts of its own. Use fsdp_size alone."
+                f"the model's expert-parallel plan has no rule for {module}.{(lacking or of_experts)[0]}, or none that brings "
+                "the experts their tokens ('ep_dispatch_experts'): ranks would compute with other experts than they are asked "
+                "for. Use fsdp_size alone."
             )
-        found[generic(f"{module}.{site.names.subnet}")] = rule
+        found[generic(f"{module}.{site.names.subnet}")] = plan[generic(site.name)]
     return found
 
 
-def replica_group(sites: list[Site], agreement: Agreement, config: LoSiAConfig) -> tuple[dist.ProcessGroup | None, bool]:
-    """Ranks that compute with the same experts as this one (None: it alone), and whether experts are spread over ranks at all.
+def refuse_unfit(sites: list[Site], config: LoSiAConfig, process_group: dist.ProcessGroup | None) -> None:
+    """Look at a model whose experts are spread over ranks, before training. No communication; the same on every rank.
 
-    Called by all ranks of the run; makes process groups.
+    process_group: ranks that are to train; None: all.
 
     Raises:
-        UnsupportedError: experts that were spread before the model was converted, other ranks than those of the mesh, or a
-            configuration that this does not go with. Same on every rank.
+        UnsupportedError: experts that were spread before the model was converted, a part of the ranks, or a configuration that
+            this does not go with.
+    """
+    spread = [site for site in sites if is_spread(site.weight)]
+    if not spread:
+        return
+    check_config(config)
+    late = [site.name for site in spread if site.held is None or not is_spread(site.subnet)]
+    if late:
+        raise UnsupportedError(
+            f"the experts of {some(late)} were spread over ranks before they got subnets. Load the model by "
+            "losia_dist.load_distributed_model(directory, config, distributed_config)."
+        )
+    if process_group is not None and dist.get_world_size(process_group) != dist.get_world_size():
+        raise UnsupportedError(
+            f"process_group has {dist.get_world_size(process_group)} of {dist.get_world_size()} ranks, and all of them hold "
+            "experts of one model (ep_size): leave process_group out."
+        )
+
+
+def replica_group(sites: list[Site], agreement: Agreement) -> tuple[dist.ProcessGroup | None, bool]:
+    """Ranks that compute with the same experts as this one (None: it alone), and whether experts are spread over ranks at all.
+
+    Called by all ranks; makes process groups.
     """
     spread = [site for site in sites if is_spread(site.weight)]
     if not spread:
         return None, False
-    check_config(config)
-    late = [site.name for site in spread if site.held is None or not is_spread(site.subnet)]
-    if late:
-        raise UnsupportedError(f"the experts of {some(late)} were spread over ranks before they got subnets. {CONVERT_FIRST}.")
     mesh = _mesh(spread[0].weight)
     mine: list[int] = sorted(mesh.mesh.select(_dimension(mesh), mesh.get_local_rank(EP)).flatten().tolist())
-    everyone = agreement.gather(mine)
-    if sorted({rank for ranks in everyone for rank in ranks}) != list(range(dist.get_world_size())) or (
-        agreement.world_size != dist.get_world_size()
-    ):
-        raise UnsupportedError("with expert parallelism all ranks train one model: leave process_group out.")
     group = None
-    for ranks in sorted({tuple(ranks) for ranks in everyone}):
+    for ranks in sorted({tuple(ranks) for ranks in agreement.gather(mine)}):
         made = dist.new_group(list(ranks)) if len(ranks) > 1 else None  # by all ranks, in one order
         if list(ranks) == mine:
             group = made
@@ -168,6 +211,12 @@ def whole_for_saving(model: Any) -> Iterator[None]:
         yield
     finally:
         config.distributed_config = asked
+
+
+def _names(parameter: Tensor) -> tuple[str, ...]:
+    """Of the dimensions of a DTensor's mesh."""
+    mesh = getattr(parameter, "device_mesh", None)  # its class is not loaded where nothing is distributed
+    return getattr(mesh, "mesh_dim_names", None) or ()
 
 
 def _mesh(weight: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
 from losia_dist.errors import UnsupportedError
-from losia_dist.sharding.expert_parallel import check_parallelism, is_spread
+from losia_dist.sharding.expert_parallel import check_parallelism, is_spread, is_whole_expert
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.subnet.layout import Places
 
@@ -188,6 +188,12 @@ def _refuse_unsharded(model: nn.Module) -> None:
                     "Call fully_shard on the whole model after its layers."
                 )
             continue
+        if parameter.requires_grad and is_whole_expert(parameter):
+            raise UnsupportedError(
+                f"{name} trains in full within experts that are spread over ranks, and is not spread with them: the ranks of "
+                "an expert-parallel group would each train their own. Leave it out of what trains in full, or use fsdp_size "
+                "alone."
+            )
         # Experts that are spread over ranks are cut twice, and FSDP2 says so by a placement of its own.
         known = (Shard, Replicate, _StridedShard) if is_spread(parameter) else (Shard, Replicate)
         strange = [p for p in parameter.placements if type(p) not in known]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import read_subnet
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.drawn import draw_subnets
+
+_ALL = 1 << 30  # more experts than any layer has
 
 
 def load_distributed_model(
@@ -36,7 +39,8 @@ def load_distributed_model(
 
     What `get_losia_model` and `from_pretrained(directory, distributed_config=...)` do, together: no rank ever holds whole
     weights. Then build the optimizer and `LoSiA(...)`, as after `fully_shard`. Gradients are clipped by
-    `losia_dist.clip_grad_norm_`: the parameters lie on two meshes.
+    `losia_dist.clip_grad_norm_`: the parameters lie on two meshes. With experts_per_slot="auto" all experts of a layer localize
+    together where they are spread over ranks.
 
     Args:
         directory: of the model.
@@ -48,8 +52,9 @@ def load_distributed_model(
 
     Raises:
         ConfigError: as `get_losia_model`; a release of Transformers that has no `DistributedConfig`; fewer than two ranks.
-        UnsupportedError: tensor or pipeline parallelism, an expert count that ep_size does not divide, experts that localize in
-            parts, or a configuration that expert parallelism does not go with. Same on every rank, before weights are read.
+        UnsupportedError: tensor or pipeline parallelism, offload, an expert count that ep_size does not divide or that leaves
+            a rank without any, experts that localize in parts, or a configuration that expert parallelism does not go with.
+            Same on every rank, before weights are read.
     """
     try:
         from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -68,6 +73,8 @@ def load_distributed_model(
             "fsdp_size=..., ep_size=...)."
         )
     check_parallelism(distributed_config)
+    if distributed_config.fsdp_cpu_offload:
+        raise UnsupportedError("DistributedConfig(fsdp_cpu_offload=True) is not tested with subnets: leave it out.")
     if distributed_config.dp_size == 1:
         raise ConfigError(
             f"DistributedConfig(fsdp_size={distributed_config.fsdp_size}): at least two ranks are needed. Set fsdp_size, or "
@@ -77,8 +84,12 @@ def load_distributed_model(
     if ep_size > 1:
         check_config(config)
 
+    parts = config
+    if ep_size > 1 and config.located is not None and config.experts_per_slot == "auto":
+        parts = replace(config, experts_per_slot=_ALL)  # each rank forms the gradient of its own experts alone
+
     def give_subnets(model: Any) -> None:
-        get_losia_model(model, config, subnet_dtype)
+        get_losia_model(model, parts, subnet_dtype)
         sites = find_sites(model)
         names = {name for site in sites for name in (site.names.subnet, site.names.row_index, site.names.col_index)}
         # They are in no file; they are made once the weights are there.
@@ -86,8 +97,8 @@ def load_distributed_model(
             *(model._keys_to_ignore_on_load_missing or ()),
             *(rf"\.{name}$" for name in names),
         }
+        check_experts(sites, distributed_config.fsdp_size, ep_size)
         if ep_size > 1:
-            check_experts(sites, ep_size)
             plan = {**model.ep_plan, **(distributed_config.ep_plan or {})}
             model.ep_plan = {**model.ep_plan, **expert_plan(sites, plan, replace_layer_number_by_wildcard)}
         trains.update({name: parameter.requires_grad for name, parameter in model.named_parameters()})
