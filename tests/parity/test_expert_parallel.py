@@ -168,6 +168,12 @@ class Training:
             found.append([(total / self.world).item(), norm.item()])
         return found
 
+    def averages(self) -> dict[str, tuple[int, torch.Tensor]]:
+        """This rank's part of what localizing weights have averaged: its first row, and [rows, 2 n]."""
+        return {
+            site.name: (one.start, torch.cat([one.mean, one.deviation], dim=1)) for site, one in self.losia.accumulators.items()
+        }
+
     def whole(self) -> dict[str, Any]:
         """Every weight, with its subnet's values, and where the subnets are."""
         self.losia.consolidate()
@@ -221,7 +227,7 @@ def test_a_run_spans_two_cycles_and_clips(tmp_path):
     assert all(norm > FULL.max_grad_norm for _, norm in steps)
 
 
-SAVED_AFTER = 7  # in the middle of a slot
+SAVED_AFTER = 11  # in the middle of a slot of the first layer, whose experts have averages then
 
 
 def train_and_move(case: Case, directory: str, path: str) -> dict[str, Any]:
@@ -230,9 +236,10 @@ def train_and_move(case: Case, directory: str, path: str) -> dict[str, Any]:
     first = training.run(SAVED_AFTER)
     kept = {"model": training.model, "optimizer": training.optimizer, "losia": training.losia}
     save_checkpoint(f"{path}/saved", **kept)
+    averages = training.averages()
     rest = training.run(case.steps)
     export_model(training.losia, f"{path}/exported")
-    results = {"whole": {"steps": first + rest, **training.whole()}}
+    results = {"whole": {"steps": first + rest, "averages": averages, **training.whole()}}
     training.losia.detach()
     for name, parallelism, saved in [
         ("resumed", case.parallelism, "saved"),
@@ -242,7 +249,8 @@ def train_and_move(case: Case, directory: str, path: str) -> dict[str, Any]:
         training = Training(case, directory, parallelism)
         kept = {"model": training.model, "optimizer": training.optimizer, "losia": training.losia}
         load_checkpoint(f"{path}/{saved}", **kept)
-        results[name] = {"steps": first + training.run(case.steps), **training.whole()}
+        averages = training.averages()
+        results[name] = {"steps": first + training.run(case.steps), "averages": averages, **training.whole()}
         training.losia.detach()
     return results
 
@@ -253,9 +261,14 @@ def test_checkpoints_of_spread_experts_resume_move_and_export(ranks, tmp_path):
     alone = Training(case, directory, None)
     first = alone.run(SAVED_AFTER)
     save_checkpoint(tmp_path / "alone", model=alone.model, optimizer=alone.optimizer, losia=alone.losia)
+    averages = alone.averages()
+    assert any("experts" in name for name in averages)
     expected = {"steps": first + alone.run(case.steps), **alone.whole()}
     alone.losia.detach()
-    for found in ranks(RANKS, train_and_move, case, directory, str(tmp_path)):
+    everyone = ranks(RANKS, train_and_move, case, directory, str(tmp_path))
+    for name in everyone[0]:
+        assert_same_averages([found[name]["averages"] for found in everyone], averages)
+    for found in everyone:
         for result in found.values():
             assert_same(result, expected)
         whole, resumed = found["whole"], found["resumed"]
@@ -269,6 +282,15 @@ def test_checkpoints_of_spread_experts_resume_move_and_export(ranks, tmp_path):
     for name, parameter in exported.named_parameters():
         assert (parameter - expected["weights"][name]).abs().max().item() <= 1e-5, name
     assert names_on_disk(tmp_path / "exported") == names_on_disk(tmp_path / "model")
+
+
+def assert_same_averages(by_rank: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """The ranks' parts are all of what one process has, to 1e-4 of the largest number."""
+    for name, (_, whole) in expected.items():
+        pieces = sorted((found[name] for found in by_rank), key=lambda piece: (piece[0], len(piece[1])))
+        found = torch.cat([rows for _, rows in pieces])
+        assert found.shape == whole.shape
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-4 * whole.abs().max().item())
 
 
 def names_on_disk(directory: Path) -> set[str]:
