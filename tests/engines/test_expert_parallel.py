@@ -90,6 +90,11 @@ def load_too_many(directory: str) -> None:
     load(directory, PLAIN, {"fsdp_size": 4, "ep_size": 4})
 
 
+def train_tied_output(directory: str) -> None:
+    config = LoSiAConfig(rank_factor=0.25, period=2, output_rank_factor=0.25)
+    load_distributed_model(directory, config, DistributedConfig(**SPREAD), tie_word_embeddings=True)
+
+
 def convert_late(directory: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(**SPREAD))
     get_losia_model(model, PLAIN)
@@ -119,6 +124,7 @@ def train_in_full_within(directory: str) -> None:
 @pytest.mark.parametrize(
     "function, kind, message",
     [
+        (train_tied_output, "UnsupportedError", "output_rank_factor=0.25: lm_head shares its weight with the input embedding"),
         (load_too_many, "UnsupportedError", "ep_size=4 does not divide the 6 experts"),
         (
             convert_late,

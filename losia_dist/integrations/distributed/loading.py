@@ -22,6 +22,7 @@ from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import read_subnet
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.drawn import draw_subnets
+from losia_dist.subnet.targets import output_layer_name
 
 _ALL = 1 << 30  # more experts than any layer has
 
@@ -52,9 +53,9 @@ def load_distributed_model(
 
     Raises:
         ConfigError: as `get_losia_model`; a release of Transformers that has no `DistributedConfig`; fewer than two ranks.
-        UnsupportedError: tensor or pipeline parallelism, offload, an expert count that ep_size does not divide or that leaves
-            a rank without any, experts that localize in parts, or a configuration that expert parallelism does not go with.
-            Same on every rank, before weights are read.
+        UnsupportedError: tensor or pipeline parallelism, offload, a tied output layer that is to train, an expert count that
+            ep_size does not divide or that leaves a rank without any, experts that localize in parts, or a configuration that
+            expert parallelism does not go with. Same on every rank, before weights are read.
     """
     try:
         from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -89,6 +90,7 @@ def load_distributed_model(
         parts = replace(config, experts_per_slot=_ALL)  # each rank forms the gradient of its own experts alone
 
     def give_subnets(model: Any) -> None:
+        _refuse_tied(model, config)
         get_losia_model(model, parts, subnet_dtype)
         sites = find_sites(model)
         names = {name for site in sites for name in (site.names.subnet, site.names.row_index, site.names.col_index)}
@@ -115,6 +117,17 @@ def load_distributed_model(
     note_held_experts(model)
     _cut_first(model, config.seed)
     return model
+
+
+def _refuse_tied(model: Any, config: LoSiAConfig) -> None:
+    """Transformers ties weights once they are loaded, after FSDP2 has taken the output layer and the embedding apart."""
+    output = output_layer_name(model)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if config.output_rank_factor is not None and f"{output}.weight" in {*tied, *tied.values()}:
+        raise UnsupportedError(
+            f"output_rank_factor={config.output_rank_factor}: {output} shares its weight with the input embedding, and cannot "
+            "train where Transformers shards the model while loading. Set output_rank_factor=None, or shard with fully_shard."
+        )
 
 
 @torch.no_grad()
