@@ -51,7 +51,7 @@ def check_parallelism(settings: Any) -> None:
     settings: the `DistributedConfig`, or None.
 
     Raises:
-        UnsupportedError: tensor or pipeline parallelism.
+        UnsupportedError: tensor or pipeline parallelism, or another way to bring experts their tokens than an all-to-all.
     """
     for name, kind in (("tp_size", "tensor"), ("pp_size", "pipeline")):
         size = getattr(settings, name, None) or 1
@@ -60,6 +60,12 @@ def check_parallelism(settings: Any) -> None:
                 f"DistributedConfig({name}={size}): LoSiA does not train under {kind} parallelism. Leave {name} out; "
                 "fsdp_size, dp_replicate_size and ep_size are supported."
             )
+    way = getattr(settings, "ep_implementation", "auto")
+    if way not in ("auto", "all_to_all"):
+        raise UnsupportedError(
+            f"DistributedConfig(ep_implementation={way!r}): subnets train where tokens travel to their experts. Leave it out, "
+            "or set 'all_to_all'."
+        )
 
 
 def check_config(config: LoSiAConfig) -> None:

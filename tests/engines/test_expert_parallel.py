@@ -44,6 +44,7 @@ def directory(tmp_path_factory) -> str:
     [
         (PLAIN, {"tp_size": 2, "fsdp_size": 2}, r"tp_size=2\).*tensor parallelism.*Leave tp_size out"),
         (PLAIN, {"pp_size": 2}, r"pp_size=2\).*pipeline parallelism"),
+        (PLAIN, {**SPREAD, "ep_implementation": "all_reduce"}, "ep_implementation='all_reduce'.*set 'all_to_all'"),
         (PLAIN, {**SPREAD, "fsdp_cpu_offload": True}, "fsdp_cpu_offload=True.*leave it out"),
         (LoSiAConfig(selection=Located(reduction="by_rank")), SPREAD, "reduction='by_rank'.*use reduction='reduced'"),
         (LoSiAConfig(selection=Located(start="importance")), SPREAD, "start='importance'.*leave it out"),

@@ -101,6 +101,10 @@ def load_distributed_model(
         }
         check_experts(sites, distributed_config.fsdp_size, ep_size)
         if ep_size > 1:
+            if (
+                getattr(model.config, "_experts_implementation", None) == "deepgemm_megamoe"
+            ):  # it would take the place of the all-to-all
+                raise UnsupportedError("experts_implementation='deepgemm_megamoe' computes no gradients: leave it out.")
             plan = {**model.ep_plan, **(distributed_config.ep_plan or {})}
             model.ep_plan = {**model.ep_plan, **expert_plan(sites, plan, replace_layer_number_by_wildcard)}
         trains.update({name: parameter.requires_grad for name, parameter in model.named_parameters()})
