@@ -16,11 +16,13 @@ from losia_dist.export.delta import apply_delta, save_delta
 from losia_dist.export.live import export_model
 from losia_dist.integrations.accelerate.plain_saving import refuse_plain_saving
 from losia_dist.integrations.deepspeed.initialize import initialize
+from losia_dist.integrations.distributed.loading import load_distributed_model
 from losia_dist.model import get_losia_model, print_trainable_parameters
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.ranks.build_locks import guard_builds
 from losia_dist.recipe.config_arguments import add_config_arguments
 from losia_dist.run.conductor import WHEN_MADE, LoSiA
+from losia_dist.sharding.clipping import clip_grad_norm_
 from losia_dist.subnet.groups import losia_parameter_groups
 
 __all__ = [
@@ -37,10 +39,12 @@ __all__ = [
     "add_config_arguments",
     "apply_delta",
     "carry_state",
+    "clip_grad_norm_",
     "export_model",
     "get_losia_model",
     "initialize",
     "load_checkpoint",
+    "load_distributed_model",
     "losia_parameter_groups",
     "print_trainable_parameters",
     "save_checkpoint",

@@ -56,8 +56,9 @@ class LoSiAConfig:
         cycles: with layers_per_slot="auto", how often every group is located after the start. At least 1.
         experts_per_slot: experts of one layer that localize together, where a model has experts in fused weights (their
             averages, and the full gradient of one layer's, are what costs memory). At least 1. "auto": as many as keep that
-            gradient within 2^29 numbers (1 GiB in bf16). Drawn subnets need no such parts. It decides what the subnets'
-            parameters are called and hold, and stays for the whole run.
+            gradient within 2^29 numbers (1 GiB in bf16). Drawn subnets need no such parts, nor do experts that expert
+            parallelism spreads over ranks. It decides what the subnets' parameters are called and hold, and stays for the whole
+            run.
         router_lr_scale: train the routers of experts in full, at this multiple of the subnets' learning rate. Above 0; small,
             such as 0.01. None, the default, leaves them frozen.
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.

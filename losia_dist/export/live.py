@@ -23,6 +23,7 @@ from losia_dist.export.offline import export_checkpoint
 from losia_dist.export.stored_form import StoredForm, StoredWeights
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
+from losia_dist.sharding.expert_parallel import whole_for_saving
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.sharding.resolve import resolve_parameters
 
@@ -149,7 +150,8 @@ def write_texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], Non
     def write(directory: Path) -> None:
         if hasattr(model, "save_pretrained"):
             # The class's: a model with subnets refuses its own, which knows nothing of them.
-            type(model).save_pretrained(model, directory, state_dict=state)
+            with whole_for_saving(model):
+                type(model).save_pretrained(model, directory, state_dict=state)
             _drop_quantization_note(directory / "config.json")
 
     return write

@@ -29,6 +29,7 @@ class ImportanceAccumulator:
         collectives: over all ranks that see different data.
         weight_is_resident: the weight stays as it is until the importance is taken; otherwise the row block is copied in
             backward, while it is there.
+        first: place among a weight's matrices of the first of these, where experts are spread over ranks.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class ImportanceAccumulator:
         betas: tuple[float, float],
         weight_is_resident: bool,
         count: int = 1,
+        first: int = 0,
     ) -> None:
         self.shape, self.collectives, self.kind, self.betas = shape, collectives, importance, betas
         self.weight_is_resident = weight_is_resident
         self.rows = RowBlock(shape[0], count, *collectives.rows_of(count * shape[0]))
-        self.start, self.stop = self.rows.start, self.rows.stop
+        above = first * shape[0]
+        self.start, self.stop = above + self.rows.start, above + self.rows.stop  # among all rows of the weight
         block = (self.stop - self.start, shape[1])
         self.mean = torch.zeros(block, dtype=torch.float32, device=device)
         self.deviation = torch.zeros_like(self.mean)

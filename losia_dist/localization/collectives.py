@@ -41,7 +41,7 @@ class PendingRows:
 
     block: Tensor
     rows: int
-    world_size: int
+    divisor: int
     transfer: Transfer | None = None
 
     def wait(self) -> Tensor:
@@ -49,7 +49,9 @@ class PendingRows:
         if self.transfer is not None:
             self.transfer.finish()
             self.transfer = None
-            self.block.div_(self.world_size)
+        if self.divisor != 1:
+            self.block.div_(self.divisor)
+            self.divisor = 1
         return self.block[: self.rows]
 
 
@@ -60,11 +62,14 @@ class RowCollectives:
 
     Args:
         group: process group, passed in and never looked up; None: this process alone.
+        divisor: ranks whose mean a gradient is, where each brings the sum over several of them (of experts that are spread over
+            ranks); None: those of the group.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, divisor: int | None = None) -> None:
         self.group = group
         self.world_size = 1 if group is None else dist.get_world_size(group)
+        self.divisor = divisor or self.world_size
         self.rank = 0 if group is None else dist.get_rank(group)
         self._under_way: Transfer | None = None  # the last one that was started
 
@@ -79,7 +84,7 @@ class RowCollectives:
         """
         start, stop = self.rows_of(matrix.shape[0])
         if self.world_size == 1:
-            return PendingRows(matrix, stop - start, 1)
+            return PendingRows(matrix, stop - start, self.divisor)
         if self._under_way is not None:
             self._under_way.finish()
         block = -(-matrix.shape[0] // self.world_size)
@@ -89,7 +94,7 @@ class RowCollectives:
         received, matrix = matrix.new_empty(block, matrix.shape[1]), matrix.contiguous()
         work = compat.reduce_scatter_flat(received, matrix, group=self.group, async_op=True)
         self._under_way = Transfer(work, matrix)
-        return PendingRows(received, stop - start, self.world_size, self._under_way)
+        return PendingRows(received, stop - start, self.divisor, self._under_way)
 
     def gather_rows(self, values: Tensor, size: int) -> Tensor:
         """One number per row of this rank's block, [<= b] -> one per row of the whole matrix, [m]: m numbers sent in all.

@@ -22,7 +22,14 @@ class DrawnLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
 
-    def accumulator(self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1) -> None:
+    def accumulator(
+        self,
+        group: SlotGroup,
+        shape: tuple[int, int],
+        device: torch.device,
+        count: int = 1,
+        held: tuple[int, int] | None = None,
+    ) -> None:
         return None
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:

@@ -23,11 +23,17 @@ class Localization(Protocol):
         ...
 
     def accumulator(
-        self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1
+        self,
+        group: SlotGroup,
+        shape: tuple[int, int],
+        device: torch.device,
+        count: int = 1,
+        held: tuple[int, int] | None = None,
     ) -> ImportanceAccumulator | None:
         """What collects the importance of a layer of this group on this rank, or None if this rank does not.
 
-        shape: (m, n) of a matrix. count: X matrices; 1 for a linear layer.
+        shape: (m, n) of a matrix. count: X matrices; 1 for a linear layer. held: of experts that are spread over ranks, those
+        [start, stop) that this rank computes with.
         """
         ...
 
@@ -39,24 +45,49 @@ class Localization(Protocol):
 class ReducedLocalization:
     """Importance from the gradient of the global batch: each rank keeps a block of rows of every localizing layer.
 
-    settings: what `ImportanceAccumulator` takes besides shape, device and collectives.
+    replicas: where experts are spread over ranks, over those that compute with the same as this one; a gradient is the mean
+    over all ranks there too. settings: what `ImportanceAccumulator` takes besides shape, device and collectives.
     """
 
-    def __init__(self, collectives: RowCollectives, **settings: Any) -> None:
-        self.collectives, self.settings = collectives, settings
+    def __init__(self, collectives: RowCollectives, replicas: RowCollectives | None = None, **settings: Any) -> None:
+        self.collectives, self.replicas, self.settings = collectives, replicas, settings
 
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
 
     def accumulator(
-        self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1
+        self,
+        group: SlotGroup,
+        shape: tuple[int, int],
+        device: torch.device,
+        count: int = 1,
+        held: tuple[int, int] | None = None,
     ) -> ImportanceAccumulator | None:
-        return ImportanceAccumulator(shape, device=device, collectives=self.collectives, count=count, **self.settings)
+        place: dict[str, Any] = {"collectives": self.collectives, "count": count}
+        if held is not None:
+            assert self.replicas is not None
+            place = {"collectives": self.replicas, "count": held[1] - held[0], "first": held[0]}
+        return ImportanceAccumulator(shape, device=device, **place, **self.settings)
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         assert accumulator is not None
-        chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), accumulator.rows, self.collectives)
+        search = greedy(wanted.shape, wanted.kept)
+        chosen = select(search, accumulator.score(), accumulator.rows, accumulator.collectives)
+        if wanted.held is not None:
+            chosen = self._of_all_experts(chosen, wanted, wanted.held)
         return keep_without_signal(chosen, wanted.present)
+
+    def _of_all_experts(self, mine: Choice, wanted: Wanted, held: tuple[int, int]) -> Choice:
+        """The choices of all X experts, from those of each rank's own: X (r + c + 2) numbers are all-reduced."""
+        assert self.replicas is not None
+        X, (r, c) = wanted.count, wanted.kept
+        packed = torch.zeros(X, r + c + 2, dtype=torch.float64, device=wanted.device)
+        if self.replicas.rank == 0:  # of those that chose the same, one speaks
+            parts = [part.to(torch.float64).reshape(held[1] - held[0], -1) for part in mine]
+            packed[held[0] : held[1]] = torch.cat(parts, dim=1)
+        packed = self.collectives.sum_columns(packed)  # zeros but for one rank; float64 holds every index exactly
+        rows, columns, inside, total = packed.split([r, c, 1, 1], dim=1)
+        return Choice(rows.to(torch.int64), columns.to(torch.int64), inside.squeeze(1), total.squeeze(1))
 
 
 class RankParallelLocalization:
@@ -74,7 +105,12 @@ class RankParallelLocalization:
         return layers_per_slot * self.collectives.world_size
 
     def accumulator(
-        self, group: SlotGroup, shape: tuple[int, int], device: torch.device, count: int = 1
+        self,
+        group: SlotGroup,
+        shape: tuple[int, int],
+        device: torch.device,
+        count: int = 1,
+        held: tuple[int, int] | None = None,
     ) -> ImportanceAccumulator | None:
         if self._owner(group) != self.collectives.rank:
             return None
@@ -98,10 +134,17 @@ class RankParallelLocalization:
         return group.place % self.collectives.world_size
 
 
-def make_localization(config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool) -> Localization:
-    """What the configuration asks for, over the ranks of the collectives."""
+def make_localization(
+    config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool, replicas: RowCollectives | None = None
+) -> Localization:
+    """What the configuration asks for, over the ranks of the collectives.
+
+    replicas: as `ReducedLocalization` takes it; there is no such form of reduction="by_rank".
+    """
     located = config.located
     if located is None:
         return DrawnLocalization(config.seed)
-    mode = RankParallelLocalization if config.by_rank else ReducedLocalization
-    return mode(collectives, importance=located.importance, betas=located.betas, weight_is_resident=weight_is_resident)
+    settings: Any = {"importance": located.importance, "betas": located.betas, "weight_is_resident": weight_is_resident}
+    if config.by_rank:
+        return RankParallelLocalization(collectives, **settings)
+    return ReducedLocalization(collectives, replicas, **settings)

@@ -26,7 +26,7 @@ class Wanted:
 
     names: of its matrices (`Site.matrix_names`). step: optimizer steps done by then. shape: (m, n) of a matrix. present: rows
     [r] and columns [c] of the subnet that it has, sorted int64; of experts [X, r] and [X, c]. left_out: columns that are not
-    drawn, by name.
+    drawn, by name. held: of experts that are spread over ranks, those [start, stop) that this rank computes with.
     """
 
     names: Sequence[str]
@@ -34,6 +34,7 @@ class Wanted:
     shape: tuple[int, int]
     present: tuple[Tensor, Tensor]
     left_out: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    held: tuple[int, int] | None = None
 
     @property
     def kept(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.search import Choice
 from losia_dist.ranks.fingerprint import fingerprint, loading_print
 from losia_dist.run.parts import RunParts
+from losia_dist.sharding.expert_parallel import refuse_unfit
 from losia_dist.subnet.listed_experts import is_listed
 from losia_dist.subnet.site import Site
 
@@ -73,14 +74,15 @@ def check_same_subnets(parts: RunParts) -> None:
             )
 
 
-def refuse_unusable(sites: list[Site], config: LoSiAConfig, world_size: int) -> None:
+def refuse_unusable(sites: list[Site], config: LoSiAConfig, process_group: dist.ProcessGroup | None) -> None:
     """What a converted model may not be when training begins; each rank by itself.
 
     Raises:
         UnsupportedError: fp16; subnets that an engine cast to another dtype than they were asked for; experts that are modules
-            of their own where ranks reduce full gradients together.
+            of their own where ranks reduce full gradients together; experts that are spread in a way that does not go.
     """
-    _refuse_listed(sites, config, world_size)
+    refuse_unfit(sites, config, process_group)
+    _refuse_listed(sites, config, dist.get_world_size(process_group) if dist.is_initialized() else 1)
     for site in sites:
         if torch.float16 in (site.subnet.dtype, site.weight.dtype):
             raise UnsupportedError(

@@ -16,7 +16,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.backward import Batch
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.modes import Localization, make_localization
+from losia_dist.localization.modes import Localization
 from losia_dist.localization.moves import Reason, SubnetMove, describe_moves
 from losia_dist.localization.schedule import layers_per_slot, resolve_layers_per_slot
 from losia_dist.localization.search import Choice
@@ -39,7 +39,7 @@ from losia_dist.run.expert_load import ExpertLoad
 from losia_dist.run.finite import FiniteCheck
 from losia_dist.run.first_subnets import find_outliers, locate_all
 from losia_dist.run.masters import FirstMove, check_masters
-from losia_dist.run.parts import RunParts
+from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
@@ -88,11 +88,11 @@ class LoSiA:
         self.sites = find_sites(model)
         if not self.sites:
             raise ConfigError("the model has no subnets: call get_losia_model(model, config) before LoSiA(...).")
+        refuse_unusable(self.sites, config, process_group)
         group = own_group(process_group)
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})
         self.collectives = RowCollectives(group)
-        refuse_unusable(self.sites, config, self.collectives.world_size)
         groups = len(group_names(self.sites))
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
         agreement.same("the model", {site.name: list(site.subnet.shape) for site in self.sites})
@@ -117,7 +117,7 @@ class LoSiA:
             site.copied = None  # a copy of another model that is driven by itself from here on
             site.weight_is_resident = resident
         make_findable(self.sites)
-        self.localization: Localization = make_localization(config, self.collectives, weight_is_resident=resident)
+        self.localization: Localization = localization_of(self.parts, config, agreement)
         per_slot = self.localization.groups_per_slot(layers_per_slot(config))
         self.clock = SlotClock(group_names(self.sites), config.period, per_slot, config.effective_rewarm_steps)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
@@ -358,7 +358,7 @@ class LoSiA:
             if site.group_name not in groups:
                 continue
             group, device = groups[site.group_name], site.row_index.device
-            accumulator = self.localization.accumulator(group, site.shape, device, site.layout.count)
+            accumulator = self.localization.accumulator(group, site.shape, device, site.layout.count, site.held)
             if accumulator is not None:
                 self._accumulators[site] = site.gradient_sink = accumulator
 

@@ -15,6 +15,7 @@ from losia_dist.localization.calibration import Located, locate
 from losia_dist.localization.inputs import input_sizes, outliers_of
 from losia_dist.localization.search import Choice, Search, greedy, keep_without_signal
 from losia_dist.run.parts import RunParts
+from losia_dist.sharding.expert_parallel import refuse_calibration
 from losia_dist.subnet.linear import TiedSubnetEmbedding
 from losia_dist.subnet.site import Site
 
@@ -31,6 +32,7 @@ def locate_all(
 
     importance: the kind of it, of the configuration.
     """
+    refuse_calibration(parts.sites)
     model = _unwrapped(model)
     tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
     searches = [Located(site, site.shape, _search(site), parts=2 if site in tied else 1) for site in parts.sites]

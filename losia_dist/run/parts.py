@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.localization.collectives import RowCollectives
+from losia_dist.localization.modes import Localization, make_localization
+from losia_dist.ranks.agreement import Agreement
+from losia_dist.sharding.expert_parallel import replica_group
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
 from losia_dist.subnet.site import Site
 
@@ -23,3 +27,11 @@ class RunParts:
     parameters: ParameterAccess
     state: StateAccess
     collectives: RowCollectives
+
+
+def localization_of(parts: RunParts, config: LoSiAConfig, agreement: Agreement) -> Localization:
+    """Who localizes what in this run; called by all ranks, which make process groups where experts are spread over them."""
+    group, is_spread = replica_group(parts.sites, agreement)
+    replicas = RowCollectives(group, parts.collectives.world_size) if is_spread else None
+    resident = parts.parameters.weight_is_resident
+    return make_localization(config, parts.collectives, weight_is_resident=resident, replicas=replicas)

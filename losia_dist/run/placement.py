@@ -51,7 +51,7 @@ class Placement:
 
         outliers: columns that are not drawn, by layer or expert.
         """
-        return Wanted(site.matrix_names, step, site.shape, (site.row_index, site.col_index), outliers)
+        return Wanted(site.matrix_names, step, site.shape, (site.row_index, site.col_index), outliers, site.held)
 
     def cut_awaited(self, seed: int, agreement: Agreement) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.

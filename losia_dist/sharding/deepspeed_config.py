@@ -45,7 +45,11 @@ _REFUSED: list[tuple[str, str]] = [
     ("zero_optimization.legacy_stage1", "DeepSpeed no longer has it; remove it"),
     ("tensor_parallel.autotp_size", "tensor parallelism cuts the weights; use ZeRO-3 instead"),
     ("sequence_parallel_size", "sequence parallelism is not supported"),
-    ("expert_parallel.enabled", "expert parallelism replaces the layers; remove it"),
+    (
+        "expert_parallel.enabled",
+        "AutoEP puts modules of its own in the experts' place; remove it, and use ZeRO-3 or Transformers' expert parallelism "
+        "(losia_dist.load_distributed_model)",
+    ),
     ("hybrid_engine.enabled", "the hybrid engine is not supported"),
     ("compile.deepcompile", "DeepCompile is not tested with subnets; remove it"),
     ("weight_quantization", "subnets cannot be written into quantized weights; remove it"),

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
 from losia_dist.errors import UnsupportedError
+from losia_dist.sharding.expert_parallel import check_parallelism, is_spread, is_whole_expert
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.subnet.layout import Places
 
@@ -39,6 +41,7 @@ class FullyShardParameters:
     def __init__(self, model: nn.Module) -> None:
         self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.reshard()
+        check_parallelism(getattr(getattr(model, "config", None), "distributed_config", None))
         _refuse_unsharded(model)
 
     def reshard(self) -> None:
@@ -62,7 +65,7 @@ class FullyShardParameters:
             values = torch.zeros(inside.shape, dtype=local.dtype, device=local.device)
         values = values.to(places[0].device)
         for dimension, placement in enumerate(weight.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 dist.all_reduce(values, group=weight.device_mesh.get_group(dimension))
         return values
 
@@ -189,8 +192,17 @@ def _refuse_unsharded(model: nn.Module) -> None:
                     "Call fully_shard on the whole model after its layers."
                 )
             continue
-        strange = [p for p in parameter.placements if type(p) not in (Shard, Replicate)]
+        if parameter.requires_grad and is_whole_expert(parameter):
+            raise UnsupportedError(
+                f"{name} trains in full within experts that are spread over ranks, and is not spread with them: the ranks of "
+                "an expert-parallel group would each train their own. Leave it out of what trains in full, or use fsdp_size "
+                "alone."
+            )
+        # Experts that are spread over ranks are cut twice, and FSDP2 says so by a placement of its own.
+        known = (Shard, Replicate, _StridedShard) if is_spread(parameter) else (Shard, Replicate)
+        strange = [p for p in parameter.placements if type(p) not in known]
         if strange:
             raise UnsupportedError(
-                f"{name} is placed as {strange[0]}: tensor and expert parallel plans are not supported; use fully_shard alone."
+                f"{name} is placed as {strange[0]}: tensor parallel plans are not supported; use fully_shard alone, or with "
+                "expert parallelism (losia_dist.load_distributed_model)."
             )

@@ -54,6 +54,8 @@ def expert_weights(model: nn.Module, shape: Shape) -> dict[str, ExpertWeight]:
 
 def why_unusable_experts(module: Any) -> str | None:
     """Why experts cannot hold subnets though their class can, as the end of a sentence ("it ..."), or None."""
+    if getattr(module, "_is_expert_parallel", False):
+        return "is spread over ranks already (expert parallelism): use losia_dist.load_distributed_model, which converts before"
     if "forward" in vars(module):
         return "has its forward replaced on the object (device_map and offloading hooks do that): load without device_map"
     packed = [name for name, parameter in module.named_parameters() if is_packed(parameter)]

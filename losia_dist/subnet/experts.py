@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -193,6 +194,16 @@ def add_expert_site(
     return site
 
 
+def hold_experts(module: SubnetWeights, start: int, stop: int) -> None:
+    """From here on the module computes with experts [start, stop) of its weights, and other ranks with the others.
+
+    Weights and subnets are then [stop - start, ...] where it computes; indices stay whole.
+    """
+    module.layouts = {name: replace(layout, experts=(0, stop - start)) for name, layout in module.layouts.items()}
+    for site in module.sites:
+        site.held = (start, stop)
+
+
 def _adopt(owner: Any, holder: Any) -> None:
     """Turn a module of experts in place into one that computes with subnets, once."""
     if isinstance(holder, SubnetWeights):
@@ -239,9 +250,10 @@ def _measure_inputs(sites: list[Site], x: Tensor, routing: Routing) -> None:
         return
     ends = [0, *routing.offsets.tolist()]
     for site in sites:
-        assert site.experts is not None
-        for place, expert in enumerate(range(*site.experts)):
+        experts = site.here.experts
+        assert experts is not None
+        for place, expert in enumerate(range(*experts)):
             if site.input_sink is not None:
                 mine = x[ends[expert] : ends[expert + 1]]
                 # Where all tokens come to all experts, those that the router sent elsewhere are zero.
-                site.input_sink(mine if routing.counts is None else mine[mine.any(-1)], place)
+                site.input_sink(mine if routing.counts is None else mine[mine.any(-1)], site.first_here + place)

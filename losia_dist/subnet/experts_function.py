@@ -42,7 +42,8 @@ def write_subnets(sites: Sequence[Site], weight: Tensor, subnets: Sequence[Tenso
     """
     for site, subnet in zip(sites, subnets, strict=True):
         if always or site.must_write(weight, subnet):
-            places = site.layout.places(tuple(weight.shape), site.row_index, site.col_index)
+            rows, columns = site.index_here(site.row_index), site.index_here(site.col_index)
+            places = site.here.places(tuple(weight.shape), rows, columns)
             weight.data.index_put_(places, subnet.data.to(weight.dtype))
 
 
@@ -96,8 +97,9 @@ def experts_backward(
     gradients = grouped_outer(dy_rows, x_columns, routing.offsets)
     found: list[Tensor | None] = []
     for site, subnet, sink in zip(sites, subnets, sinks, strict=True):
-        assert site.experts is not None
-        mine = gradients[site.experts[0] : site.experts[1]].to(subnet.dtype)
+        experts = site.here.experts
+        assert experts is not None
+        mine = gradients[experts[0] : experts[1]].to(subnet.dtype)
         if len(sites) > 1:
             mine = mine.clone()  # no part keeps the others' memory
         site.in_mid_step = True
@@ -111,16 +113,17 @@ def experts_backward(
 
 def _give_full(site: Site, grad_y: Tensor, x: Tensor, offsets: Tensor, weight: Tensor, sink: Any) -> None:
     """Form the full gradients [X, m, n] of a site's experts, and hand them over."""
-    assert site.experts is not None
-    start, stop = site.experts
-    matrices = site.as_rows(weight)
+    experts = site.here.experts
+    assert experts is not None
+    start, stop = experts
+    matrices = site.here.matrices(weight)
     if getattr(sink, "one_at_a_time", False):
         sink.note_call()  # experts may all be without a token
         ends = [0, *offsets.tolist()]  # before training: the host waits
         for place, expert in enumerate(range(start, stop)):
             mine = slice(ends[expert], ends[expert + 1])
             if mine.stop > mine.start:
-                sink(grad_y[mine].t() @ x[mine], matrices[place], place)
+                sink(grad_y[mine].t() @ x[mine], matrices[place], site.first_here + place)
         return
     # Where the first of these experts' tokens begin is known to the device alone: those before them make one group more.
     skip = min(start, 1)
@@ -130,7 +133,7 @@ def _give_full(site: Site, grad_y: Tensor, x: Tensor, offsets: Tensor, weight: T
 
 def _of_all(sites: Sequence[Site], index: str) -> Tensor:
     """Row or column index [E, ...] of all experts of a weight."""
-    found = [getattr(site, index) for site in sites]
+    found = [site.index_here(getattr(site, index)) for site in sites]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,8 @@ class Site:
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)
+        # Experts [start, stop) of the weight that this rank computes with, where they are spread over ranks; None: with all.
+        self.held: tuple[int, int] | None = None
         self.awaits_weights = self.subnet.is_meta  # converted on the meta device: the subnet is cut once the weights are there
         self.converted_print: Tensor  # int64 scalar of the subnet's first values, to tell ranks that loaded different weights
         # True once an access object has established that the engine never re-gathers the weight between forward and
@@ -158,6 +161,20 @@ class Site:
         return self.layout.experts
 
     @property
+    def here(self) -> Layout:
+        """How the weight and the subnet that this rank computes with store their matrices: of the experts that it holds."""
+        return self.layout if self.held is None else replace(self.layout, experts=(0, self.held[1] - self.held[0]))
+
+    @property
+    def first_here(self) -> int:
+        """Place among the X matrices of the first one that this rank computes with."""
+        return 0 if self.held is None else self.held[0]
+
+    def index_here(self, index: Tensor) -> Tensor:
+        """A row or column index [X, k], of the matrices that this rank computes with."""
+        return index if self.held is None else index[self.held[0] : self.held[1]]
+
+    @property
     def weight_is_transposed(self) -> bool:
         """Whether each matrix is stored [n, m]."""
         return self.layout.transposed
@@ -189,14 +206,17 @@ class Site:
         self.kept_inputs.clear()  # of forward passes that had no backward, or a recomputed one
 
     def see_tokens(self, counts: Tensor) -> None:
-        """Tokens that one forward sent to each expert of the weight: int64 [E]. The host does not wait."""
-        start, stop = self.experts or (0, 0)
+        """Tokens that one forward sent to each expert that this rank computes with: int64 [E]. The host does not wait."""
+        start, stop = self.here.experts or (0, 0)
         self.tokens = counts[start:stop] if self.tokens is None else self.tokens + counts[start:stop]
 
     def count_tokens(self) -> Tensor:
         """int64 [X]: tokens that reached each expert on this rank since the last call; counting begins anew."""
-        found, self.tokens = self.tokens, None
-        return self.row_index.new_zeros(self.layout.count) if found is None else found
+        found = self.row_index.new_zeros(self.layout.count)
+        if self.tokens is not None:
+            found[self.first_here : self.first_here + self.tokens.numel()] = self.tokens
+        self.tokens = None
+        return found
 
     def copy_for(self, module: nn.Module, memo: dict[int, Any]) -> Site:
         """The site of a deep copy of its module: no conductor drives it, and it collects nothing."""

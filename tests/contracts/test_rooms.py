@@ -28,7 +28,7 @@ ORDER = [
 ]
 # Rooms inside a room: likewise. "*": files that lie in the room itself, and import each other.
 WITHIN = {
-    "integrations": [["deepspeed"], ["accelerate"], ["trainer"]],
+    "integrations": [["deepspeed", "distributed"], ["accelerate"], ["trainer"]],
     "tools": [["doctor", "plan", "report"]],
     "recipe": [["weights"], ["*"]],
 }

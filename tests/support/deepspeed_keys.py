@@ -232,7 +232,7 @@ REFUSED = [
     *_refused("zero_force_ds_cpu_optimizer", True, "with LoSiAAdamW", engine="zero2-offload", by_deepspeed=True),
     *_refused("tensor_parallel.autotp_size", 2, "it cuts the weights"),
     *_refused("sequence_parallel_size", 2, "not tested"),
-    *_refused("expert_parallel.enabled", True, "it replaces the layers"),
+    *_refused("expert_parallel.enabled", True, "AutoEP puts modules of its own in the experts' place"),
     *_refused("hybrid_engine.enabled", True, "not tested"),
     *_refused("compile.deepcompile", True, "not tested"),
     *_refused("weight_quantization", {"quantized_initialization": {"num_bits": 8}}, QUANTIZED),

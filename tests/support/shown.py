@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, LoSiATrainer, get_losia_model, initialize, losia_parameter_groups
 from tests.support.documents import ROOT
@@ -21,12 +21,16 @@ FOLDERS = ("launch", "configs", "examples", "benchmarks", "tests", "docs")
 
 
 def make_place(directory: Path, logs: bool = False) -> Path:
-    """A directory with MODEL, BASE and M (one tiny model), train.jsonl and F, pairs.jsonl, the repository's folders.
+    """A directory with MODEL, BASE and M (one tiny model), MODEL_WITH_EXPERTS, train.jsonl and F, pairs.jsonl, the repository's
+    folders.
 
     logs: with the logs of three short runs, runs/first, runs/second and runs/full.
     """
     model = directory / "MODEL"
     save_tiny_model(model, max_position_embeddings=2048, hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "vocab_size": 97, "hidden_size": 64}
+    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "MODEL_WITH_EXPERTS")
     (directory / "shared").mkdir()
     for name in ("M", "BASE", "base", "shared/model"):
         (directory / name).symlink_to(model, target_is_directory=True)

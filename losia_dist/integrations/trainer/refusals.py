@@ -99,8 +99,8 @@ def _refuse_model(arguments: dict[str, Any], losia_config: LoSiAConfig, uses_trl
         raise UnsupportedError("a quantized model has no weights that a subnet could be written into: load it in bf16.")
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise UnsupportedError(
-            "the model was sharded while loading (distributed_config): its subnets would not be. Load it without, and use "
-            "fsdp=True (FSDP2) or DeepSpeed."
+            "the model was sharded while loading (distributed_config), which a Trainer does not resume: load it without, and "
+            "use fsdp=True (FSDP2) or DeepSpeed; or write a loop of your own around losia_dist.load_distributed_model."
         )
     _refuse_reference(arguments)
     if uses_trl and losia_config.output_rank_factor is not None:

@@ -1,0 +1,1 @@
+"""Models that Transformers itself distributes over ranks (`DistributedConfig`): FSDP2 and expert parallelism."""
