@@ -265,6 +265,31 @@ def test_a_rule_that_fails_leaves_the_old_directory(ranks, tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
 
 
+@pytest.mark.parametrize(
+    "family", only(["gpt_oss", "deepseek_v3"], [name for name in STORED if name not in ("hrm_text", "gpt_neox")])
+)
+def test_experts_that_trained_leave_a_checkpoint_as_they_leave_the_run(tmp_path, family):
+    """Subnets in every expert that moved on, in parts of two: base, journal and subnets together are the live weights."""
+    config = LoSiAConfig(rank_factor=0.25, period=1, experts_per_slot=2)
+    model = get_losia_model(stored_model(family).train(), config)
+    losia = LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2), config)
+    for steps in (3, 9):
+        train(losia, steps)
+        save_checkpoint(tmp_path / "run", model=model, optimizer=losia.state.optimizer, losia=losia)
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=TOKENS).logits
+    live = export_model(losia, tmp_path / "live")
+    assert_same_weights(export_model(tmp_path / "run", tmp_path / "offline"), live)
+    loaded = AutoModelForCausalLM.from_pretrained(live, attn_implementation="eager", experts_implementation="eager")
+    with torch.no_grad():
+        assert (loaded(input_ids=TOKENS).logits - wanted).abs().max() < 1e-5
+    # A delta of it holds the experts' rows and columns, and gives the same model again.
+    stored_model(family).save_pretrained(tmp_path / "base")
+    delta = save_delta(tmp_path / "run", tmp_path / "delta.safetensors", tmp_path / "base")
+    assert delta.stat().st_size < 0.9 * (live / "model.safetensors").stat().st_size
+    assert_same_weights(apply_delta(delta, tmp_path / "base", tmp_path / "again"), live)
+
+
 def test_base_and_delta_are_the_export_and_a_changed_expert_takes_its_rows_and_columns(tmp_path):
     stored_model("qwen3_moe").save_pretrained(tmp_path / "base")
     changed = load_file(tmp_path / "base" / "model.safetensors")
