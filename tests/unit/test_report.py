@@ -240,6 +240,17 @@ def test_overlap_is_the_share_of_the_new_neurons_that_were_there_before():
     assert layer.first[0].tolist() == [0, 1, 2, 3] and layer.latest[1].tolist() == [3, 4]
 
 
+def test_experts_overlap_expert_by_expert():
+    found = movement.Movement()
+    experts = {"layer": "model.layers.0.mlp.experts.up_proj"}
+    for rows in ([[0, 1], [2, 3]], [[0, 1], [0, 1]]):  # the first expert stays, the second moves
+        assert found.add({**record(0, [0, 1], [0]), **experts, "rows": rows, "columns": [[0], [5]]})
+    assert found.moves[-1].overlap == (0.5, 1.0)
+    (layer,) = found.layers.values()
+    assert layer.count == 2 and layer.taken == (2, 1) and layer.random_share == 2 / 48
+    assert not found.add({**record(0, [0], [0]), **experts, "rows": [[0], [1]]})
+
+
 @pytest.mark.parametrize(
     "change",
     [{"rows": [8]}, {"columns": [-1]}, {"rows": []}, {"shape": [8]}, {"step": None}, {"rows": "abc"}, {"rows": [[1]]}],

@@ -34,10 +34,14 @@ def draw_measurements(run: Run) -> list[Picture]:
     speed = "Of all ranks, padding included: the mean from the run's start on."
     memory = _MEMORY_OF.get(str(run.facts.get("memory_of")), "Memory at most so far")
     memory += ". Training script: the largest of all ranks; Trainer: the first rank."
+    trained = "Share of all experts that a token reached since the line before."
+    busiest = "Tokens of the busiest expert as a multiple of its layer's mean, where that is largest. 1 is even."
     measured = [
         (curves.grad_norm, "gradient_norm", "Gradient norm", norm, "norm", limit),
         (curves.tokens_per_second, "tokens_per_second", "Tokens per second", speed, "tokens/s", 0.0),
         (curves.memory, "memory", "Peak memory", memory, "GB (10⁹ bytes)", 0.0),
+        (curves.experts_trained, "experts_trained", "Experts that trained", trained, "share", 0.0),
+        (curves.experts_busiest, "experts_busiest", "Balance of experts", busiest, "x mean", 0.0),
     ]
     return [_measured(*row) for row in measured if row[0]]
 

@@ -103,13 +103,13 @@ def _overlap(moves: list[Move]) -> Picture:
         axis = axes[place]
         axis.set(ylabel="% that stay", ylim=(0, 105))
         axis.set_title(label, fontsize=10, loc="left")
-        partial = [m for m in moves if len(m.layer.latest[place]) < m.layer.shape[place]]  # where all are taken, none can move
+        partial = [m for m in moves if m.layer.taken[place] < m.layer.shape[place]]  # where all are taken, none can move
         if not partial:
             axis.text(0.5, 0.5, "all of them train", transform=axis.transAxes, ha="center", color=CHANCE)
             continue
         shares = np.array([100 * move.overlap[place] for move in partial if move.overlap is not None])
         _marks(axis, partial, shares, (0.25, 3.5), marker="o", color=colour)
-        chance = 100 * float(np.mean([len(m.layer.latest[place]) / m.layer.shape[place] for m in partial]))
+        chance = 100 * float(np.mean([m.layer.taken[place] / m.layer.shape[place] for m in partial]))
         axis.axhline(chance, color=CHANCE, linestyle="--", linewidth=1.4)
         means.append(f"{label}: {shares.mean():.0f} % stay on average, {short(chance, 2)} % by chance")
     axes[-1].set_xlabel("optimizer step")
@@ -126,7 +126,7 @@ def _overlap(moves: list[Move]) -> Picture:
 def _map(movement: Movement, kind: str) -> Picture | None:
     layers, groups = movement.of_kind(kind), movement.groups()
     names = ("output neurons (rows)", "input neurons (columns)")
-    sides = [place for place in (0, 1) if any(len(layer.latest[place]) < layer.shape[place] for layer in layers)]
+    sides = [place for place in (0, 1) if any(layer.taken[place] < layer.shape[place] for layer in layers)]
     if not sides:
         return None
     shown = [group for group in groups if any(layer.group == group for layer in layers)]
@@ -142,7 +142,7 @@ def _map(movement: Movement, kind: str) -> Picture | None:
         axis.imshow(colours_GB, aspect="auto", extent=(0, width, len(shown) - 0.5, -0.5))
         axis.set(xlabel=names[place], ylabel="depth")
         axis.yaxis.get_major_locator().set_params(integer=True)
-    (m, n), (r, c) = layers[-1].shape, map(len, layers[-1].latest)
+    (m, n), (r, c) = layers[-1].shape, layers[-1].taken
     return Picture(
         f"map_{kind.replace('.', '_')}",
         kind,
@@ -162,15 +162,15 @@ def _strip(layer: Layer, place: int, width: int) -> NDArray[Any]:
     per_bin, count = -(-width // _bins(width)), _bins(width)
 
     def counted(indices: Indices) -> NDArray[Any]:
-        return np.bincount(indices // per_bin, minlength=count)[:count]
+        return np.bincount(indices % layer.shape[place] // per_bin, minlength=count)[:count] / layer.count
 
     stayed = counted(np.intersect1d(first, latest, assume_unique=True))
     joined = counted(np.setdiff1d(latest, first, assume_unique=True))
     left = counted(np.setdiff1d(first, latest, assume_unique=True))
     total = stayed + joined + left
     mixed = stayed[:, None] * _STAYED + joined[:, None] * _JOINED + left[:, None] * _LEFT
-    hue = mixed / np.maximum(total, 1)[:, None]
+    hue = mixed / np.maximum(total, 1 / layer.count)[:, None]
     # With many neurons in a bin hardly any bin is full: three times the mean is as strong as it gets.
-    full = per_bin if per_bin == 1 else min(per_bin, max(1.0, 3 * per_bin * len(latest) / layer.shape[place]))
+    full = per_bin if per_bin == 1 else min(per_bin, max(1.0, 3 * per_bin * layer.taken[place] / layer.shape[place]))
     strength = np.minimum(1.0, total / full)[:, None]
     return 1.0 - strength * (1.0 - hue)

@@ -13,10 +13,11 @@ Indices = NDArray[np.int64]
 
 @dataclass
 class Layer:
-    """A linear layer [m, n] and its subnets.
+    """A linear layer [m, n] and its subnets; or experts, each of that size.
 
-    kind: its name within the group ("mlp.up_proj"). rows, columns: the first and the latest choice, sorted.
-    captured: share of the layer's importance inside the latest subnet whose share was measured.
+    kind: its name within the group ("mlp.up_proj"). first, latest: rows and columns chosen, sorted; those of expert e are
+    counted from e m and e n on. count: experts, 1 for a linear layer. captured: share of the layer's importance inside the
+    latest subnet whose share was measured.
     """
 
     name: str
@@ -25,12 +26,18 @@ class Layer:
     shape: tuple[int, int]
     first: tuple[Indices, Indices]
     latest: tuple[Indices, Indices]
+    count: int = 1
     captured: float | None = None
 
     @property
     def random_share(self) -> float:
         """Share of the weight that the subnet takes, which is what a random one captures on average."""
-        return len(self.latest[0]) * len(self.latest[1]) / (self.shape[0] * self.shape[1])
+        return self.taken[0] * self.taken[1] / (self.shape[0] * self.shape[1])
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """(r, c) of one subnet."""
+        return len(self.latest[0]) // self.count, len(self.latest[1]) // self.count
 
 
 @dataclass
@@ -57,18 +64,19 @@ class Movement:
             step, reason = int(record["step"]), str(record["reason"])
             name, group = str(record["layer"]), str(record["group"])
             m, n = map(int, record["shape"])
-            rows, columns = _indices(record["rows"], m), _indices(record["columns"], n)
+            sides = [record[side] for side in ("rows", "columns")]
+            counts = {_experts(side) for side in sides if side != "all"} or {0}
+            rows, columns = (_indices(side, size, *counts) for side, size in zip(sides, (m, n), strict=True))
             captured = None if record.get("captured") is None else float(record["captured"])
         except (KeyError, TypeError, ValueError, OverflowError):
             return False
-        for indices, size in ((rows, m), (columns, n)):
-            if indices.ndim != 1 or not len(indices) or indices.min() < 0 or indices.max() >= size:
-                return False
+        if rows is None or columns is None:
+            return False
         chosen, overlap = (rows, columns), None
         layer = self.layers.get(name)
         if layer is None or layer.shape != (m, n):
             kind = name.removeprefix(group).lstrip(".") or name
-            layer = self.layers[name] = Layer(name, group, kind, (m, n), chosen, chosen)
+            layer = self.layers[name] = Layer(name, group, kind, (m, n), chosen, chosen, max(1, *counts))
         else:
             overlap = (_share_kept(layer.latest[0], rows), _share_kept(layer.latest[1], columns))
             layer.latest = chosen
@@ -90,8 +98,20 @@ class Movement:
         return [layer for layer in self.layers.values() if layer.kind == kind]
 
 
-def _indices(written: Any, size: int) -> Indices:
-    return np.arange(size) if written == "all" else np.asarray(written, dtype=np.int64)
+def _experts(written: Any) -> int:
+    """How many experts a line lists indices of; 0 for a linear layer."""
+    return len(written) if written and isinstance(written[0], list) else 0
+
+
+def _indices(written: Any, size: int, experts: int) -> Indices | None:
+    """Indices of each expert, one behind the other; None if they are none."""
+    matrices = max(1, experts)
+    if written == "all":
+        return np.arange(matrices * size)
+    indices = np.asarray(written, dtype=np.int64)
+    if indices.ndim != 1 + bool(experts) or not indices.size or indices.min() < 0 or indices.max() >= size:
+        return None
+    return (indices.reshape(matrices, -1) + size * np.arange(matrices)[:, None]).reshape(-1)
 
 
 def _share_kept(old: Indices, new: Indices) -> float:

@@ -22,6 +22,10 @@ _CURVES = {
     "train_tokens_per_second": "tokens_per_second",
     "peak_memory_gb": "memory",
     "losia/peak_memory_gb": "memory",
+    "experts_trained": "experts_trained",
+    "losia/experts_trained": "experts_trained",
+    "experts_busiest": "experts_busiest",
+    "losia/experts_busiest": "experts_busiest",
 }
 _RATE_OF_GROUP = re.compile(r"(?:losia/learning_rate|learning_rates)/(.+)")
 _HELD_OUT = re.compile(r"held_out|eval[_/](?:(.+)_)?loss")
@@ -57,7 +61,8 @@ class Curves:
     """Curves of a run, each over optimizer steps; empty ones were not logged.
 
     loss: of training, nats a token. held_out: by the data set's name, "held-out" where there is one. rate: scheduled learning
-    rate. rates: by group, rewarming included. memory: peak, 10^9 bytes.
+    rate. rates: by group, rewarming included. memory: peak, 10^9 bytes. experts_trained: share of experts that tokens reached,
+    0 to 1. experts_busiest: tokens of the busiest expert as a multiple of its layer's mean.
     """
 
     loss: Curve = field(default_factory=Curve)
@@ -65,6 +70,8 @@ class Curves:
     grad_norm: Curve = field(default_factory=Curve)
     tokens_per_second: Curve = field(default_factory=Curve)
     memory: Curve = field(default_factory=Curve)
+    experts_trained: Curve = field(default_factory=Curve)
+    experts_busiest: Curve = field(default_factory=Curve)
     held_out: dict[str, Curve] = field(default_factory=dict)
     rates: dict[str, Curve] = field(default_factory=dict)
 

@@ -128,7 +128,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     if run.movement.layers:
         moved = {move.layer.name for move in moves if move.reason == "relocalized"}
         how = "drawn anew" if run.config.get("selection") == "random" else "re-localized"
-        tiles.append((f"{len(moved)} of {len(run.movement.layers)}", f"linear layers {how}"))
+        tiles.append((f"{len(moved)} of {len(run.movement.layers)}", f"layers {how}"))
     if (captured := maps.mean_captured(moves)) is not None:
         chance = percent(float(np.mean([move.layer.random_share for move in moves if move.captured is not None])))
         tiles.append((f"{100 * captured:.0f} %", f"of importance captured; a random subnet {chance}"))
@@ -140,7 +140,7 @@ def _kind(run: Run, kind: str) -> list[str]:
     layers = run.movement.of_kind(kind)
     moves = [move for move in run.movement.moves if move.layer.kind == kind]
     overlaps = [move.overlap for move in moves if move.overlap is not None]
-    (m, n), (r, c) = layers[0].shape, map(len, layers[0].latest)
+    (m, n), (r, c) = layers[0].shape, layers[0].taken
     captured = maps.mean_captured(moves)
     kept = [f"{100 * share:.0f} %" for share in np.mean(overlaps, axis=0)] if overlaps else ["-", "-"]
     return [
