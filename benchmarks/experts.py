@@ -169,16 +169,16 @@ def kept_bytes(method: Method, tokens: Tensor) -> int:
 
 
 def peak_of(name: str, shape: ExpertShape) -> int:
-    """Highest memory of a process of its own that makes three steps, in bytes, less what the model alone needs."""
+    """Highest resident memory of a process of its own that makes three steps, in bytes."""
     source = (
-        "import resource, torch; from benchmarks.experts import *\n"
+        "from benchmarks.experts import *\n"
         f"shape = ExpertShape(**{asdict(shape)!r})\n"
         f"method = (METHODS | {{'floor': floor}})[{name!r}](shape)\n"
         "for _ in range(3): method.step(shape.tokens())\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
     found = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[-1])
+    return 1024 * int(found.stdout.split()[-1])
 
 
 def measure(shape: ExpertShape, rounds: int, budget: float) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from losia_dist.checkpoint import layout
 from losia_dist.data import places_of
 from losia_dist.errors import ConfigError
@@ -30,6 +32,7 @@ class OutputDirectory:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options, self.path = options, Path(options.output_dir)
         self.model, self._checkpoints = self.path / MODEL, self.path / layout.OF_SCRIPT
+        self._lock = FileLock(self.path / ".lock")
         self._theirs: set[str] = set()
 
     def check(self, source: Path | None, continues: bool, may_start_anew: bool) -> None:
@@ -57,6 +60,29 @@ class OutputDirectory:
                 f"--output_dir {self._options.output_dir} holds an earlier run ({', '.join(found)}): {going_on}give another "
                 "--output_dir, or have what that run wrote deleted with --overwrite (and no --resume)."
             )
+
+    def hold(self) -> None:
+        """Let no other run write here while this process lives. Makes the directory, and a file in it.
+
+        Raises:
+            ConfigError: another run does, on this machine or (where the file system tells) another.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"--output_dir {self._options.output_dir}: another run is writing there now. Give another --output_dir, or "
+                "wait for its end."
+            ) from error
+        except (OSError, NotImplementedError):  # a file system without locks: as before there were any
+            pass
+
+    def release(self) -> None:
+        """The run is over."""
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def clear(self) -> None:
         """Delete the earlier run's logs, and with --overwrite all that the script wrote. No file of anybody else, and no

@@ -101,7 +101,8 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     subnets = SubnetLog(run.losia) if run.losia is not None and process.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
     continues = source is not None and source.is_own
-    if not continues:  # the first change on the disk: everything that can be refused has been
+    agreement.on_first(None, output.hold)  # the first change on the disk: everything that can be refused has been
+    if not continues:
         agreement.on_first(None, output.clear)
     summary: dict[str, Any] = {
         "method": "losia" if run.losia is not None else "full",
@@ -142,6 +143,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         log.close()
         with contextlib.suppress(LoSiAError):  # the first error counts; a save under way must end before the ranks part
             checkpoints.wait(run)
+        output.release()
         raise
     reporter.loss(steps, "held_out_loss_after")
     reporter.samples("samples_after")
@@ -160,6 +162,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
             save_whole_model(run.model, target, **beside, agreement=agreement)
         agreement.on_first(f"writing to {output.path}", output.record_model)
     checkpoints.wait(run)
+    output.release()
     if run.losia is not None:
         run.losia.detach()
     return summary

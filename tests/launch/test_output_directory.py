@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from filelock import FileLock
 
 from losia_dist.cli import main as cli
 from losia_dist.recipe.logs import RunLog
@@ -52,6 +53,14 @@ def test_anything_of_an_earlier_run_is_refused_before_anything_is_read(capsys, m
 def test_full_fine_tuning_is_refused_too(capsys, material, earlier):
     words = arguments(material, earlier, **SHORT, losia=None, losia_config=None)
     assert "holds an earlier run (losia_run.json, metrics.jsonl" in refused(capsys, words)
+
+
+@pytest.mark.parametrize("words", [{"resume": "auto", "save_steps": 2}, {"overwrite": True}], ids=str)
+def test_while_a_run_writes_no_other_does(capsys, material, earlier, words):
+    with FileLock(earlier / ".lock"):  # as the other run's first rank has it
+        before = contents(earlier)
+        assert "another run is writing there now" in refused(capsys, arguments(material, earlier, **SHORT, **words))
+        assert contents(earlier) == before
 
 
 def test_files_of_others_are_in_nobodys_way(material, tmp_path):
