@@ -44,8 +44,11 @@ def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype
     if checkpointing is None:
         checkpointing = getattr(model, "is_gradient_checkpointing", False)
     let_inputs_ask: Any = getattr(model, "enable_input_require_grads", None)
-    if checkpointing and let_inputs_ask is not None:
-        # Reentrant checkpointing gives a layer gradients only if its input asks for one; the embedding is frozen now.
+    first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    begins_with_experts = any(first is site.subnet for site in find_sites(model) if site.experts is not None)
+    if (checkpointing or begins_with_experts) and let_inputs_ask is not None:
+        # Reentrant checkpointing gives a layer gradients only if its input asks for one; the embedding is frozen now. So do
+        # blocks of experts under ZeRO-3, which are leaf modules there.
         let_inputs_ask()
     holders: list[Any] = [module for module in model.modules() if hasattr(module, "save_pretrained")]
     for holder in holders:  # a model may hold others, with a method of their own

@@ -265,3 +265,13 @@ def test_bf16_stays_close_to_fp32(ranks, expected, family, engine):
     wanted = expected(variant(run, dtype="fp32"))["losses"]
     for result in run_on(ranks, engine, run):
         assert max(abs(a - b) for a, b in zip(wanted, result["losses"], strict=True)) < 0.1
+
+
+@pytest.mark.parametrize("engine", ["zero3", slow("fsdp2")])
+def test_experts_alone_train_as_in_one_process(ranks, engine):
+    """The first block of experts is the first thing that trains, and a leaf module under ZeRO-3."""
+    experts = {"target_modules": ["experts.gate_up_proj", "experts.down_proj"], "output_rank_factor": None}
+    run = of("qwen3_moe", variant(MODES["drawn"], config={**DRAWN, **experts}))
+    wanted = train("one", run)
+    for result in ranks(2, train, engine, run):
+        assert_same_run(result, wanted)
