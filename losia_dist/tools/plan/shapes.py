@@ -1,5 +1,7 @@
 """Sizes of decoder models: built in, or read from a Transformers configuration. No weights are touched.
 
+Dense models by formulas; mixtures of experts as Transformers builds them (`tools.plan.mixtures`).
+
 Dimensions: H hidden size, I intermediate size of the gated MLP, A = heads x head size, K = key-value heads x head size.
 """
 
@@ -8,13 +10,13 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from losia_dist.errors import ConfigError
 
 # Transformers' model types whose decoder layer is attention with q, k, v, o and an MLP with gate, up, down.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SETTINGS = {  # ModelShape's fields in a Transformers configuration
+SETTINGS = {  # ModelShape's fields in a Transformers configuration
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "intermediate": "intermediate_size",
@@ -26,9 +28,29 @@ _SETTINGS = {  # ModelShape's fields in a Transformers configuration
 }
 
 
+class Weight(NamedTuple):
+    """`count` matrices [m, n] (outputs first) in one weight, of which a token takes `taken`: one of each in a linear layer."""
+
+    m: int
+    n: int
+    count: int = 1
+    taken: int = 1
+
+    @property
+    def elements(self) -> int:
+        return self.count * self.m * self.n
+
+
+class Layer(NamedTuple):
+    """weights: those of a decoder layer that can hold subnets, in the model's order. parameters: all of the layer."""
+
+    weights: tuple[Weight, ...]
+    parameters: int
+
+
 @dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder model.
+    """A decoder model; this class is of the dense ones.
 
     name: as it was asked for. family: one of FAMILIES. head_size: elements of one attention head. context: positions it was
     trained for. tied: the output layer shares the embedding's weight. settings: the Transformers configuration it was read
@@ -67,10 +89,19 @@ class ModelShape:
         """A: elements of all attention heads of one token."""
         return self.heads * self.head_size
 
+    def kinds(self) -> list[tuple[int, Layer]]:
+        """Decoder layers in the model's order: runs of equal ones, and how many each has."""
+        return [(self.layers, Layer(tuple(Weight(m, n) for m, n in self.linears().values()), self.layer_parameters))]
+
+    @property
+    def fullest(self) -> Layer:
+        """The decoder layer with most parameters."""
+        return max((layer for _, layer in self.kinds()), key=lambda layer: layer.parameters)
+
     @property
     def narrowest(self) -> int:
-        """The smallest side of a decoder layer's weight matrices."""
-        return min(min(size) for size in self.linears().values())
+        """The smallest side of the decoder layers' weight matrices."""
+        return min(min(weight.m, weight.n) for _, layer in self.kinds() for weight in layer.weights)
 
     @property
     def layer_extras(self) -> int:
@@ -94,20 +125,46 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.outer_parameters
+        return sum(count * layer.parameters for count, layer in self.kinds()) + self.outer_parameters
+
+    @property
+    def active_weights(self) -> int:
+        """Elements of all decoder layers' weight matrices that one token is multiplied with."""
+        return sum(count * w.taken * w.m * w.n for count, layer in self.kinds() for w in layer.weights)
 
     def configuration(self) -> Any:
         """A Transformers configuration of this shape (a new one)."""
         from transformers import AutoConfig
 
         if self.settings is not None:
-            return type(self.settings).from_dict(self.settings.to_dict())
-        sizes: dict[str, Any] = {name: getattr(self, field) for field, name in _SETTINGS.items()}
+            values = self.settings.to_dict() | {SETTINGS["layers"]: self.layers}
+            if values.get("layer_types"):
+                values["layer_types"] = values["layer_types"][: self.layers]
+            return type(self.settings).from_dict(values)
+        sizes: dict[str, Any] = {name: getattr(self, field) for field, name in SETTINGS.items()}
         if self.family == "qwen2":  # whose heads always share the hidden size
             del sizes["head_dim"]
         if self.family == "mistral":
             sizes["sliding_window"] = None
         return AutoConfig.for_model(self.family, **sizes, tie_word_embeddings=self.tied)
+
+    def build(self) -> Any:
+        """The model in bf16 on the meta device. Raises: ConfigError: Transformers builds no such model."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        settings = self.configuration()
+        try:
+            with torch.device("meta"):
+                try:
+                    return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="sdpa")
+                except ValueError:  # has no such attention
+                    return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="eager")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"--model {self.name}: Transformers builds no causal language model of type {self.family!r} from its "
+                f"configuration ({str(error).splitlines()[0]}). Take the built-in shape that is nearest to it."
+            ) from error
 
 
 # name: family, layers, H, I, heads, key-value heads, head size, vocabulary, context, tied. From the published files.
@@ -149,13 +206,17 @@ def find_shape(name: str) -> ModelShape:
     Raises:
         ConfigError: no such model, or one that the plan does not cover.
     """
+    from losia_dist.tools.plan.mixtures import MIXTURES, built_in_mixture
+
     if name.lower() in BUILT_IN:
         return BUILT_IN[name.lower()]
+    if name.lower() in MIXTURES:
+        return built_in_mixture(name.lower())
     path = Path(name)
     if path.exists() or "/" in name:
         return shape_of(_read(name, path), name)
-    nearest = difflib.get_close_matches(name.lower(), BUILT_IN, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"built in: {', '.join(BUILT_IN)}."
+    nearest = difflib.get_close_matches(name.lower(), [*BUILT_IN, *MIXTURES], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"built in: {', '.join([*BUILT_IN, *MIXTURES])}."
     raise ConfigError(
         f"--model {name}: no built-in shape, no directory and no hub name (owner/name) is called so; {hint} A directory with a "
         "config.json works too."
@@ -163,25 +224,34 @@ def find_shape(name: str) -> ModelShape:
 
 
 def shape_of(settings: Any, name: str) -> ModelShape:
-    """The shape in a Transformers configuration of one of FAMILIES.
+    """The shape in a Transformers configuration of one of FAMILIES, or of a mixture of experts.
 
     Raises:
-        ConfigError: another architecture, or sizes that are missing.
+        ConfigError: another architecture, sizes that are missing, or experts that cannot hold subnets.
     """
-    family = getattr(settings, "model_type", None)
+    from losia_dist.tools.plan.mixtures import MixtureShape, says_experts
+
+    family, kind = getattr(settings, "model_type", None), ModelShape
     if family not in FAMILIES:
-        raise ConfigError(
-            f"--model {name} is a {family!r} model; plans cover the dense decoders {', '.join(FAMILIES)}. Take the built-in "
-            "shape that is nearest to it."
-        )
-    sizes: dict[str, Any] = {field: getattr(settings, name, None) for field, name in _SETTINGS.items()}
+        settings = settings.get_text_config()
+        if not says_experts(settings):
+            raise ConfigError(
+                f"--model {name} is a {family!r} model; plans cover the dense decoders {', '.join(FAMILIES)}, and mixtures of "
+                "experts. Take the built-in shape that is nearest to it."
+            )
+        family, kind = settings.model_type, MixtureShape
+    sizes: dict[str, Any] = {field: getattr(settings, name, None) for field, name in SETTINGS.items()}
+    if kind is not ModelShape:
+        sizes["intermediate"] = sizes["intermediate"] or 1  # of dense layers, where there are such
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_size"] = sizes["head_size"] or settings.hidden_size // settings.num_attention_heads
     for option, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"--model {name}: its configuration says {option}: {size!r}; a whole number above 0 is needed.")
     tied = bool(getattr(settings, "tie_word_embeddings", False))
-    return ModelShape(name, family, **sizes, tied=tied, settings=settings, source=name)
+    shape = kind(name, family, **sizes, tied=tied, settings=settings, source=name)
+    shape.kinds()  # what Transformers or this package cannot build is refused here
+    return shape
 
 
 def _read(name: str, path: Path) -> Any:
