@@ -17,6 +17,8 @@ def meta_model(workload: Workload) -> Any:
     model = workload.shape.build()
     model.tie_weights()
     model.train()
+    if workload.method == "full":
+        model.to(torch.bfloat16)  # routers that some families keep in fp32: FSDP2 trains a unit of one dtype
     if workload.method == "losia":
         get_losia_model(model, workload.config)
     elif workload.method == "lora":

@@ -7,7 +7,6 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.subnet.targets import find_targets
@@ -25,12 +24,16 @@ class MixtureShape(ModelShape):
         return super().attended if values is None else self.heads * (self.settings.qk_head_dim + values) // 2
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Weights of the fullest decoder layer by their places."""
-        return {f"a weight ({at})": weight[:2] for at, weight in enumerate(self.fullest.weights)}
+        return {weight.name: (weight.m, weight.n) for weight in self.fullest.weights}
 
     @property
     def layer_parameters(self) -> int:
         return self.fullest.parameters
+
+    @cached_property
+    def measured(self) -> dict[Any, Any]:
+        """What was measured of its layers' activations, by the way they are used."""
+        return {}
 
     def kinds(self) -> list[tuple[int, Layer]]:
         return self._kinds
@@ -46,10 +49,10 @@ class MixtureShape(ModelShape):
         except LoSiAError as error:
             raise ConfigError(f"--model {self.name} ({self.family}) cannot be planned: {error}") from error
         for target in targets:
-            sizes = target.layout.matrix_shape(tuple(target.weight.shape))
-            experts = target.layout.count if target.layout.experts is not None else 1
+            experts, name = target.layout.count, target.weight_name.removeprefix(f"{target.group_name}.")
             taken = self._experts_per_token if experts > 1 else 1
-            held[of_module[id(target.module)]].append(Weight(*sizes, experts, taken))
+            sizes = target.layout.matrix_shape(tuple(target.weight.shape))
+            held[of_module[id(target.module)]].append(Weight(*sizes, experts, taken, name))
         found = [
             Layer(tuple(weights), sum(p.numel() for p in layer.parameters()))
             for weights, layer in zip(held, layers, strict=True)
@@ -64,8 +67,8 @@ class MixtureShape(ModelShape):
         count = next((value for value in found if isinstance(value, int) and value > 0), None)
         if count is None:
             raise ConfigError(
-                f"--model {self.name}: its configuration does not say how many experts a token takes; add num_experts_per_tok to "
-                "its config.json to plan it."
+                f"--model {self.name}: its configuration does not say how many experts a token takes; add "
+                "num_experts_per_tok to its config.json to plan it."
             )
         return count
 
@@ -102,5 +105,6 @@ def built_in_mixture(name: str) -> MixtureShape:
     from transformers import AutoConfig
 
     family, *sizes, more = MIXTURES[name]
-    named = dict(zip(SETTINGS.values(), sizes, strict=True))
-    return MixtureShape(name, family, *sizes, tied=False, settings=AutoConfig.for_model(family, **named, **more))
+    named = dict(zip(SETTINGS, sizes, strict=True))
+    settings = AutoConfig.for_model(family, **{SETTINGS[field]: size for field, size in named.items()}, **more)
+    return MixtureShape(name, family, **named, tied=False, settings=settings)

@@ -29,16 +29,20 @@ SETTINGS = {  # ModelShape's fields in a Transformers configuration
 
 
 class Weight(NamedTuple):
-    """`count` matrices [m, n] (outputs first) in one weight, of which a token takes `taken`: one of each in a linear layer."""
+    """Matrices [m, n] (outputs first) of `experts` in one weight, of which a token takes `taken`: 1 and 1 of a linear layer.
+
+    Of a part of the experts a token takes `taken` in the mean.
+    """
 
     m: int
     n: int
-    count: int = 1
-    taken: int = 1
+    experts: int = 1
+    taken: float = 1
+    name: str = ""
 
     @property
     def elements(self) -> int:
-        return self.count * self.m * self.n
+        return self.experts * self.m * self.n
 
 
 class Layer(NamedTuple):
@@ -91,12 +95,21 @@ class ModelShape:
 
     def kinds(self) -> list[tuple[int, Layer]]:
         """Decoder layers in the model's order: runs of equal ones, and how many each has."""
-        return [(self.layers, Layer(tuple(Weight(m, n) for m, n in self.linears().values()), self.layer_parameters))]
+        return [
+            (
+                self.layers,
+                Layer(tuple(Weight(*size, name=name) for name, size in self.linears().items()), self.layer_parameters),
+            )
+        ]
 
     @property
     def fullest(self) -> Layer:
         """The decoder layer with most parameters."""
         return max((layer for _, layer in self.kinds()), key=lambda layer: layer.parameters)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(weight.experts > 1 for weight in self.fullest.weights)
 
     @property
     def narrowest(self) -> int:
@@ -128,7 +141,7 @@ class ModelShape:
         return sum(count * layer.parameters for count, layer in self.kinds()) + self.outer_parameters
 
     @property
-    def active_weights(self) -> int:
+    def active_weights(self) -> float:
         """Elements of all decoder layers' weight matrices that one token is multiplied with."""
         return sum(count * w.taken * w.m * w.n for count, layer in self.kinds() for w in layer.weights)
 

@@ -115,7 +115,7 @@ def _sharded_model(workload: Workload) -> Any:
 def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, list[Site]]:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
     sites = find_sites(model)
-    names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_layers]
+    names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_groups]
     localization = make_localization(workload.config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [site for site in sites if site.group_name in names]
     for site in localizing:
