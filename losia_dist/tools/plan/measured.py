@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.tools.plan.meta_model import meta_model
+from losia_dist.tools.plan.mixtures import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 
@@ -36,16 +36,20 @@ def measure(workload: Workload, localizing: bool) -> Measured:
     kinds = workload.shape.kinds()
     fullest = max(range(len(kinds)), key=lambda place: kinds[place][1].parameters)
     before = sum(count for count, _ in kinds[:fullest])
-    single = replace(workload, shape=replace(workload.shape, layers=before + 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = meta_model(single)
-        decoder = model.get_decoder()
-        (layer,) = decoder.layers = decoder.layers[before:]
-        with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
-            model.to_empty(device="cpu")
-            live.forget()
-            return _one_layer(decoder, layer, workload, localizing, live)
+        model = meta_model(workload, before + 1)
+        decoder = decoder_of(model)
+        *others, layer = decoder.layers
+        for other in others:
+            other.forward = lambda hidden_states, *_, **__: hidden_states
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+                model.to_empty(device="cpu")
+                return _one_layer(decoder, layer, workload, localizing, live)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            shape: Any = workload.shape
+            raise shape.unplannable(f"a decoder layer does not run on fake tensors ({str(error).splitlines()[0]})") from error
 
 
 def _one_layer(decoder: Any, layer: Any, workload: Workload, localizing: bool, live: _Live) -> Measured:

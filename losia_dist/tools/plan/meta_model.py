@@ -9,14 +9,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from losia_dist.model import get_losia_model
+from losia_dist.tools.plan.mixtures import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 
-def meta_model(workload: Workload) -> Any:
-    """In bf16 and training mode, with subnets, LoRA pairs or all weights trainable; not sharded, without checkpointing."""
+def meta_model(workload: Workload, layers: int | None = None) -> Any:
+    """In bf16 and training mode, with subnets, LoRA pairs or all weights trainable; not sharded, without checkpointing.
+
+    layers: how many decoder layers to keep; None: all.
+    """
     model = workload.shape.build()
     model.tie_weights()
     model.train()
+    decoder = decoder_of(model)
+    decoder.layers = decoder.layers[:layers]
     if workload.method == "full":
         model.to(torch.bfloat16)  # routers that some families keep in fp32: FSDP2 trains a unit of one dtype
     if workload.method == "losia":
@@ -55,7 +61,7 @@ class _LowRankExperts(nn.Module):
 def _add_low_rank(model: Any, rank: int) -> None:
     """Freeze a model and give every linear layer and every fused expert weight of its decoder a LoRA pair, in place."""
     model.requires_grad_(False)
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     for name, module in list(layers.named_modules()):
         if isinstance(module, nn.Linear):
             layers.set_submodule(name, _LowRankLinear(module, rank))

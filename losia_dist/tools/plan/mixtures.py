@@ -9,6 +9,8 @@ from typing import Any
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, LoSiAError
+from losia_dist.subnet.expert_weights import is_of
+from losia_dist.subnet.listed_experts import is_listed
 from losia_dist.subnet.targets import find_targets
 from losia_dist.tools.plan.shapes import SETTINGS, Layer, ModelShape, Weight
 
@@ -41,16 +43,20 @@ class MixtureShape(ModelShape):
     @cached_property
     def _kinds(self) -> list[tuple[int, Layer]]:
         model = self.build()
-        layers = decoder_layers(model)
+        layers = decoder_of(model).layers
         held: list[list[Weight]] = [[] for _ in layers]
         of_module = {id(module): place for place, layer in enumerate(layers) for module in layer.modules()}
         try:
             targets = find_targets(model, LoSiAConfig(selection="random"))
         except LoSiAError as error:
-            raise ConfigError(f"--model {self.name} ({self.family}) cannot be planned: {error}") from error
+            raise self.unplannable(str(error).split(". ")[0]) from error
         for target in targets:
+            if target.layout.experts is None and is_listed(target.name):
+                raise self.unplannable(f"its experts are modules of their own ({target.name!r}), not in one weight")
             experts, name = target.layout.count, target.weight_name.removeprefix(f"{target.group_name}.")
             taken = self._experts_per_token if experts > 1 else 1
+            if is_of(target.owner, "llama4", "Llama4TextExperts"):
+                taken = experts  # all tokens go through all of them, scaled
             sizes = target.layout.matrix_shape(tuple(target.weight.shape))
             held[of_module[id(target.module)]].append(Weight(*sizes, experts, taken, name))
         found = [
@@ -58,6 +64,12 @@ class MixtureShape(ModelShape):
             for weights, layer in zip(held, layers, strict=True)
         ]
         return [(len(list(run)), layer) for layer, run in groupby(found)]
+
+    def unplannable(self, why: Any) -> ConfigError:
+        """To be raised."""
+        return ConfigError(
+            f"--model {self.name} ({self.family}) cannot be planned: {why}. Take the built-in shape that is nearest to it."
+        )
 
     @property
     def _experts_per_token(self) -> int:
@@ -80,9 +92,9 @@ def says_experts(settings: Any) -> bool:
     return any("expert" in name and type(value) is int and value > 1 for name, value in values)
 
 
-def decoder_layers(model: Any) -> Any:
-    """The decoder layers of a causal language model, a `nn.ModuleList`."""
-    return model.get_decoder().layers
+def decoder_of(model: Any) -> Any:
+    """The module of a causal language model that holds its decoder layers, as `layers`."""
+    return next(module for module in model.get_decoder().modules() if hasattr(module, "layers"))
 
 
 # name: model type, layers, H, I, heads, key-value heads, head size, vocabulary, context; what else differs from Transformers'

@@ -150,9 +150,11 @@ class ModelShape:
         from transformers import AutoConfig
 
         if self.settings is not None:
-            values = self.settings.to_dict() | {SETTINGS["layers"]: self.layers}
-            if values.get("layer_types"):
-                values["layer_types"] = values["layer_types"][: self.layers]
+            values = self.settings.to_dict()
+            full = getattr(self.settings, SETTINGS["layers"])
+            if self.layers != full:  # and lists that have a value for each layer
+                lists = {key: value for key, value in values.items() if isinstance(value, list) and len(value) == full}
+                values |= {SETTINGS["layers"]: self.layers, **{key: value[: self.layers] for key, value in lists.items()}}
             return type(self.settings).from_dict(values)
         sizes: dict[str, Any] = {name: getattr(self, field) for field, name in SETTINGS.items()}
         if self.family == "qwen2":  # whose heads always share the hidden size

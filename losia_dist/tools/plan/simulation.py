@@ -32,6 +32,7 @@ from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.subnet.site import Site
 from losia_dist.tools.plan.meta_model import meta_model
+from losia_dist.tools.plan.mixtures import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 
@@ -107,7 +108,7 @@ def _sharded_model(workload: Workload) -> Any:
         mesh = init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (gpus,), mesh_dim_names=("shard",))
-    for module in [*model.get_decoder().layers, model]:
+    for module in [*decoder_of(model).layers, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     return model
 
