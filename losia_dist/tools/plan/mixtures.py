@@ -7,6 +7,8 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
+from torch.nn import functional
+
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.subnet.expert_weights import is_of
@@ -24,6 +26,12 @@ class MixtureShape(ModelShape):
         """Mean of what one token has in all heads of queries and of values (DeepSeek's differ): what attention multiplies."""
         values = getattr(self.settings, "v_head_dim", None)
         return super().attended if values is None else self.heads * (self.settings.qk_head_dim + values) // 2
+
+    @property
+    def attention(self) -> str:
+        settings = self.settings
+        wide = getattr(settings, "v_head_dim", None) not in (None, getattr(settings, "qk_head_dim", None))
+        return _padded_attention() if wide else super().attention
 
     def linears(self) -> dict[str, tuple[int, int]]:
         return {weight.name: (weight.m, weight.n) for weight in self.fullest.weights}
@@ -95,6 +103,26 @@ def says_experts(settings: Any) -> bool:
 def decoder_of(model: Any) -> Any:
     """The module of a causal language model that holds its decoder layers, as `layers`."""
     return next(module for module in model.get_decoder().modules() if hasattr(module, "layers"))
+
+
+@cache
+def _padded_attention() -> str:
+    """Name of an attention for values narrower than queries (DeepSeek).
+
+    torch's CPU kernel takes no such values and would form all scores, which kernels of GPUs never do.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any) -> tuple[Any, None]:
+        padded = functional.pad(value, (0, query.shape[-1] - value.shape[-1]))
+        found, _ = sdpa_attention_forward(module, query, key, padded, *args, **options)
+        return found[..., : value.shape[-1]], None
+
+    ALL_ATTENTION_FUNCTIONS.register("losia_padded", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("losia_padded", sdpa_mask)
+    return "losia_padded"
 
 
 # name: model type, layers, H, I, heads, key-value heads, head size, vocabulary, context; what else differs from Transformers'

@@ -163,6 +163,11 @@ class ModelShape:
             sizes["sliding_window"] = None
         return AutoConfig.for_model(self.family, **sizes, tie_word_embeddings=self.tied)
 
+    @property
+    def attention(self) -> str:
+        """The attention it is built with, where it has such."""
+        return "sdpa"
+
     def build(self) -> Any:
         """The model in bf16 on the meta device. Raises: ConfigError: Transformers builds no such model."""
         import torch
@@ -172,7 +177,7 @@ class ModelShape:
         try:
             with torch.device("meta"):
                 try:
-                    return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="sdpa")
+                    return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation=self.attention)
                 except ValueError:  # has no such attention
                     return AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="eager")
         except (ValueError, AttributeError, TypeError) as error:
@@ -270,13 +275,14 @@ def shape_of(settings: Any, name: str) -> ModelShape:
 
 
 def _read(name: str, path: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"--model {name}: the directory has no config.json; give a model's directory.")
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
             f"--model {name}: its configuration could not be read ({str(error).splitlines()[0]}). Without a network take a "
             f"local directory or a built-in shape: {', '.join(BUILT_IN)}."
