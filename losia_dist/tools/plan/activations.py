@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from losia_dist.formulas import subnet_size
-from losia_dist.tools.plan.shapes import FAMILIES
+from losia_dist.tools.plan.model_shape import FAMILIES
 from losia_dist.tools.plan.workload import Workload
 
 

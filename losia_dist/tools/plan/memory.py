@@ -13,7 +13,7 @@ from math import prod
 from losia_dist.formulas import subnet_size
 from losia_dist.tools.plan import activations
 from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
-from losia_dist.tools.plan.shapes import FAMILIES, Layer
+from losia_dist.tools.plan.model_shape import FAMILIES, Layer
 from losia_dist.tools.plan.workload import Workload
 
 # DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.

@@ -14,7 +14,7 @@ from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.subnet.expert_weights import is_of
 from losia_dist.subnet.listed_experts import is_listed
 from losia_dist.subnet.targets import find_targets
-from losia_dist.tools.plan.shapes import SETTINGS, Layer, ModelShape, Weight
+from losia_dist.tools.plan.model_shape import SETTINGS, Layer, ModelShape, Weight
 
 
 @dataclass(frozen=True)
