@@ -19,7 +19,7 @@ from losia_dist.tools.plan.workload import ENGINES, GB, GPUS, METHODS, OFFLOADS,
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `losia-dist plan`; units and defaults are in the help texts."""
-    parser.add_argument("--model", required=True, help="built-in shape (llama-2-70b, qwen3-8b ...), model directory, hub name")
+    parser.add_argument("--model", required=True, help="built-in shape (llama-2-70b, qwen3-30b-a3b ...), directory, hub name")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--nodes", type=int, default=1, help="machines (1)")
     cluster.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of each (8)")
@@ -43,6 +43,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     losia.add_argument("--losia_config", metavar="FILE", help="LoSiA's settings; the options below override it")
     losia.add_argument("--rank-factor", type=float, nargs="+", metavar="P", help="one share, or rows and columns (0.125)")
     losia.add_argument("--output-rank-factor", type=float, help="share of the output layer's rows (frozen)")
+    losia.add_argument("--selection", help="greedy (located) or random (drawn); mixtures of experts: random, others: greedy")
     losia.add_argument("--period", type=int, help="optimizer steps of a time slot (100)")
     losia.add_argument("--layers-per-slot", type=int, help="decoder layers that localize in a slot (1)")
     losia.add_argument("--lora-rank", type=int, help="with --method lora (64, or the model's smallest side)")
@@ -112,11 +113,9 @@ def _workload(options: argparse.Namespace) -> Workload:
         link_efficiency=options.link_efficiency,
         reserve=_bytes("--reserve", options.reserve),
     )
-    config = _config(options)
-    if config.layers_per_slot == "auto" and options.steps is not None:
-        groups = shape.layers + (config.output_rank_factor is not None)
-        config = resolve_layers_per_slot(config, options.steps, groups, cluster.gpus)
-    return Workload(
+    config = _config(options, shape.has_experts)
+    fits_run = config.layers_per_slot == "auto" and options.steps is not None
+    workload = Workload(
         shape,
         cluster,
         engine=options.engine or ("fsdp2" if cluster.gpus > 1 else "ddp"),
@@ -127,14 +126,20 @@ def _workload(options: argparse.Namespace) -> Workload:
         checkpointing=options.checkpointing != "off",
         offload=options.offload,
         shard_ranks=options.shard_ranks,
-        config=config,
+        config=replace(config, layers_per_slot=1) if fits_run else config,
         lora_rank=min(64, shape.narrowest) if options.lora_rank is None else options.lora_rank,
     )
+    if not fits_run:
+        return workload
+    return replace(workload, config=resolve_layers_per_slot(config, options.steps, workload.groups, cluster.gpus))
 
 
-def _config(options: argparse.Namespace) -> LoSiAConfig:
+def _config(options: argparse.Namespace, has_experts: bool) -> LoSiAConfig:
     values = LoSiAConfig.read(options.losia_config).to_dict() if options.losia_config else {}
-    given = {name: getattr(options, name) for name in ("rank_factor", "output_rank_factor", "period", "layers_per_slot")}
+    if has_experts and not options.losia_config:
+        values["selection"] = "random"  # docs/experts.md: begin with drawn subnets
+    names = ("rank_factor", "output_rank_factor", "selection", "period", "layers_per_slot")
+    given = {name: getattr(options, name) for name in names}
     values |= {name: value for name, value in given.items() if value is not None}
     if options.rank_factor is not None and len(options.rank_factor) == 1:
         (values["rank_factor"],) = options.rank_factor

@@ -232,7 +232,7 @@ class LoSiAConfig:
     @classmethod
     def preset(cls, name: str) -> LoSiAConfig:
         """A packaged configuration: "published" (the paper's), "short" (for runs of less than two cycles of that), one for a
-        size of model ("7b", "13b", "70b") or of a recipe ("alpaca-pro", "commonsense").
+        size of model ("7b", "13b", "70b", "qwen3-30b-a3b", "gpt-oss-20b") or of a recipe ("alpaca-pro", "commonsense").
 
         Raises: ConfigError.
         """

@@ -1,12 +1,17 @@
 """Bytes of activations, by what autograd keeps of a bf16 decoder layer of Transformers (Llama, Mistral, Qwen2, Qwen3; SDPA).
 
+A layer of any other kind is measured instead (`tools.plan.measured`), once for each way it is used.
+
 Dimensions: t tokens of one forward pass, H hidden, I intermediate, A and K elements of all query and key-value heads, V
 vocabulary. Norms compute in fp32 (4 bytes), everything else is bf16 (2 bytes).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from losia_dist.formulas import subnet_size
+from losia_dist.tools.plan.model_shape import FAMILIES
 from losia_dist.tools.plan.workload import Workload
 
 
@@ -18,6 +23,8 @@ def checkpoint_bytes(workload: Workload) -> int:
 def shared_bytes(workload: Workload) -> int:
     """What all layers share: the attention mask (1 byte a pair of positions), cosines and sines of the positions."""
     shape = workload.shape
+    if (measured := _measured(workload)) is not None:
+        return int(measured.shared)
     return workload.micro_batch * (workload.sequence**2 + 4 * workload.sequence * shape.head_size)
 
 
@@ -28,6 +35,8 @@ def saved_bytes(workload: Workload, localizing: bool = False) -> int:
     both branches, the activation and, where its weights train, the product. A linear layer keeps its input if it trains in
     full or localizes (also LoRA, for its first matrix), and only the subnet's columns under LoSiA.
     """
+    if (measured := _measured(workload, localizing)) is not None:
+        return int(measured.saved)
     shape, tokens = workload.shape, workload.tokens
     hidden, inner, attended = shape.hidden, shape.intermediate, shape.attended
     keys = shape.kv_heads * shape.head_size
@@ -45,6 +54,33 @@ def saved_bytes(workload: Workload, localizing: bool = False) -> int:
     else:
         size += 2 * sum(subnet_size(n, workload.config.column_factor) for _, n in shape.linears().values())
     return size * tokens
+
+
+def moments_of_backward(workload: Workload, localizing: bool) -> dict[str, tuple[int, int]]:
+    """Full moments of one layer's backward: full gradients formed by then, and bytes beyond what was saved, without those.
+
+    A localizing layer has one where each full gradient is formed while the one before is still being reduced.
+    """
+    if (measured := _measured(workload, localizing)) is not None:
+        formed = {f"gradient {at}": (at, size) for at, size in enumerate(measured.at_gradients, start=1)}
+        return {"backward": (0, measured.beyond), **formed}
+    moments = {"backward": (int(localizing), backward_bytes(workload, localizing))}
+    if localizing:
+        moments["gradients"] = (2, second_gradient_bytes(workload))
+    return moments
+
+
+def _measured(workload: Workload, localizing: bool = False) -> Any:
+    """A `Measured` of a layer for which there are no formulas, else None."""
+    shape: Any = workload.shape
+    if shape.family in FAMILIES:
+        return None
+    from losia_dist.tools.plan.measured import measure
+
+    key = (workload.method, workload.micro_batch, workload.sequence, workload.lora_rank, repr(workload.config), localizing)
+    if key not in shape.measured:
+        shape.measured[key] = measure(workload, localizing)
+    return shape.measured[key]
 
 
 def backward_bytes(workload: Workload, localizing: bool = False) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from losia_dist.formulas import ring_bytes
+from losia_dist.formulas import ring_bytes, subnet_size
 from losia_dist.tools.plan.memory import BF16, FP32, sizes
 from losia_dist.tools.plan.workload import Workload
 
@@ -44,28 +44,52 @@ def plan_compute(workload: Workload) -> Compute:
     A unit is 2 operations a weight and token: forward takes one, gradients of activations one, gradients of weights one where
     they train: p_r p_c under LoSiA, and all of the layers that localize.
     """
-    shape, found = workload.shape, sizes(workload)
+    shape = workload.shape
     tokens = workload.tokens * workload.accumulation
-    body = 2.0 * tokens * shape.layers * shape.layer_weights
+    body = 2.0 * tokens * shape.active_weights
     head = 2.0 * tokens * shape.vocabulary * shape.hidden
     attention = 4.0 * tokens * shape.layers * workload.sequence * shape.attended
-    added = 2.0 * tokens * shape.layers * found.layer_added if workload.method == "lora" else 0.0
+    added, trained = _method_products(workload, tokens)
     forward = body + head + attention + added
     recomputed = body + attention + added if workload.checkpointing else 0.0
     inputs = body + head + 2 * attention + added
-    trained = 2.0 * tokens * found.all_trained(shape.layers) if workload.method != "full" else body + head
-    weights = trained + 2.0 * tokens * found.localizing * (1 - workload.config.row_factor * workload.config.column_factor)
+    trained = body + head if workload.method == "full" else trained
+    localizing = sum(w.taken * w.m * w.n for layer in workload.localizing for w in layer)
+    weights = trained + 2.0 * tokens * localizing * (1 - workload.config.row_factor * workload.config.column_factor)
     total = forward + recomputed + inputs + weights
     return Compute(forward, recomputed, inputs, weights, total, total / _rate(workload))
+
+
+def _method_products(workload: Workload, tokens: int) -> tuple[float, float]:
+    """Operations of LoRA's pairs in a forward pass, and of the gradients of what trains; full fine-tuning's are not counted.
+
+    LoRA in experts forms W + BA whole, and its whole gradient: PEFT's `target_parameters`.
+    """
+    added = trained = 0.0
+    rank, config = workload.lora_rank, workload.config
+    for count, layer in workload.shape.kinds():
+        for m, n, experts, taken, _ in layer.weights:
+            if workload.method == "losia":
+                kept = subnet_size(m, config.row_factor) * subnet_size(n, config.column_factor)
+                trained += 2.0 * tokens * count * taken * kept
+            elif workload.method == "lora" and experts == 1:
+                added += 2.0 * tokens * count * rank * (m + n)
+                trained += 2.0 * tokens * count * rank * (m + n)
+            elif workload.method == "lora":
+                formed = 2.0 * workload.accumulation * count * experts * rank * m * n
+                added += formed
+                trained += 2.0 * tokens * count * taken * m * n + formed
+    outer = sizes(workload).outer_trained if workload.method == "losia" else 0
+    return added, trained + 2.0 * tokens * outer
 
 
 def plan_traffic(workload: Workload) -> Traffic:
     """Every collective of a step (rings, as NCCL makes them) but selection's row and column sums, which are 8 (2 m + 2 n) bytes
     a layer once a slot."""
-    found, engine, cluster = sizes(workload), workload.engine, workload.cluster
+    found, engine, cluster = sizes(workload, padded=True), workload.engine, workload.cluster
     layers, passes, gpus, shards = workload.shape.layers, workload.accumulation, cluster.gpus, workload.shards
     trained = found.all_trained(layers)
-    whole = BF16 * (layers * (found.layer_weights + found.layer_added) + found.outer_weights + found.outer_added)
+    whole = BF16 * (found.all_weights(layers) + found.all_added(layers))
     inside: dict[str, int] = {"weights": 0, "gradients": 0, "localization": 0}
     between = 0
 
@@ -110,11 +134,11 @@ def plan_warm_start(workload: Workload) -> dict[str, Any] | None:
     columns_alone = forward_only or config.row_factor == 1.0
     rows_alone = config.column_factor == 1.0 and not columns_alone
     passes = 1 if columns_alone or rows_alone else 2
-    sides = shape.linears().values()
-    sums = _SUM * shape.layers * sum(m * (not columns_alone) + n * (not rows_alone) for m, n in sides)
+    weights = [(count * w.experts, w.m, w.n) for count, layer in shape.kinds() for w in layer.weights]
+    sums = _SUM * sum(count * (m * (not columns_alone) + n * (not rows_alone)) for count, m, n in weights)
     single = replace(workload, accumulation=1)
     compute = plan_compute(single)
-    full = 2.0 * workload.tokens * shape.layers * shape.layer_weights
+    full = 2.0 * workload.tokens * shape.active_weights
     flops = compute.forward + (0.0 if forward_only else compute.recomputed + compute.inputs + full)
     batches = passes * config.calibration_batches
     # Gathers of weights go on as in training; gradients are not communicated.
@@ -124,7 +148,7 @@ def plan_warm_start(workload: Workload) -> dict[str, Any] | None:
         "batches_per_pass": config.calibration_batches,
         "sums_bytes": sums,
         "sent_for_sums_bytes": passes * 2 * ring_bytes(sums, workload.cluster.gpus),
-        "largest_gradient_bytes": 0 if forward_only else 2 * max(m * n for m, n in sides),
+        "largest_gradient_bytes": 0 if forward_only else 2 * max(m * n for _, m, n in weights),
         "flops": batches * flops,
         "seconds": batches * max(flops / _rate(workload), transfers),
     }

@@ -8,10 +8,12 @@ buffers that version 0.19.8 allocates under the files in configs/deepspeed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from losia_dist.formulas import subnet_size
 from losia_dist.tools.plan import activations
 from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
+from losia_dist.tools.plan.model_shape import FAMILIES, Layer
 from losia_dist.tools.plan.workload import Workload
 
 # DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
@@ -52,7 +54,9 @@ class Memory:
 
 @dataclass
 class _Sizes:
-    """Elements. layer_*: of one decoder layer; outer_*: outside of them. added: subnets or adapters beside the weights."""
+    """Elements. layer_*: of the fullest decoder layer; outer_*: outside of them. added: subnets or adapters beside the weights.
+    lacking_*: what the other layers hold less than the fullest, in all.
+    """
 
     layer_weights: int
     outer_weights: int
@@ -62,35 +66,67 @@ class _Sizes:
     outer_trained: int
     indices: int = 0
     localizing: int = 0  # elements of the weights that one rank works at in a slot
+    lacking_weights: int = 0
+    lacking_trained: int = 0
 
     def all_trained(self, layers: int) -> int:
-        return layers * self.layer_trained + self.outer_trained
+        return layers * self.layer_trained - self.lacking_trained + self.outer_trained
+
+    def all_added(self, layers: int) -> int:
+        return self.outer_added + (layers * self.layer_added - self.lacking_trained if self.layer_added else 0)
+
+    def all_weights(self, layers: int) -> int:
+        return layers * self.layer_weights - self.lacking_weights + self.outer_weights
 
 
-def sizes(workload: Workload) -> _Sizes:
-    """Elements of a workload's model, of what is added to it, and of what trains."""
+def sizes(workload: Workload, padded: bool = False) -> _Sizes:
+    """Elements of a workload's model, of what is added to it, and of what trains.
+
+    padded: with what FSDP2 adds to the experts of a weight so that every rank has as many.
+    """
     shape, config = workload.shape, workload.config
-    linears = shape.linears().values()
-    found = _Sizes(shape.layer_parameters, shape.outer_parameters, 0, 0, shape.layer_parameters, shape.outer_parameters)
+    block = workload.shards if padded and workload.engine in ("fsdp2", "hsdp") else 1
+    kinds = [(count, *_of_layer(workload, layer, block)) for count, layer in shape.kinds()]
+    _, weights, trained = max(kinds, key=lambda kind: kind[1])
+    found = _Sizes(weights, shape.outer_parameters, 0, 0, trained, shape.outer_parameters)
+    found.lacking_weights = sum(count * (weights - other) for count, other, _ in kinds)
+    found.lacking_trained = sum(count * (trained - other) for count, _, other in kinds)
+    if workload.method != "full":
+        found.layer_added, found.outer_trained = trained, 0
     if workload.method == "losia":
-        kept = [(subnet_size(m, config.row_factor), subnet_size(n, config.column_factor)) for m, n in linears]
-        found.layer_added = found.layer_trained = sum(r * c for r, c in kept)
-        found.indices = shape.layers * sum(r + c for r, c in kept)
-        found.outer_trained = 0
+        places = [(count * w.experts, w) for count, layer in shape.kinds() for w in layer.weights]
+        found.indices = sum(count * sum(_subnet(workload, w.m, w.n)) for count, w in places)
         if config.output_rank_factor is not None:
             rows = subnet_size(shape.vocabulary, config.output_rank_factor)
             found.outer_added = found.outer_trained = rows * shape.hidden
             found.indices += rows + shape.hidden
-        found.localizing = workload.localizing_layers * shape.layer_weights
-    elif workload.method == "lora":
-        found.layer_added = found.layer_trained = sum(workload.lora_rank * (m + n) for m, n in linears)
-        found.outer_trained = 0
+        found.localizing = sum(weight.elements for layer in workload.localizing for weight in layer)
     return found
+
+
+def _of_layer(workload: Workload, layer: Layer, block: int) -> tuple[int, int]:
+    """Elements of a decoder layer, and of what trains in it, each weight's experts padded to a multiple of `block`."""
+
+    def padded(count: int) -> int:
+        return -(-count // block) * block if count > 1 else count
+
+    weights = layer.parameters + sum((padded(w.experts) - w.experts) * w.m * w.n for w in layer.weights)
+    if workload.method == "full":
+        return weights, weights
+    if workload.method == "lora":
+        return weights, sum(padded(w.experts) * workload.lora_rank * (w.m + w.n) for w in layer.weights)
+    experts = sum(map(padded, workload.parts_of(layer)))
+    return weights, sum((experts if w.experts > 1 else 1) * prod(_subnet(workload, w.m, w.n)) for w in layer.weights)
+
+
+def _subnet(workload: Workload, m: int, n: int) -> tuple[int, int]:
+    """(r, c)."""
+    return subnet_size(m, workload.config.row_factor), subnet_size(n, workload.config.column_factor)
 
 
 def plan_memory(workload: Workload) -> Memory:
     """The fullest moment of a step on the fullest GPU, and the host memory that offloading takes on every node."""
-    found = sizes(workload)
+    found = sizes(workload, padded=True)
     steady = _steady(workload, found)
     host = 0
     if workload.offload != "none":
@@ -109,8 +145,7 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     """What stays between steps."""
     layers, shards, ranks = workload.shape.layers, workload.shards, workload.cluster.gpus
     trained = found.all_trained(layers)
-    weights = layers * found.layer_weights + found.outer_weights
-    added = layers * found.layer_added + found.outer_added
+    weights, added = found.all_weights(layers), found.all_added(layers)
     over = shards if workload.shards_weights else 1
     parallel = workload.config.by_rank
     steady = {
@@ -148,10 +183,10 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
     layers, shards, passes = workload.shape.layers, workload.shards, workload.accumulation
     unit = BF16 * (found.layer_weights + found.layer_added)
     outer = BF16 * (found.outer_weights + found.outer_added)
-    live = BF16 * min(MAX_LIVE_PARAMETERS + found.layer_weights, layers * found.layer_weights + found.outer_weights)
+    live = BF16 * min(MAX_LIVE_PARAMETERS + found.layer_weights, found.all_weights(layers))
     zero3 = workload.engine == "zero3"
     gathered = {count: live if zero3 else outer + count * unit for count in (1, 2, 3)}
-    localizing = min(workload.localizing_layers, layers)
+    localizing = len(workload.localizing)
     whole = found.all_trained(layers)
     # With accumulation, of earlier micro-batches: the sums of gradients, and what localizing layers keep.
     before = BF16 * whole // shards if passes > 1 else 0
@@ -171,10 +206,11 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
         "loss": {"gathered": gathered[1], **earlier, **_loss(workload)},
     }
     head = BF16 * workload.shape.vocabulary * workload.shape.hidden if workload.method == "full" else found.outer_trained * BF16
-    largest = max(m * n for m, n in workload.shape.linears().values()) if workload.method == "full" else 0
+    measured = workload.shape.family not in FAMILIES  # with the layer's gradients
+    largest = max(w.elements for w in workload.shape.fullest.weights) if workload.method == "full" and not measured else 0
     for done in range(layers):  # layers whose backward is over; the one at work comes next
         left = layers - done
-        reduced = max(before, BF16 * done * found.layer_trained // shards)
+        reduced = max(before, BF16 * min(whole, done * found.layer_trained) // shards)
         sending = FP32 * found.layer_trained if done else 0
         waiting = gathered[2 if left > 1 else 1]
         common = {"gathered": waiting, "gradients": reduced + sending + head + BF16 * largest}
@@ -202,7 +238,7 @@ def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int
     elif workload.engine == "zero2":
         whole //= workload.shards
     before = whole if passes > 1 or workload.engine == "ddp" else 0
-    flying = in_flight(workload, passes - 1, min(workload.localizing_layers, layers))
+    flying = in_flight(workload, passes - 1, len(workload.localizing))
     moments = {"loss": {"gradients": before, "importance": flying, **_loss(workload)}}
     for done in range(layers):
         gradients = max(before, whole * (done + 1) // layers)
@@ -213,30 +249,27 @@ def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int
 def _loss(workload: Workload) -> dict[str, int]:
     """What the loss's backward finds of activations, on every engine."""
     layers = workload.shape.layers
-    saved = _layer_activations(workload, layers, min(workload.localizing_layers, layers))
+    saved = _layer_activations(workload, layers, len(workload.localizing))
     return {"activations": saved + activations.head_bytes(workload), "logits": activations.logits_bytes(workload)}
 
 
 def _backward(workload: Workload, done: int) -> dict[str, dict[str, int]]:
     """Moments of one layer's backward on every engine, after those of `done` layers.
 
-    A localizing layer has a second one: two of its linear layers' full gradients are there.
+    A localizing layer has others: where its full gradients are there.
     """
     left = workload.shape.layers - done
-    localizing = min(workload.localizing_layers, workload.shape.layers)
+    localizing = len(workload.localizing)
     localizes = done < localizing
     saved = activations.saved_bytes(workload, localizes)
     saved += _layer_activations(workload, left if workload.checkpointing else left - 1, max(0, localizing - done - 1))
-    # Name: linear layers whose full gradients are there, bytes beyond what was saved.
-    inside = {"backward": (int(localizes), activations.backward_bytes(workload, localizes))}
-    if localizes:
-        inside["gradients"] = (2, activations.second_gradient_bytes(workload))
+    inside = activations.moments_of_backward(workload, localizes)
     return {
         f"{name} of layer {left}": {
-            "importance": in_flight(workload, workload.accumulation, min(done, localizing), linears),
+            "importance": in_flight(workload, workload.accumulation, min(done, localizing), formed),
             "activations": saved + used,
         }
-        for name, (linears, used) in inside.items()
+        for name, (formed, used) in inside.items()
     }
 
 
@@ -255,6 +288,6 @@ def _update(workload: Workload, found: _Sizes) -> dict[str, int]:
         group = 0  # the update runs on the host
     return {
         "gradients": copies * BF16 * trained // over,
-        "importance": in_flight(workload, workload.accumulation, min(workload.localizing_layers, layers)),
+        "importance": in_flight(workload, workload.accumulation, len(workload.localizing)),
         "update": FP32 * group // shards,
     }

@@ -1,114 +1,17 @@
 """Sizes of decoder models: built in, or read from a Transformers configuration. No weights are touched.
 
-Dimensions: H hidden size, I intermediate size of the gated MLP, A = heads x head size, K = key-value heads x head size.
+Dense models by formulas; mixtures of experts as Transformers builds them (`tools.plan.mixtures`).
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from losia_dist.errors import ConfigError
-
-# Transformers' model types whose decoder layer is attention with q, k, v, o and an MLP with gate, up, down.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_SETTINGS = {  # ModelShape's fields in a Transformers configuration
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_size": "head_dim",
-    "vocabulary": "vocab_size",
-    "context": "max_position_embeddings",
-}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A dense decoder model.
-
-    name: as it was asked for. family: one of FAMILIES. head_size: elements of one attention head. context: positions it was
-    trained for. tied: the output layer shares the embedding's weight. settings: the Transformers configuration it was read
-    from; None for a built-in shape. source: path or hub name for the launch command, or None.
-    """
-
-    name: str
-    family: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    context: int
-    tied: bool
-    settings: Any = None
-    source: str | None = None
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one decoder layer by name: (m, n), outputs first."""
-        hidden, inner, attended, keys = self.hidden, self.intermediate, self.attended, self.kv_heads * self.head_size
-        return {
-            "q_proj": (attended, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, attended),
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-        }
-
-    @property
-    def attended(self) -> int:
-        """A: elements of all attention heads of one token."""
-        return self.heads * self.head_size
-
-    @property
-    def narrowest(self) -> int:
-        """The smallest side of a decoder layer's weight matrices."""
-        return min(min(size) for size in self.linears().values())
-
-    @property
-    def layer_extras(self) -> int:
-        """Parameters of a decoder layer outside its weight matrices: norms, and the biases of Qwen2."""
-        norms = 2 * self.hidden + (2 * self.head_size if self.family == "qwen3" else 0)
-        return norms + (self.attended + 2 * self.kv_heads * self.head_size if self.family == "qwen2" else 0)
-
-    @property
-    def layer_weights(self) -> int:
-        """Elements of a decoder layer's weight matrices."""
-        return sum(m * n for m, n in self.linears().values())
-
-    @property
-    def layer_parameters(self) -> int:
-        return self.layer_weights + self.layer_extras
-
-    @property
-    def outer_parameters(self) -> int:
-        """Parameters outside the decoder layers: embedding, output layer (once if tied), last norm."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.layers * self.layer_parameters + self.outer_parameters
-
-    def configuration(self) -> Any:
-        """A Transformers configuration of this shape (a new one)."""
-        from transformers import AutoConfig
-
-        if self.settings is not None:
-            return type(self.settings).from_dict(self.settings.to_dict())
-        sizes: dict[str, Any] = {name: getattr(self, field) for field, name in _SETTINGS.items()}
-        if self.family == "qwen2":  # whose heads always share the hidden size
-            del sizes["head_dim"]
-        if self.family == "mistral":
-            sizes["sliding_window"] = None
-        return AutoConfig.for_model(self.family, **sizes, tie_word_embeddings=self.tied)
-
+from losia_dist.tools.plan.mixtures import MIXTURES, MixtureShape, built_in_mixture, says_experts
+from losia_dist.tools.plan.model_shape import FAMILIES, SETTINGS, ModelShape
 
 # name: family, layers, H, I, heads, key-value heads, head size, vocabulary, context, tied. From the published files.
 _BUILT_IN = {
@@ -151,11 +54,13 @@ def find_shape(name: str) -> ModelShape:
     """
     if name.lower() in BUILT_IN:
         return BUILT_IN[name.lower()]
+    if name.lower() in MIXTURES:
+        return built_in_mixture(name.lower())
     path = Path(name)
     if path.exists() or "/" in name:
         return shape_of(_read(name, path), name)
-    nearest = difflib.get_close_matches(name.lower(), BUILT_IN, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"built in: {', '.join(BUILT_IN)}."
+    nearest = difflib.get_close_matches(name.lower(), [*BUILT_IN, *MIXTURES], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"built in: {', '.join([*BUILT_IN, *MIXTURES])}."
     raise ConfigError(
         f"--model {name}: no built-in shape, no directory and no hub name (owner/name) is called so; {hint} A directory with a "
         "config.json works too."
@@ -163,35 +68,43 @@ def find_shape(name: str) -> ModelShape:
 
 
 def shape_of(settings: Any, name: str) -> ModelShape:
-    """The shape in a Transformers configuration of one of FAMILIES.
+    """The shape in a Transformers configuration of one of FAMILIES, or of a mixture of experts.
 
     Raises:
-        ConfigError: another architecture, or sizes that are missing.
+        ConfigError: another architecture, sizes that are missing, or experts that cannot hold subnets.
     """
-    family = getattr(settings, "model_type", None)
+    family, kind = getattr(settings, "model_type", None), ModelShape
     if family not in FAMILIES:
-        raise ConfigError(
-            f"--model {name} is a {family!r} model; plans cover the dense decoders {', '.join(FAMILIES)}. Take the built-in "
-            "shape that is nearest to it."
-        )
-    sizes: dict[str, Any] = {field: getattr(settings, name, None) for field, name in _SETTINGS.items()}
+        settings = settings.get_text_config()
+        if not says_experts(settings):
+            raise ConfigError(
+                f"--model {name} is a {family!r} model; plans cover the dense decoders {', '.join(FAMILIES)}, and mixtures of "
+                "experts. Take the built-in shape that is nearest to it."
+            )
+        family, kind = settings.model_type, MixtureShape
+    sizes: dict[str, Any] = {field: getattr(settings, name, None) for field, name in SETTINGS.items()}
+    if kind is not ModelShape:
+        sizes["intermediate"] = sizes["intermediate"] or 1  # of dense layers, where there are such
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_size"] = sizes["head_size"] or settings.hidden_size // settings.num_attention_heads
     for option, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"--model {name}: its configuration says {option}: {size!r}; a whole number above 0 is needed.")
     tied = bool(getattr(settings, "tie_word_embeddings", False))
-    return ModelShape(name, family, **sizes, tied=tied, settings=settings, source=name)
+    shape = kind(name, family, **sizes, tied=tied, settings=settings, source=name)
+    shape.kinds()  # what Transformers or this package cannot build is refused here
+    return shape
 
 
 def _read(name: str, path: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"--model {name}: the directory has no config.json; give a model's directory.")
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ConfigError(
             f"--model {name}: its configuration could not be read ({str(error).splitlines()[0]}). Without a network take a "
             f"local directory or a built-in shape: {', '.join(BUILT_IN)}."

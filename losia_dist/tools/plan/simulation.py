@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -26,12 +26,13 @@ from losia_dist.errors import ConfigError
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.modes import Localization, make_localization
 from losia_dist.localization.slots import SlotGroup, Wanted
-from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.subnet.site import Site
+from losia_dist.tools.plan.meta_model import meta_model
+from losia_dist.tools.plan.mixtures import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 
@@ -98,27 +99,16 @@ def _fake_ranks(world_size: int) -> Iterator[None]:
 
 def _sharded_model(workload: Workload) -> Any:
     """The model on the meta device, with the method's layers, sharded as the training script does. Outside the fake mode."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            workload.shape.configuration(), dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    model.tie_weights()
-    model.train()
+    model = meta_model(workload)
     if workload.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if workload.method == "losia":
-        get_losia_model(model, workload.config)
-    elif workload.method == "lora":
-        _add_low_rank(model, workload.lora_rank)
     gpus, shards, policy = workload.cluster.gpus, workload.shards, MixedPrecisionPolicy(reduce_dtype=torch.float32)
     mesh: DeviceMesh
     if workload.engine == "hsdp":
         mesh = init_device_mesh("cpu", (gpus // shards, shards), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh("cpu", (gpus,), mesh_dim_names=("shard",))
-    for module in [*model.model.layers, model]:
+    for module in [*decoder_of(model).layers, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     return model
 
@@ -126,7 +116,7 @@ def _sharded_model(workload: Workload) -> Any:
 def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, list[Site]]:
     """The layers whose backward comes first localize: their gradients stay while all others are computed, the worst place."""
     sites = find_sites(model)
-    names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_layers]
+    names = group_names([site for site in sites if not site.is_output])[::-1][: workload.localizing_groups]
     localization = make_localization(workload.config, RowCollectives(dist.group.WORLD), weight_is_resident=False)
     localizing = [site for site in sites if site.group_name in names]
     for site in localizing:
@@ -140,25 +130,3 @@ def _relocalize(localization: Any, site: Site) -> None:
     accumulator, site.gradient_sink = site.gradient_sink, None
     wanted = Wanted(site.matrix_names, 1, site.shape, (site.row_index, site.col_index))
     localization.choose(SlotGroup(site.group_name, 0), accumulator, wanted)
-
-
-class _LowRankLinear(nn.Module):
-    """y = x W^T + x A^T B^T with W frozen: LoRA (Hu et al., arXiv 2106.09685), to compare with. A [r, n], B [m, r]."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        like: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": base.weight.device}
-        self.down = nn.Linear(base.in_features, rank, **like)
-        self.up = nn.Linear(rank, base.out_features, **like)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
-def _add_low_rank(model: Any, rank: int) -> None:
-    """Freeze a model and give every linear layer of its decoder a LoRA pair, in place."""
-    model.requires_grad_(False)
-    for name, module in list(model.model.layers.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.model.layers.set_submodule(name, _LowRankLinear(module, rank))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
-from losia_dist.tools.plan.shapes import ModelShape
+from losia_dist.subnet.expert_weights import parts_of
+from losia_dist.tools.plan.model_shape import Layer, ModelShape, Weight
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
 METHODS = ("losia", "full", "lora")
@@ -176,10 +178,42 @@ class Workload:
         return self.micro_batch * self.sequence
 
     @property
-    def localizing_layers(self) -> int:
-        """Decoder layers whose importance one rank works at in a slot (the output layer takes its turn like a layer)."""
+    def localizing_groups(self) -> int:
+        """Groups whose importance one rank works at in a slot (the output layer takes its turn like a layer)."""
         collects = self.method == "losia" and self.config.located is not None
         return min(self.layers_per_slot, self.groups) if collects else 0
+
+    @cached_property
+    def localizing(self) -> list[list[Weight]]:
+        """The weights of which a slot forms full gradients: a list for each decoder layer in which a group localizes.
+
+        The model's last groups, whose backward comes first, are taken: the fullest slot there is. Their last layer stands
+        first; weights of a layer stand in the model's order.
+        """
+        left, found = self.localizing_groups, []
+        for count, layer in reversed(self.shape.kinds()):
+            groups = self.groups_of(layer)
+            for _ in range(count):
+                if left > 0:
+                    found.append([weight for group in groups[-left:] for weight in group])
+                    left -= len(groups)
+        return found
+
+    def groups_of(self, layer: Layer) -> list[list[Weight]]:
+        """Weights of each group of a decoder layer, in their order. Parts of its experts come last."""
+        parts = self.parts_of(layer)
+        if len(parts) < 2:
+            return [list(layer.weights)]
+        alone = [weight for weight in layer.weights if weight.experts == 1]
+        experts = [weight for weight in layer.weights if weight.experts > 1]
+        return [alone] + [[w._replace(experts=part, taken=w.taken * part / w.experts) for w in experts] for part in parts]
+
+    def parts_of(self, layer: Layer) -> list[int]:
+        """How many experts of a decoder layer localize together, part by part; of a layer without experts none."""
+        experts = [weight for weight in layer.weights if weight.experts > 1]
+        asked = None if self.config.located is None else self.config.experts_per_slot
+        count = max((weight.experts for weight in experts), default=0)
+        return [b - a for a, b in parts_of(count, sum(w.m * w.n for w in experts), asked)] if experts else []
 
     @property
     def layers_per_slot(self) -> int:
@@ -190,4 +224,5 @@ class Workload:
     @property
     def groups(self) -> int:
         """L: groups that localize in turn."""
-        return self.shape.layers + (self.config.output_rank_factor is not None)
+        layers = sum(count * len(self.groups_of(layer)) for count, layer in self.shape.kinds())
+        return layers + (self.config.output_rank_factor is not None)
