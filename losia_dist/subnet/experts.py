@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losia_dist.errors import UnsupportedError
 from losia_dist.ranks.fingerprint import loading_print
+from losia_dist.subnet.autocast import autocast_dtype
 from losia_dist.subnet.copied import apply_to_copy, check_copy, check_loaded, deep_copy, note_loaded
 from losia_dist.subnet.dispatch import Dispatch
 from losia_dist.subnet.expert_weights import is_of
@@ -46,14 +46,9 @@ class SubnetWeights(nn.Module):
         sites = [site for site in self.sites if site.names.weight == parameter]
         _measure_inputs(sites, x, routing)
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(device, any(site.subnet.requires_grad for site in sites))
+        if dtype is None:
             return self._compute(x, routing, parameter, sites)
-        dtype = torch.get_autocast_dtype(device)
-        if dtype == torch.float16 and torch.is_grad_enabled() and sites and sites[0].subnet.requires_grad:
-            raise UnsupportedError(
-                "the model trains under autocast in fp16, whose gradient scale would enter the importance: use bf16 "
-                "(torch.autocast(..., dtype=torch.bfloat16), mixed_precision: bf16), without a GradScaler."
-            )
         with torch.autocast(device, enabled=False):
             return self._compute(x.to(dtype), routing, parameter, sites)
 

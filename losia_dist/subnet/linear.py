@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losia_dist.errors import UnsupportedError
 from losia_dist.ranks.fingerprint import loading_print
+from losia_dist.subnet.autocast import autocast_dtype
 from losia_dist.subnet.copied import apply_to_copy, check_copy, check_loaded, deep_copy, note_loaded
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed
@@ -90,17 +90,11 @@ class SubnetLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""
         device = input.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            if dtype == torch.float16 and torch.is_grad_enabled() and self.subnet.requires_grad:
-                raise UnsupportedError(
-                    "the model trains under autocast in fp16, whose gradient scale would enter the importance: use bf16 "
-                    "(torch.autocast(..., dtype=torch.bfloat16), mixed_precision: bf16), without a GradScaler."
-                )
-            input = input.to(dtype)
-            with torch.autocast(device, enabled=False):
-                return self._compute(input)
-        return self._compute(input)
+        dtype = autocast_dtype(device, self.subnet.requires_grad)
+        if dtype is None:
+            return self._compute(input)
+        with torch.autocast(device, enabled=False):
+            return self._compute(input.to(dtype))
 
     def _compute(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
