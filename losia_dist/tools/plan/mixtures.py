@@ -81,23 +81,25 @@ class MixtureShape(ModelShape):
 
     @property
     def _experts_per_token(self) -> int:
+        values = _values(self.settings)
         names = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k", "top_k")
-        parts = (self.settings, getattr(self.settings, "ffn_config", None))
-        found = [getattr(part, name, None) for part in parts for name in names]
-        count = next((value for value in found if isinstance(value, int) and value > 0), None)
-        if count is None:
-            raise ConfigError(
-                f"--model {self.name}: its configuration does not say how many experts a token takes; add "
-                "num_experts_per_tok to its config.json to plan it."
-            )
-        return count
+        for count in map(values.get, names):
+            if isinstance(count, int) and count > 0:
+                return count
+        raise ConfigError(
+            f"--model {self.name}: its configuration does not say how many experts a token takes; add num_experts_per_tok to "
+            "its config.json to plan it."
+        )
+
+
+def _values(settings: Any) -> dict[str, Any]:
+    values = settings.to_dict()
+    return values | (values.get("ffn_config") or {})  # DBRX's experts
 
 
 def says_experts(settings: Any) -> bool:
     """Whether a configuration speaks of several experts."""
-    parts = (settings, getattr(settings, "ffn_config", None))
-    values = [(name, value) for part in parts if part is not None for name, value in vars(part).items()]
-    return any("expert" in name and type(value) is int and value > 1 for name, value in values)
+    return any("expert" in name and type(value) is int and value > 1 for name, value in _values(settings).items())
 
 
 def decoder_of(model: Any) -> Any:
