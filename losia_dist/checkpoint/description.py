@@ -9,6 +9,7 @@ import torch
 
 from losia_dist.checkpoint import content
 from losia_dist.checkpoint.reader import Reader
+from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.checkpoint.stored_names import conversions_of, describe_conversion
 from losia_dist.checkpoint.tensor_names import Contents, unwrap
 from losia_dist.config.losia_config import LoSiAConfig
@@ -22,10 +23,11 @@ _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets o
 def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
     """For the base: what an exported directory needs besides the weights."""
     plain: Any = unwrap(model)
+    name = type(plain).__name__.removeprefix("FSDP")
     return {
-        "model_class": type(plain).__name__.removeprefix("FSDP"),
-        "config": _config_of(getattr(plain, "config", None), type(plain).__name__.removeprefix("FSDP"), contents),
-        "generation_config": _generation_config_of(plain),
+        "model_class": name,
+        "config": _config_of(plain, name, contents),
+        "generation_config": _plain(getattr(plain, "generation_config", None)),
         "renamed_on_disk": is_renamed_on_disk(plain),
         "conversions": [describe_conversion(rule) for rule in conversions_of(plain)],
     }
@@ -108,8 +110,8 @@ def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None
         here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, "its configuration"))
     except ConfigError as error:
         raise CheckpointError(
-            f"{path} was saved with a setting that is not taken any more: {error} Resume with the version that saved it, or start a "
-            "new run from an exported model."
+            f"{path} was saved with a setting that is gone: {error} Resume with the version that saved it, or start a new run "
+            "from an exported model."
         ) from error
     free = () if config.located is None else _FREE_TO_DIFFER
     for name in [*here, *there]:
@@ -149,27 +151,25 @@ def _compare(what: str, there: dict[str, Any], here: dict[str, Any], path: Any) 
 
 
 def _describe(shape: Any, dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+    return {"shape": list(shape), "dtype": dtype_name(dtype)}
 
 
-def _config_of(config: Any, class_name: str, contents: Contents) -> dict[str, Any] | None:
-    to_json: Any = getattr(config, "to_json_string", None)
-    if to_json is None:
-        return None
-    found: dict[str, Any] = json.loads(to_json(use_diff=True))
-    found["architectures"] = [class_name]
-    found.pop("quantization_config", None)  # a model read from a quantized file trains, and is exported, dequantized
-    name = "torch_dtype" if "torch_dtype" in found else "dtype"
-    first = next((p for p in contents.weights.values() if p.is_floating_point()), None)
-    if first is not None:
-        found[name] = str(first.dtype).removeprefix("torch.")
-    return found
-
-
-def _generation_config_of(model: Any) -> dict[str, Any] | None:
-    config = getattr(model, "generation_config", None)
+def _plain(config: Any) -> dict[str, Any] | None:
+    """A configuration of Transformers as its file has it; None of anything else."""
     to_json: Any = getattr(config, "to_json_string", None)
     return None if to_json is None else json.loads(to_json(use_diff=True))
+
+
+def _config_of(model: Any, class_name: str, contents: Contents) -> dict[str, Any] | None:
+    found = _plain(getattr(model, "config", None))
+    if found is None:
+        return None
+    found["architectures"] = [class_name]
+    found.pop("quantization_config", None)  # a model read from a quantized file trains, and is exported, dequantized
+    first = next((p for p in contents.weights.values() if p.is_floating_point()), None)
+    if first is not None:
+        found["dtype"] = dtype_name(first.dtype)
+    return found
 
 
 def is_renamed_on_disk(model: Any) -> bool:

@@ -43,6 +43,11 @@ class Complete:
     is_latest: bool  # False: saved with the wish not to be the one that is resumed by default
     manifest_crc32: int
 
+    @property
+    def name(self) -> str:
+        """What it is asked for by, also while it is being replaced."""
+        return self.path.name.partition(".replaced-")[0]
+
 
 def step_name(step: int) -> str:
     """Directory name of a step's checkpoint."""
@@ -62,24 +67,19 @@ def complete_checkpoints(directory: Path) -> list[Complete]:
     return sorted(found, key=lambda complete: complete.sequence)
 
 
-def find(directory: Path, step: int | None = None, name: str | None = None) -> Complete:
-    """The newest complete checkpoint, or the one of a step or name.
+def find(directory: Path, name: str | None = None) -> Complete:
+    """The newest complete checkpoint, or the one of a name.
 
     Raises:
         CheckpointError: there is none, with those that there are.
     """
     found = complete_checkpoints(directory)
-    if step is None and name is None:
-        wanted = [complete for complete in found if complete.is_latest]
-    else:
-        wanted = [
-            complete for complete in found if complete.path.name.partition(".replaced-")[0] == (name or step_name(step or 0))
-        ]
+    wanted = [complete for complete in found if (complete.is_latest if name is None else complete.name == name)]
     if not wanted:
-        what = "complete checkpoint" if step is None and name is None else f"complete checkpoint {name or step_name(step or 0)}"
         there = ", ".join(complete.path.name for complete in found[-5:]) or "none at all"
-        why = "" if directory.is_dir() else " (the directory does not exist)"
-        raise CheckpointError(f"no {what} in {directory}{why}: complete there: {there}. Check the path, or start anew.")
+        where = str(directory) if directory.is_dir() else f"{directory} (the directory does not exist)"
+        what = "complete checkpoint" if name is None else f"complete checkpoint {name}"
+        raise CheckpointError(f"no {what} in {where}: complete there: {there}. Check the path, or start anew.")
     return wanted[-1]
 
 

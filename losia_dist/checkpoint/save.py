@@ -20,7 +20,7 @@ from losia_dist.checkpoint.base import Chain, write_base
 from losia_dist.checkpoint.description import describe_model, describe_parts
 from losia_dist.checkpoint.journal import Block, Moved, read_blocks, write_journal
 from losia_dist.checkpoint.reader import state_file
-from losia_dist.checkpoint.session import Session, check_conductor, session_of
+from losia_dist.checkpoint.session import Session, check_parts, session_of
 from losia_dist.checkpoint.tensor_names import Contents, contents_of
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.ranks.agreement import Agreement
@@ -65,30 +65,19 @@ def save_checkpoint(
             checkpoints that were complete stay as they are.
         ConfigError: arguments that do not belong together.
     """
-    check_conductor(losia)
+    check_parts(losia, model, optimizer)
     if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise ConfigError(f"step={step!r}: a whole number of at least 0 is needed, or None for the conductor's count.")
     name = layout.step_name(losia.steps if step is None else step)
-    return save_as(
-        directory,
-        name,
-        model=model,
-        optimizer=optimizer,
-        losia=losia,
-        scheduler=scheduler,
-        extra=extra,
-        keep_last=keep_last,
-        asynchronous=asynchronous,
-    )
+    options: dict[str, Any] = {"keep_last": keep_last, "asynchronous": asynchronous}
+    return save_as(directory, name, losia, scheduler=scheduler, extra=extra, **options)
 
 
 def save_as(
     directory: str | Path,
     name: str,
-    *,
-    model: Any,
-    optimizer: Any,
     losia: LoSiA,
+    *,
     scheduler: Any = None,
     extra: Any = None,
     keep_last: int | None = None,
@@ -101,7 +90,7 @@ def save_as(
     if not layout.NAME.fullmatch(name) or name in (layout.BASE, layout.JOURNAL, layout.LATEST) or layout.is_leftover(name):
         raise ConfigError(f"{name!r} cannot name a checkpoint: use letters, digits, '-', '_' and '.', not base or journal.")
     directory = Path(directory).absolute()
-    session = session_of(losia, model, optimizer)
+    session = session_of(losia)
     session.wait()
     agreement = session.agreement
     agreement.same("what save_checkpoint was asked for", [str(directory), name, keep_last, asynchronous, is_latest])

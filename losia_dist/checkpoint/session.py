@@ -55,13 +55,21 @@ class Session:
             raise failure
 
 
-def session_of(losia: LoSiA, model: Any, optimizer: Any) -> Session:
-    """The conductor's session, after a check that model and optimizer are the conductor's own. Called by all ranks.
+def session_of(losia: LoSiA) -> Session:
+    """The conductor's session. Called by all ranks."""
+    if losia not in _sessions:
+        _sessions[losia] = Session(losia)
+    return _sessions[losia]
+
+
+def check_parts(losia: Any, model: Any, optimizer: Any) -> None:
+    """Refuse what is no conductor, and a model or an optimizer that is not the conductor's own.
 
     Raises:
-        ConfigError: they belong to another run.
+        ConfigError: with what it is.
     """
-    check_conductor(losia)
+    if not isinstance(losia, LoSiA):
+        raise ConfigError(f"losia={type(losia).__name__}: pass the conductor (LoSiA(...), or engine.losia under DeepSpeed).")
     if unwrap(model) is not unwrap(losia.model):
         raise ConfigError("model is not the one that this conductor drives: pass the model that LoSiA(...) was given.")
     inner: Any = optimizer
@@ -69,19 +77,6 @@ def session_of(losia: LoSiA, model: Any, optimizer: Any) -> Session:
         inner = getattr(inner, "optimizer", None)
     if inner is None:
         raise ConfigError("optimizer is not the one that this conductor drives: pass the optimizer that LoSiA(...) was given.")
-    if losia not in _sessions:
-        _sessions[losia] = Session(losia)
-    return _sessions[losia]
-
-
-def check_conductor(losia: Any) -> None:
-    """Refuse what is no conductor.
-
-    Raises:
-        ConfigError: with what it is.
-    """
-    if not isinstance(losia, LoSiA):
-        raise ConfigError(f"losia={type(losia).__name__}: pass the conductor (LoSiA(...), or engine.losia under DeepSpeed).")
 
 
 def wait_for_saving(losia: LoSiA) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from losia_dist.checkpoint import atomic_files
+from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.errors import CheckpointError
 from losia_dist.export.model_directory import ModelDirectory, write_json_files, write_model_directory
 from losia_dist.export.offline import ExportedWeights
@@ -43,7 +44,7 @@ def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path)
     described: dict[str, Any] = {}
     for name, entry in weights.entries.items():
         tuned = weights.read(name)
-        described[name] = {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape), "base": None}
+        described[name] = {"dtype": dtype_name(entry.dtype), "shape": list(entry.shape), "base": None}
         if name not in base or tuple(base.tensor(name).shape) != entry.shape:
             tensors[f"{name}/whole"] = tuned.clone()  # it may be a view of something larger
             continue

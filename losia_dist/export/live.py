@@ -71,7 +71,7 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
         )
     losia = checkpoint_or_losia
     losia.consolidate()
-    agreement = session_of(losia, losia.model, losia.state.optimizer).agreement
+    agreement = session_of(losia).agreement
     save_whole_model(losia.model, directory, losia.parameters, base_model=base_model, tokenizer=tokenizer, agreement=agreement)
     _tell_missing(directory, agreement)
     return directory

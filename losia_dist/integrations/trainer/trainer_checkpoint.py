@@ -82,7 +82,7 @@ class TrainerCheckpoints:
         before = random_state.read()
         load_from(
             self._source / layout.BESIDE,
-            **_parts(losia),
+            losia,
             scheduler=scheduler,
             name=self._name,
             saves_on=goes_on_saving and self._source == self._output,
@@ -107,7 +107,7 @@ class TrainerCheckpoints:
         # An earlier attempt's must not make a pair with the state of this one.
         before = Path(directory) / TRAINER_STATE_NAME
         self.agreement.on_first(f"saving to {directory}", lambda: before.unlink(missing_ok=True))
-        save_as(output / layout.BESIDE, name, **_parts(losia), scheduler=scheduler)
+        save_as(output / layout.BESIDE, name, losia, scheduler=scheduler)
         self._newest = name
 
     def remove_rotated(self, *, at_the_end: bool = False) -> None:
@@ -189,10 +189,6 @@ def warn_of_data(dataset: Any, checkpoint: str, *, ignore_data_skip: bool) -> No
         )
 
 
-def _parts(losia: LoSiA) -> dict[str, Any]:
-    return {"model": losia.model, "optimizer": losia.state.optimizer, "losia": losia}
-
-
 def _numbered(directory: Path) -> list[Path]:
     """The Trainer's checkpoints in a directory, by number."""
     if not directory.is_dir():
@@ -212,7 +208,7 @@ def _why_not(path: Path) -> str | None:
             f"its {TRAINER_STATE_NAME} is missing or cut off: saving it did not finish, or it is no checkpoint of the Trainer"
         )
     state = path.parent / layout.BESIDE
-    if path.name not in [complete.path.name.partition(".replaced-")[0] for complete in layout.complete_checkpoints(state)]:
+    if path.name not in [complete.name for complete in layout.complete_checkpoints(state)]:
         return (
             f"it holds a model only, and {state / path.name}, LoSiA's state, is missing or incomplete: it was saved with "
             f"save_only_model=True or without LoSiA, or was moved without {layout.BESIDE}"
