@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -105,37 +105,6 @@ def find(directory: Path, key: str, max_length: int) -> MappedDataset | None:
     return found
 
 
-class Kept(NamedTuple):
-    """A data set in the cache. source: as it was named when it was made. size: bytes. used: seconds since 1970."""
-
-    key: str
-    source: str
-    examples: int
-    size: int
-    used: float
-
-
-def kept(directory: Path) -> list[Kept]:
-    """The whole data sets in a directory, the one used last first."""
-    found = []
-    for manifest in directory.glob(f"*/{_MANIFEST}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = _read_manifest(manifest.parent)
-            if not manifest.parent.name.startswith("making-"):
-                size = sum(saved["sizes"].values())
-                one = (manifest.parent.name, saved["source"], saved["report"]["examples"], size, manifest.stat().st_mtime)
-                found.append(Kept(*one))
-    return sorted(found, key=lambda one: -one.used)
-
-
-def delete(directory: Path, key: str) -> None:
-    """Remove a data set. A run that has it mapped goes on with it. Raises: DataError."""
-    try:
-        shutil.rmtree(directory / key)
-    except OSError as error:
-        raise DataError(f"{directory / key}: cannot be deleted: {error.strerror}.") from error
-
-
 def begin(directory: Path, key: str) -> Path:
     """An empty directory in which a data set is made. Raises: OSError when there can be none."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -171,11 +140,8 @@ def write_part(
         (making / f"{part}.json").write_text(json.dumps({"report": asdict(report), "unused": sorted(unused)}))
 
 
-def join(making: Path, parts: int, key: str, name: str) -> None:
-    """Put the parts together under the data set's key, beside `making`. Raises: DataError, for a full disk too.
-
-    name: of the source, for those who look at what is kept.
-    """
+def join(making: Path, parts: int, key: str) -> None:
+    """Put the parts together under the data set's key, beside `making`. Raises: DataError, for a full disk too."""
     directory = making.parent
     digest = hashlib.blake2b(digest_size=8)
     report = Report(0, 0, 0)
@@ -195,7 +161,6 @@ def join(making: Path, parts: int, key: str, name: str) -> None:
         for file in making.glob("[0-9]*"):
             file.unlink()
         manifest = {
-            "source": name,
             "report": asdict(report),
             "fingerprint": digest.hexdigest(),
             "unused": sorted(unused),
