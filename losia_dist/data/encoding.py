@@ -7,7 +7,7 @@ write it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from losia_dist.data.forms import as_messages
 from losia_dist.data.records import Records
 from losia_dist.data.template import ChatTemplate, Span
-from losia_dist.data.turns import TurnFinder
+from losia_dist.data.turns import TurnFinder, common_prefix
 from losia_dist.errors import DataError
 
 # The plain prompt of a tokenizer without a chat template (Stanford Alpaca's, Taori et al. 2023).
@@ -174,7 +174,7 @@ def _tokenize(tokenizer: Any, texts: list[tuple[str, list[Span]]]) -> Iterator[t
             ranges = [_tokens_of(span, found.encodings[at], len(ids)) for span in spans] if ids else []
         elif spans:
             ends = [text[:end] for span in spans for end in span]
-            counts = [_common_prefix(part, ids) for part in tokenizer(ends, **options)["input_ids"]]
+            counts = [common_prefix(part, ids) for part in tokenizer(ends, **options)["input_ids"]]
             ranges = list(zip(counts[0::2], counts[1::2], strict=True))
         else:
             ranges = []
@@ -201,12 +201,6 @@ def _tokens_of(span: Span, encoding: Any, count: int) -> tuple[int, int]:
     while stop < count and min(encoding.token_to_chars(stop)[0], encoding.token_to_chars(stop - 1)[1] if stop else 0) < end:
         stop += 1
     return start, stop
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    if b[: len(a)] == a:
-        return len(a)
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _eos_id(tokenizer: Any) -> int:

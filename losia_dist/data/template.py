@@ -23,6 +23,7 @@ from losia_dist.errors import ConfigError, DataError
 # By the Unicode standard these are no characters: no text that is interchanged has them. `forms` refuses records that do.
 NOT_CHARACTERS = _OPEN, _CLOSE, SENTINEL = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARK = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys under which a message has one
 _LOOP, _SET = "__losia_loop", "__losia_set"
 _END, _GENERATED, _REST = "end", "generated", "rest"
 
@@ -271,6 +272,5 @@ def _take_marks_out(marked: str) -> Rendering:
 
 def _with_all_names_of_reasoning(message: Message) -> dict[str, Any]:
     """As Transformers gives it to templates, which read it under one of two names."""
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

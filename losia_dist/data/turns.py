@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from losia_dist.data.messages import tool_name
-from losia_dist.data.template import SENTINEL, ChatTemplate, Rendering, Span
+from losia_dist.data.template import REASONING, SENTINEL, ChatTemplate, Rendering, Span
 from losia_dist.errors import DataError
 
 Messages = list[dict[str, Any]]
 
 _TELLING = 16  # characters of a text that no header of a turn holds by chance
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Turns(NamedTuple):
@@ -75,8 +74,8 @@ class TurnFinder:
                 f"the tokenizer's chat template does not read {', '.join(map(repr, unread))} (of chat_template_kwargs or "
                 "documents). Remove it from the record, or use a template that does."
             )
-        if any(name in message for message in messages for name in _REASONING) and not any(
-            template.names(name, bool(tools)) for name in _REASONING
+        if any(name in message for message in messages for name in REASONING) and not any(
+            template.names(name, bool(tools)) for name in REASONING
         ):
             raise DataError(
                 "a message has a reasoning of its own, which the tokenizer's chat template does not write. Put it into the "
@@ -108,11 +107,11 @@ class TurnFinder:
         head = len(place.prompt)
         if not written.startswith(place.prompt):
             # The prompt goes on otherwise (with <think>, say), so that the header ends where a plain answer would begin.
-            head = _common_prefix(_common_text(place.prompt, _as_plain_answer(chat, index)), written)
+            head = common_prefix(place.prompt, _as_plain_answer(chat, index), written)
         message = chat.messages[index]
         tail = _after_plain_text(message, written[head:])
         if tail is None:
-            tail = _common_prefix(written[head:][::-1], place.with_sentinel()[::-1])
+            tail = common_prefix(written[head:][::-1], place.with_sentinel()[::-1])
         end_of_turn = written[len(written) - tail :]
         answer = written[head : len(written) - tail]
         if not answer.strip() and (_text_of(message).strip() or message.get("tool_calls")):
@@ -125,7 +124,7 @@ class TurnFinder:
             # The template writes what the tool answered into the turn that called it: what comes before is learned.
             alone = chat.render(chat.messages[: index + 1])
             span = alone.span(index)
-            same = _common_prefix(alone.text[slice(*span)], written) if span is not None else head
+            same = common_prefix(alone.text[slice(*span)], written) if span is not None else head
             return (begin + head, begin + max(head, same)), True
         # Templates often write a newline after the end of a turn. Generation has stopped by then.
         stop = begin + (len(written.rstrip()) if end_of_turn.strip() else len(written))
@@ -199,7 +198,7 @@ def _place_of(chat: _Chat, index: int) -> _Place:
 def _after_plain_text(message: Mapping[str, Any], written: str) -> int | None:
     """How many characters follow the message's text, where it is nothing else and `written` begins with it."""
     own = _text_of(message).strip()
-    if not own or message.get("tool_calls") or any(name in message for name in _REASONING):
+    if not own or message.get("tool_calls") or any(name in message for name in REASONING):
         return None
     begin = len(written) - len(written.lstrip())
     return len(written) - begin - len(own) if written.startswith(own, begin) else None
@@ -303,7 +302,7 @@ def with_sentinels(messages: Messages) -> Messages:
 
 def _with_sentinel(message: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(message)
-    for key in ("content", *_REASONING):
+    for key in ("content", *REASONING):
         if isinstance(changed.get(key), str) and changed[key].strip():
             changed[key] = SENTINEL
     if isinstance(changed.get("content"), list):
@@ -344,9 +343,7 @@ def _as_plain_answer(chat: _Chat, index: int) -> str:
     return "" if span is None else rendering.text[slice(*span)]
 
 
-def _common_text(a: str, b: str) -> str:
-    return a[: _common_prefix(a, b)]
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def common_prefix(*given: Sequence[Any]) -> int:
+    """With how many equal items all of them begin."""
+    several = enumerate(zip(*given, strict=False))
+    return next((at for at, items in several if items.count(items[0]) < len(items)), min(map(len, given)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,11 @@ def export_checkpoint(
         ConfigError: a write failed; the directory is as it was.
     """
     weights = ExportedWeights(checkpoint)
-
-    def write_texts(beside: Path) -> None:
-        write_json_files(beside, weights.texts)
-
     return write_model_directory(
         directory,
         weights.entries,
         lambda name: lambda: weights.read(name),
-        write_texts,
+        partial(write_json_files, weights.texts),
         base_model=base_model,
         tokenizer=tokenizer,
     )

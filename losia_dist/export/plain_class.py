@@ -55,7 +55,7 @@ def _without_weights(reader: Reader) -> Any:
         raise _refusal(reader, f"Transformers has no class {name}, and code of the model's own is not run here")
     try:
         with tempfile.TemporaryDirectory() as place:  # what JSON cannot hold (infinity) is put back only as it reads a file
-            write_json_files(Path(place), {"config.json": config})
+            write_json_files({"config.json": config}, Path(place))
             read = known.config_class.from_pretrained(place, local_files_only=True)
         with torch.device("meta"):
             return known(read)
