@@ -208,15 +208,22 @@ def remove_unneeded(directory: Path, keep_last: int | None) -> None:
             atomic_files.remove(path)
 
 
-def remove_entries(directory: Path, paths: list[Path]) -> None:
-    """Delete some of a directory's checkpoints, and journal files that no other needs. What fails is left for the next time."""
-    if not paths:
-        return
+def remove_orphans(directory: Path, beside: Path, kept: str | None) -> None:
+    """Delete the checkpoints that have no directory of their name in `beside`, all but `kept`, and journal files that no other
+    needs. What fails is left for the next time."""
+    gone = [one.path for one in complete_checkpoints(directory) if one.name != kept and not (beside / one.name).is_dir()]
     with contextlib.suppress(OSError):
-        for path in paths:
+        for path in gone:
             (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
             atomic_files.remove(path)
-        remove_unneeded(directory, None)
+        if gone:
+            remove_unneeded(directory, None)
+
+
+def numbered(directory: Path, prefix: str) -> list[Path]:
+    """Directories that are called `prefix` and a number, by number: Trainer's and Accelerate's checkpoints."""
+    found = [path for path in directory.glob(f"{prefix}*") if path.is_dir() and path.name.removeprefix(prefix).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def _read_marker(path: Path) -> Complete | None:

@@ -112,11 +112,7 @@ class LoSiAConfig:
 
     def _check_full_lr_scale(self) -> None:
         scale = self.full_lr_scale
-        if not is_number(scale) or not 0 < scale < float("inf"):
-            raise ConfigError(
-                f"full_lr_scale={scale!r}: a number above 0 is needed; to freeze norms, embeddings and modules_to_save leave "
-                "them out."
-            )
+        _check_above_0("full_lr_scale", scale, "; to freeze norms, embeddings and modules_to_save leave them out")
         if scale != 1 and not (self.modules_to_save or self.train_norms or self.train_embeddings):
             raise ConfigError(
                 f"full_lr_scale={scale!r}, but nothing trains in full: set train_norms, train_embeddings or modules_to_save, "
@@ -124,9 +120,8 @@ class LoSiAConfig:
             )
 
     def _check_experts(self) -> None:
-        scale = self.router_lr_scale
-        if scale is not None and (not is_number(scale) or not 0 < scale < float("inf")):
-            raise ConfigError(f"router_lr_scale={scale!r}: a number above 0 is needed, or null to leave routers frozen.")
+        if self.router_lr_scale is not None:
+            _check_above_0("router_lr_scale", self.router_lr_scale, ", or null to leave routers frozen")
         if self.experts_per_slot != "auto" and self.located is None:
             raise ConfigError(
                 f"experts_per_slot={self.experts_per_slot!r}, but drawn subnets localize nothing, so experts need no "
@@ -288,6 +283,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _check_above_0(name: str, value: Any, otherwise: str) -> None:
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name}={value!r}: a number above 0 is needed{otherwise}.")
 
 
 def _check_share(name: str, value: Any) -> None:

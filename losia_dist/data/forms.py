@@ -40,24 +40,14 @@ _READ: dict[str, tuple[str, ...]] = {
 }
 # Keys that change what a record means, and what to do where the record's form has no place for them.
 _MEANINGFUL = {
-    "tools": "give the record as messages",
-    "functions": "give the record as messages",
-    "documents": "give the record as messages",
-    "chat_template_kwargs": "give the record as messages",
+    **dict.fromkeys(("tools", "functions", "documents", "chat_template_kwargs"), "give the record as messages"),
     "system": "give the record as messages, or as an instruction",
     "history": "give the record as an instruction, or write it into the messages",
     "weight": "weights stand in messages",
-    "chosen": "preferences are for TRL's trainers (see README), answers alone are learned here",
-    "rejected": "preferences are for TRL's trainers (see README), answers alone are learned here",
+    **dict.fromkeys(("chosen", "rejected"), "preferences are for TRL's trainers (see README), answers alone are learned here"),
     "input_ids": "give text, which is tokenized here",
-    "labels": "give text; what is learned follows from the form",
-    "completion_mask": "give text; what is learned follows from the form",
-    "assistant_masks": "give text; what is learned follows from the form",
-    "images": "text alone is learned here",
-    "image": "text alone is learned here",
-    "videos": "text alone is learned here",
-    "audios": "text alone is learned here",
-    "audio": "text alone is learned here",
+    **dict.fromkeys(("labels", "completion_mask", "assistant_masks"), "give text; what is learned follows from the form"),
+    **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "text alone is learned here"),
 }
 
 
@@ -243,10 +233,7 @@ def _parsed(messages: Any, where: str, key: str) -> Any:
 
 
 def _instruction_keys(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    for keys in _INSTRUCTION_KEYS:
-        if all(row.get(key) is not None for key in keys):
-            return keys
-    return None
+    return next((keys for keys in _INSTRUCTION_KEYS if all(row.get(key) is not None for key in keys)), None)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:

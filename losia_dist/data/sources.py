@@ -13,9 +13,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+from torch.utils.data import ConcatDataset, Subset
 
 from losia_dist.data.record_files import SUFFIXES, RawRecords, Table, digest_of, kind_of, read_file
 from losia_dist.errors import ConfigError, DataError
@@ -26,31 +27,13 @@ _WEIGHT = re.compile(r"^(?P<rest>.+):(?P<weight>\d+(\.\d+)?|\.\d+)$")
 _GLOB = re.compile(r"[*?\[]")
 
 
-class _Joined(Sequence[Any]):
-    def __init__(self, parts: Sequence[RawRecords], picks: Sequence[Sequence[int]]) -> None:
-        self._parts, self._picks = parts, picks
-        self._ends = list(accumulate(len(pick) for pick in picks))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        part, at = self.find(index)
-        return part.rows[at]
-
-    def find(self, index: int) -> tuple[RawRecords, int]:
-        """The part that record `index` is in, and its index there."""
-        part = bisect_right(self._ends, index)
-        return self._parts[part], self._picks[part][index - self._ends[part] + len(self._picks[part])]
-
-
 def join(parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str) -> RawRecords:
     """Records of several sources as one: `picks[k]` of `parts[k]`, one part after the other."""
-    rows = _Joined(parts, picks)
+    rows: Any = ConcatDataset([Subset(cast(Any, part.rows), pick) for part, pick in zip(parts, picks, strict=True)])
 
     def locate(index: int) -> str:
-        part, at = rows.find(index)
-        return part.place(at)
+        part = bisect_right(rows.cumulative_sizes, index)
+        return parts[part].place(picks[part][index - rows.cumulative_sizes[part]])  # counted from the part's end
 
     def identity() -> str | None:
         of_parts = [part.identity() for part in parts]

@@ -83,8 +83,7 @@ class _AcceleratorState:
         def complete() -> None:
             entry = layout.find(state, name=target.name)
             atomic_files.write_text(target / MARKER, json.dumps({"manifest_crc32": entry.manifest_crc32}) + "\n")
-            known = [path for path in state.iterdir() if (path / layout.COMPLETE).is_file() and path.name != target.name]
-            layout.remove_entries(state, [path for path in known if not (target.parent / path.name).is_dir()])
+            layout.remove_orphans(state, target.parent, target.name)
 
         self._agreement.on_first(what, complete)
         return str(location)
@@ -113,13 +112,12 @@ class _AcceleratorState:
             if why is not None:
                 raise CheckpointError(f"{asked} cannot be loaded: {why}. Load another one.")
             return Path(asked)
-        folders = [path for path in self._numbered.glob("checkpoint_*") if path.name.partition("_")[2].isdigit()]
-        whole = [path for path in folders if self._why_not(path) is None]
+        whole = [path for path in layout.numbered(self._numbered, "checkpoint_") if self._why_not(path) is None]
         if not whole:
             raise CheckpointError(
                 f"no complete checkpoint of a LoSiA run in {self._numbered}. Check project_dir, or start anew."
             )
-        return max(whole, key=lambda path: int(path.name.partition("_")[2])).absolute()
+        return whole[-1].absolute()
 
     def _why_not(self, path: Path) -> str | None:
         state = self._state_of(path)

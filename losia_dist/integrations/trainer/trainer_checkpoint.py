@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
 
 logger = logging.getLogger(__name__)
-_NUMBERED = re.compile(r"checkpoint-(\d+)")
+_PREFIX = "checkpoint-"
 
 
 class TrainerCheckpoints:
@@ -112,16 +111,8 @@ class TrainerCheckpoints:
 
     def remove_rotated(self, *, at_the_end: bool = False) -> None:
         """Delete the state of every `checkpoint-N` that is there no more. Until the end of the run its newest state stays."""
-        if self.agreement.rank != 0:
-            return
-        state = self._output / layout.BESIDE
-        kept = None if at_the_end else self._newest
-        gone = [
-            path
-            for path in state.glob("checkpoint-*")
-            if _NUMBERED.fullmatch(path.name) and path.name != kept and not (self._output / path.name).is_dir()
-        ]
-        layout.remove_entries(state, gone)
+        if self.agreement.rank == 0:
+            layout.remove_orphans(self._output / layout.BESIDE, self._output, None if at_the_end else self._newest)
 
     def _choose(self, asked: str | bool | None) -> str | None:
         """The checkpoint's directory; its parent is `output_dir` itself where that is what it is. Rank 0 reads."""
@@ -139,7 +130,7 @@ class TrainerCheckpoints:
     def _named(self, path: Path) -> Path:
         why = _why_not(path)
         if why is not None:
-            there = ", ".join(other.name for other in _numbered(path.parent) if _why_not(other) is None)
+            there = ", ".join(other.name for other in layout.numbered(path.parent, _PREFIX) if _why_not(other) is None)
             raise CheckpointError(
                 f"resume_from_checkpoint={str(path)!r}: {why}. Resume from another one (complete there: {there or 'none'}), or "
                 "start a new run from a saved model with from_pretrained."
@@ -148,7 +139,7 @@ class TrainerCheckpoints:
         return self._output / path.name if path.parent.resolve() == self._output.resolve() else path
 
     def _newest_complete(self) -> Path | None:
-        numbered = _numbered(self._output)
+        numbered = layout.numbered(self._output, _PREFIX)
         passed_over: list[str] = []
         for path in reversed(numbered):
             why = _why_not(path)
@@ -187,14 +178,6 @@ def warn_of_data(dataset: Any, checkpoint: str, *, ignore_data_skip: bool) -> No
             "this run goes on from the beginning of a pass, and not bit for bit. A data set with a length goes on as it was.",
             int(passes) + 1,
         )
-
-
-def _numbered(directory: Path) -> list[Path]:
-    """The Trainer's checkpoints in a directory, by number."""
-    if not directory.is_dir():
-        return []
-    found = [(match, path) for path in directory.iterdir() if (match := _NUMBERED.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
 
 
 def _why_not(path: Path) -> str | None:
