@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from losia_dist.checkpoint.tensor_names import Contents, unwrap
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.run.conductor import LoSiA
-from losia_dist.subnet.site import Site
+from losia_dist.subnet.groups import GROUP_KEY
 
 _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
@@ -43,17 +44,13 @@ def describe_parts(losia: LoSiA, contents: Contents) -> dict[str, Any]:
                 "weight": contents.weight_of[name],
                 "of": list(site.shape),
                 "transposed": site.weight_is_transposed,
-                **_experts_of(site),
+                # Which experts of its weight the subnets are in; nothing for a linear layer.
+                **({} if site.experts is None else {"experts": list(site.experts), "stacked": site.layout.stacked}),
             }
             for name, site in contents.sites.items()
         },
         "buffers": {name: _describe(buffer.shape, buffer.dtype) for name, buffer in contents.buffers.items()},
     }
-
-
-def _experts_of(site: Site) -> dict[str, Any]:
-    """Which experts of its weight a site's subnets are in; nothing for a linear layer."""
-    return {} if site.experts is None else {"experts": list(site.experts), "stacked": site.layout.stacked}
 
 
 def check_fits(losia: LoSiA, contents: Contents, reader: Reader, world_size: int) -> None:
@@ -77,8 +74,8 @@ def check_fits(losia: LoSiA, contents: Contents, reader: Reader, world_size: int
         raise CheckpointError(
             f"{path} was saved with {saved['optimizer']}, and this run has {optimizer}: use the same optimizer."
         )
-    groups = sorted((key for key, _ in saved["values"]["groups"]), key=str)
-    if groups != content.group_keys(losia):
+    groups = [key for key, _ in saved["values"]["groups"]]
+    if Counter(groups) != Counter(group[GROUP_KEY] for group in losia.state.optimizer.param_groups):
         raise CheckpointError(f"{path} has other optimizer parameter groups: build them with losia_parameter_groups.")
     if losia.state.one_scalar_per_group:
         uneven = next(content.uneven_scalars(losia, contents, reader), None)

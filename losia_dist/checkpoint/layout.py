@@ -117,11 +117,6 @@ def locate(path: str | Path) -> Complete:
     return find(next((directory for directory in reversed(inside) if directory.is_dir()), path))
 
 
-def next_sequence(directory: Path) -> int:
-    """Number of the next save into the directory."""
-    return max((complete.sequence for complete in complete_checkpoints(directory)), default=0) + 1
-
-
 def is_leftover(name: str) -> bool:
     """Whether a name is that of something a save did not finish, or was replacing."""
     return _LEFTOVER.fullmatch(name) is not None
@@ -132,9 +127,10 @@ def write_manifest(path: Path, content: dict[str, Any]) -> atomic_files.FileReco
     return atomic_files.write_text(path / MANIFEST, json.dumps({"kind": _KIND, "format": FORMAT, **content}, indent=1) + "\n")
 
 
-def mark_complete(path: Path, manifest: atomic_files.FileRecord, sequence: int, is_latest: bool) -> None:
-    """The last write of a save: from here on the checkpoint counts."""
-    marker = {"sequence": sequence, "latest": is_latest, "manifest_crc32": manifest.crc32}
+def mark_complete(path: Path, manifest: atomic_files.FileRecord, is_latest: bool) -> None:
+    """The last write of a save: from here on the checkpoint counts, as the newest."""
+    before = complete_checkpoints(path.parent)
+    marker = {"sequence": before[-1].sequence + 1 if before else 1, "latest": is_latest, "manifest_crc32": manifest.crc32}
     atomic_files.write_text(path / COMPLETE, json.dumps(marker) + "\n")
 
 

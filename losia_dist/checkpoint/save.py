@@ -18,7 +18,7 @@ from losia_dist._version import __version__
 from losia_dist.checkpoint import atomic_files, content, layout, random_state, values
 from losia_dist.checkpoint.base import Chain, write_base
 from losia_dist.checkpoint.description import describe_model, describe_parts
-from losia_dist.checkpoint.journal import Block, Moved, read_blocks, write_journal
+from losia_dist.checkpoint.journal import Moved, read_blocks
 from losia_dist.checkpoint.reader import state_file
 from losia_dist.checkpoint.session import Session, check_parts, session_of
 from losia_dist.checkpoint.tensor_names import Contents, contents_of
@@ -99,7 +99,9 @@ def save_as(
     losia.parameters.reshard()
     contents = contents_of(losia)
     tensors: dict[str, Tensor] = {}
-    plain = agreement.attempt(what, lambda: _plain_values(losia, scheduler, extra, tensors, agreement.rank))
+    # Encoded on every rank, so that each finds the error; kept by rank 0.
+    plain = agreement.attempt(what, lambda: content.read_values(losia, scheduler, extra, tensors))
+    tensors = tensors if agreement.rank == 0 else {}
     agreement.on_first(what, lambda: directory.mkdir(parents=True, exist_ok=True))
     agreement.attempt(what, lambda: _check_visible(directory))
     chain = _chain(session, directory, losia, contents)
@@ -112,7 +114,9 @@ def save_as(
         chain=chain,
         agreement=agreement,
         tensors=tensors,
-        random=agreement.attempt(what, lambda: _random_values(tensors)),
+        random=agreement.attempt(
+            what, lambda: json.dumps(values.encode(random_state.read(), tensors, "random", "the random state"))
+        ),
         moved=chain.pending,
         blocks=read_blocks(chain.pending, losia.parameters, agreement.rank, agreement.world_size),
         manifest={
@@ -149,7 +153,7 @@ class _Writing:
     tensors: dict[str, Tensor]
     random: str
     moved: Moved
-    blocks: list[Block]  # this rank's share of what is to be read in the places of `moved`
+    blocks: dict[str, Tensor]  # this rank's share of what is to be read in the places of `moved`
     manifest: dict[str, Any]
     keep_last: int | None
     is_latest: bool
@@ -173,7 +177,7 @@ class _Writing:
 
     def _write(self, beside: Path, journal: str, identity: str) -> None:
         what = f"saving to {self.directory}"
-        size = sum(t.numel() * t.element_size() for t in self.tensors.values()) + sum(block.size for block in self.blocks)
+        size = sum(tensor.nbytes for tensor in [*self.tensors.values(), *self.blocks.values()])
         total = sum(self.agreement.gather(size)) + _MARGIN
 
         def prepare() -> None:
@@ -187,7 +191,7 @@ class _Writing:
             state = atomic_files.write_tensors(beside / name, self.tensors, {"random": self.random})
             if not self.blocks:
                 return {name: [state.size, state.crc32]}, {}
-            left = write_journal(self.directory / journal, self.blocks)
+            left = atomic_files.write_tensors(self.directory / journal, self.blocks)
             atomic_files.sync_directory(self.directory / layout.JOURNAL)
             return {name: [state.size, state.crc32]}, {journal: [left.size, left.crc32]}
 
@@ -201,14 +205,13 @@ class _Writing:
     def _complete(self, beside: Path, states: dict[str, list[int]], journals: dict[str, list[int]], identity: str) -> None:
         """Rank 0: manifest, the final name, the marker; only then is anything older taken away."""
         self.chain.check_still_there()
-        sequence = layout.next_sequence(self.directory)
         manifest = layout.write_manifest(beside, {**self.manifest, "files": states, "journal": journals})
         final, replaced = self.directory / self.name, self.directory / f"{self.name}.replaced-{identity}"
         try:
             if final.exists():
                 atomic_files.rename_directory(final, replaced)
             atomic_files.rename_directory(beside, final)
-            layout.mark_complete(final, manifest, sequence, self.is_latest)
+            layout.mark_complete(final, manifest, self.is_latest)
         except OSError:
             # Nothing that is reported as failed may count, even if only the last sync was missing.
             with contextlib.suppress(OSError):
@@ -279,16 +282,3 @@ def _check_visible(directory: Path) -> None:
         probe.touch()
     finally:
         atomic_files.remove(probe)
-
-
-def _plain_values(losia: LoSiA, scheduler: Any, extra: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
-    """Encoded on every rank, so that each finds the error; kept by rank 0."""
-    found: dict[str, Tensor] = {}
-    plain = content.read_values(losia, scheduler, extra, found)
-    if rank == 0:
-        tensors |= found
-    return plain
-
-
-def _random_values(tensors: dict[str, Tensor]) -> str:
-    return json.dumps(values.encode(random_state.read(), tensors, "random", "the random state"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +30,18 @@ class Session:
         self.agreement = Agreement(losia.collectives.group)
         self.chains: dict[Path, Chain] = {}
         watch(losia, lambda: [chain.pending for chain in self.chains.values()])
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "losia-checkpoint")
+        self._saving: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
         """Run `write` in a thread; the interpreter does not end before it has."""
-
-        def run() -> None:
-            try:
-                write()
-            except BaseException as error:
-                self._failure = error
-
-        self._thread = threading.Thread(target=run, name="losia-checkpoint")
-        self._thread.start()
+        self._saving = self._thread.submit(write)
 
     def wait(self) -> None:
         """Wait for the save under way, if any, and raise what it failed with (the same on every rank)."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
 
 def session_of(losia: LoSiA) -> Session:

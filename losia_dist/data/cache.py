@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from losia_dist.data.dataset import Report, Settings, TokenizedDataset, tokenize
 from losia_dist.data.records import Records
+from losia_dist.data.streaming import Stream
 from losia_dist.errors import DataError
 
 VARIABLE = "LOSIA_DATA_CACHE"
@@ -36,17 +37,6 @@ _FILES = ("ids.bin", "learned.bin", "ends.bin")
 _MANIFEST = "manifest.json"
 _BLOCK = 2_000  # records held in memory before they are written
 _ABANDONED = 24 * 3600  # seconds after which a half-made data set is no longer being made
-
-
-class Source(Protocol):
-    """What is tokenized: `Records`, or a `Stream`."""
-
-    @property
-    def name(self) -> str: ...
-
-    def identity(self) -> str | None: ...
-
-    def blocks(self, part: int, parts: int, size: int) -> Iterator[Records]: ...
 
 
 class MappedDataset(TokenizedDataset):
@@ -76,7 +66,7 @@ def default_directory() -> Path:
     return Path(given if given else Path(base) / "losia_dist" / "data").expanduser()
 
 
-def key_of(records: Source, tokenizer: Any, settings: Settings) -> str | None:
+def key_of(records: Records | Stream, tokenizer: Any, settings: Settings) -> str | None:
     """The name of the data set that these give; None where they cannot be told by their content."""
     identity = records.identity()
     if identity is None or not getattr(tokenizer, "is_fast", False):
@@ -118,7 +108,13 @@ def begin(directory: Path, key: str) -> Path:
 
 
 def write_part(
-    making: Path, part: int, parts: int, records: Source, tokenizer: Any, settings: Settings, done: Callable[[int], Any]
+    making: Path,
+    part: int,
+    parts: int,
+    records: Records | Stream,
+    tokenizer: Any,
+    settings: Settings,
+    done: Callable[[int], Any],
 ) -> None:
     """Tokenize a part of `records` into the directory. Raises: DataError, for a full disk too.
 

@@ -93,31 +93,30 @@ def encode(
             yield Encoded(ids, learned)
 
 
-class ChatEncoder:
+def _chat_writer(tokenizer: Any, template: ChatTemplate) -> Write:
     """Chats and instructions through the tokenizer's chat template; every assistant message is learned. See `turns`.
 
     Where the tokenizer joins the last characters of a prompt and the first of an answer into one token (an answer that begins
-    with a newline), that token is learned.
+    with a newline), that token is learned. What comes back raises DataError when the template refuses the chat or leaves
+    something of it out.
     """
+    # Not eos alone: a base model's tokenizer may have an eos that its chat template never writes.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    eos = tokenizer.eos_token
+    finder = TurnFinder(template, [eos, *special])
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
-        # Not eos alone: a base model's tokenizer may have an eos that its chat template never writes.
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.eos = tokenizer.eos_token
-        self.finder = TurnFinder(template, [tokenizer.eos_token, *special])
-
-    def write(self, record: Mapping[str, Any]) -> Written:
-        """Raises: DataError when the template refuses the chat or leaves something of it out."""
-        messages = [self._without_eos(message) for message in as_messages(record)]
-        turns = self.finder.find(messages, record.get("tools"), record.get("variables"))
-        return Written([(turns.text, turns.spans)], ends=not turns.ended)
-
-    def _without_eos(self, message: dict[str, Any]) -> dict[str, Any]:
+    def without_eos(message: dict[str, Any]) -> dict[str, Any]:
         """An answer that brings the end that the template writes would be taught to end twice."""
         content = message.get("content")
-        if message["role"] == "assistant" and isinstance(content, str) and content.rstrip().endswith(self.eos):
-            return {**message, "content": content.rstrip().removesuffix(self.eos)}
+        if message["role"] == "assistant" and isinstance(content, str) and _ends(content, eos):
+            return {**message, "content": content.rstrip().removesuffix(eos)}
         return message
+
+    def write(record: Mapping[str, Any]) -> Written:
+        turns = finder.find(list(map(without_eos, as_messages(record))), record.get("tools"), record.get("variables"))
+        return Written([(turns.text, turns.spans)], ends=not turns.ended)
+
+    return write
 
 
 def _plain(prompt: str, learned: str, eos: str) -> Written:
@@ -153,7 +152,7 @@ def _writer(records: Records, tokenizer: Any, chat_template: str | None, templat
     if records.form == "continuation":
         return lambda record: _plain(record["prompt"], record["completion"], eos)
     if chat_template is not None or getattr(tokenizer, "chat_template", None):
-        return ChatEncoder(tokenizer, ChatTemplate(tokenizer, chat_template, template_date)).write
+        return _chat_writer(tokenizer, ChatTemplate(tokenizer, chat_template, template_date))
     if records.form == "instruction":
         return lambda record: _instruction(record, eos)
     raise DataError(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from losia_dist.data.messages import parse_json, read_messages, read_tools, show, strings_in
+from losia_dist.data.messages import keys_of, parse_json, read_messages, read_tools, show, strings_in
 from losia_dist.data.template import NOT_CHARACTERS
 from losia_dist.errors import ConfigError, DataError
 
@@ -68,7 +68,7 @@ def detect_form(row: Mapping[str, Any], where: str) -> str:
         return "text"
     needs = "; ".join(f"{form}: {_NEEDS[form]}" for form in FORMS)
     raise DataError(
-        f"{where}: the record fits no form. It has {_keys(row)}. A record needs, for {needs}. Other names are given with "
+        f"{where}: the record fits no form. It has {keys_of(row)}. A record needs, for {needs}. Other names are given with "
         "--columns, for example question=instruction answer=output."
     )
 
@@ -134,9 +134,7 @@ def _instruction(row: Mapping[str, Any], question: str, answer: str, where: str)
     }
     if row.get("system"):
         record["system"] = _text(row, "system", where)
-    history = row.get("history")
-    if isinstance(history, str) and history.strip():
-        history = parse_json(history, where, "history")
+    history = parse_json(row.get("history"), where, "history")
     if history:
         turns = history if isinstance(history, list) else [None]
         if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
@@ -178,9 +176,7 @@ def _beside(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if tools is not None:
             bare = key == "functions"  # OpenAI's older name, for the functions themselves
             found["tools"] = [{"type": "function", "function": tool} for tool in tools] if bare else tools
-    variables = row.get("chat_template_kwargs") or {}
-    if isinstance(variables, str):
-        variables = parse_json(variables, where, "chat_template_kwargs")
+    variables = parse_json(row.get("chat_template_kwargs"), where, "chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
         raise DataError(f"{where}: 'chat_template_kwargs' must be an object, got {show(variables)}.")
     variables = {key: value for key, value in variables.items() if value is not None}
@@ -245,11 +241,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def _missing(row: Mapping[str, Any], form: str, where: str) -> DataError:
     return DataError(
-        f"{where}: a record of the form '{form}' needs {_NEEDS[form]}. It has {_keys(row)}. "
+        f"{where}: a record of the form '{form}' needs {_NEEDS[form]}. It has {keys_of(row)}. "
         "All records of a data set must have one form; pass form=... if the wrong one was detected from the first."
     )
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    present = [repr(key) for key, value in row.items() if value is not None]
-    return ", ".join(present) if present else "no keys"

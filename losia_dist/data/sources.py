@@ -44,16 +44,12 @@ def join(parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str)
 
 
 class Named(NamedTuple):
-    """A source as it was written: what to read, the part of it, and its share of the mix."""
+    """A source: what to read, the part of it, its share of the mix, and how it was written, without the share."""
 
     text: str
     part: slice
     weight: float | None
-
-    def __str__(self) -> str:
-        start, stop = self.part.start, self.part.stop
-        part = "" if self.part == slice(None) else f"[{'' if start is None else start}:{'' if stop is None else stop}]"
-        return self.text + part
+    written: str
 
 
 def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RawRecords:
@@ -93,20 +89,21 @@ def places_of(source: str) -> list[Path]:
 
 
 def parse_source(text: str) -> Named:
-    weight, part = None, slice(None)
+    weight, part, written = None, slice(None), text
     if not Path(text).exists():
         if found := _WEIGHT.match(text):
             text, weight = found["rest"], float(found["weight"])
+            written = text
         if found := _SLICE.match(text):
             text = found["rest"]
             part = slice(*(int(found[key]) if found[key] else None for key in ("start", "stop")))
-    return Named(text, part, weight)
+    return Named(text, part, weight, written)
 
 
 def _read(named: Named) -> RawRecords:
     raw = _read_whole(named.text)
     if named.part != slice(None):
-        raw = join([raw], [range(len(raw.rows))[named.part]], str(named))
+        raw = join([raw], [range(len(raw.rows))[named.part]], named.written)
     if len(raw.rows) == 0:
         raise DataError(f"{raw.name}: the data set is empty. Give a source with at least one record.")
     return raw

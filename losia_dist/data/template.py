@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
+from functools import cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, meta, nodes
@@ -57,7 +58,6 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._source = source
         self._day = day
-        self._compiled: dict[str, _Compiled] = {}
 
     def reads(self, name: str, with_tools: bool = False) -> bool:
         """Whether the template looks at the variable `name`."""
@@ -113,9 +113,7 @@ class ChatTemplate:
                 source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
             except ValueError as error:  # several templates with names, and none of them for this
                 raise ConfigError(f"the tokenizer has no chat template for this: {error}") from error
-        if source not in self._compiled:
-            self._compiled[source] = _compile(source)
-        return self._compiled[source]
+        return _compile(source)
 
 
 def template_reads_date(tokenizer: Any, source: str | None = None) -> bool:
@@ -133,12 +131,12 @@ def training_template(tokenizer: Any) -> str:
     """
     try:
         from trl.chat_template_utils import get_training_chat_template
+
+        found = get_training_chat_template(tokenizer)
     except ImportError as error:
         raise ConfigError(
             f"--chat_template trl needs TRL, which cannot be imported ({error}): pip install trl, or leave it out."
         ) from error
-    try:
-        found = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise ConfigError(f"--chat_template trl: TRL has none for this tokenizer's template ({error}). Leave it out.") from None
     return found if found is not None else tokenizer.get_chat_template()
@@ -152,6 +150,7 @@ class _Compiled:
     marks_generation: bool
 
 
+@cache
 def _compile(source: str) -> _Compiled:
     # Private, and the only way to the very environment that Transformers renders with; `apply_chat_template` hides the output's
     # characters behind tokens.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from losia_dist.data.messages import tool_name
@@ -143,18 +144,15 @@ class _Chat:
         self.tools = tools
         self._template, self._variables = template, variables
         self.whole = self.render(self.messages)
-        self._with_sentinels: Rendering | None = None
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendering:
         return self._template.render(
             messages, tools=self.tools, variables=self._variables, add_generation_prompt=add_generation_prompt
         )
 
-    @property
+    @cached_property
     def with_sentinels(self) -> Rendering:
-        if self._with_sentinels is None:
-            self._with_sentinels = self.render(with_sentinels(self.messages))
-        return self._with_sentinels
+        return self.render(with_sentinels(self.messages))
 
 
 class _Place(NamedTuple):
@@ -267,15 +265,12 @@ def _variants(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
     has_calls = any(m.get("tool_calls") for m in messages)
     has_parts = any(isinstance(m.get("content"), list) for m in messages)
     without_content = any("content" not in m for m in messages)
-    base = [{**m, "role": _role(m["role"], template)} for m in messages]
+    developer = "developer" if template.names("developer") else "system"
+    base = [{**m, "role": developer} if m["role"] == "developer" else m for m in messages]
     for parts in (False, True) if has_parts else (False,):
         for empty in (False, True) if without_content else (False,):
             for as_text in (False, True) if has_calls else (False,):
                 yield [_given(m, parts, empty, as_text) for m in base]
-
-
-def _role(role: str, template: ChatTemplate) -> str:
-    return "system" if role == "developer" and not template.names("developer") else role
 
 
 def _given(message: dict[str, Any], parts: bool, empty: bool, as_text: bool) -> dict[str, Any]:

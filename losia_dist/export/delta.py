@@ -57,7 +57,7 @@ def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path)
     header = {"kind": _KIND, "format": FORMAT, "weights": described, "texts": weights.texts}
     beside = file.with_name(f".{file.name}.incomplete")
     atomic_files.remove(beside)
-    atomic_files.check_space(file.absolute().parent, sum(t.numel() * t.element_size() for t in tensors.values()))
+    atomic_files.check_space(file.absolute().parent, sum(t.nbytes for t in tensors.values()))
     try:
         atomic_files.write_tensors(
             beside, {name: t.contiguous() for name, t in tensors.items()}, {"losia_delta": json.dumps(header)}

@@ -30,7 +30,6 @@ def stored_form_of(reader: Reader, entries: dict[str, Entry]) -> StoredForm:
     if "conversions" not in base:
         raise _refusal(reader, "the version of losia_dist that saved it did not note the rules")
     model = _without_weights(reader)
-    noted = [list(rule) for rule in base["conversions"]]
     known = [(describe_conversion(rule), rule) for rule in class_conversions(model, add_legacy=True)]
     rules = []
     for noted in base["conversions"]:
