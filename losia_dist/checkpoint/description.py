@@ -25,12 +25,13 @@ def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
     """For the base: what an exported directory needs besides the weights."""
     plain: Any = unwrap(model)
     name = type(plain).__name__.removeprefix("FSDP")
+    conversions = [describe_conversion(rule) for rule in conversions_of(plain)]
     return {
         "model_class": name,
         "config": _config_of(plain, name, contents),
         "generation_config": _plain(getattr(plain, "generation_config", None)),
-        "renamed_on_disk": is_renamed_on_disk(plain),
-        "conversions": [describe_conversion(rule) for rule in conversions_of(plain)],
+        "renamed_on_disk": bool(conversions),  # Transformers writes the weights under other names, or fused
+        "conversions": conversions,
     }
 
 
@@ -167,8 +168,3 @@ def _config_of(model: Any, class_name: str, contents: Contents) -> dict[str, Any
     if first is not None:
         found["dtype"] = dtype_name(first.dtype)
     return found
-
-
-def is_renamed_on_disk(model: Any) -> bool:
-    """Whether Transformers writes this model's weights under other names, or fused, than they have in memory."""
-    return bool(conversions_of(model))

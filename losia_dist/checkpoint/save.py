@@ -109,7 +109,6 @@ def save_as(
     chain.unsaved = Moved()
     tensors |= content.read_tensors(losia, contents, agreement.rank, agreement.world_size)
     writing = _Writing(
-        directory=directory,
         name=name,
         chain=chain,
         agreement=agreement,
@@ -146,7 +145,6 @@ def save_as(
 class _Writing:
     """One save whose contents are in host memory: touches neither the model nor the device."""
 
-    directory: Path
     name: str
     chain: Chain
     agreement: Agreement
@@ -161,7 +159,7 @@ class _Writing:
     def run(self) -> None:
         """Write this rank's files; then rank 0 completes the checkpoint. Communicates over the agreement only."""
         identity = self.agreement.gather(uuid.uuid4().hex[:12])[0]
-        beside = self.directory / f"{self.name}.tmp-{identity}"
+        beside = self.chain.directory / f"{self.name}.tmp-{identity}"
         journal = f"{layout.JOURNAL}/{self.name}-{identity}-{self.agreement.rank:05d}.safetensors"
         done = False
         try:
@@ -171,28 +169,28 @@ class _Writing:
             if not done:
                 self.chain.unsaved = self.moved  # subnets may have moved on meanwhile: the next save puts both together
                 with contextlib.suppress(OSError):
-                    atomic_files.remove(self.directory / journal)
+                    atomic_files.remove(self.chain.directory / journal)
                     if self.agreement.rank == 0:
                         atomic_files.remove(beside)
 
     def _write(self, beside: Path, journal: str, identity: str) -> None:
-        what = f"saving to {self.directory}"
+        what = f"saving to {self.chain.directory}"
         size = sum(tensor.nbytes for tensor in [*self.tensors.values(), *self.blocks.values()])
         total = sum(self.agreement.gather(size)) + _MARGIN
 
         def prepare() -> None:
-            atomic_files.check_space(self.directory, total)
+            atomic_files.check_space(self.chain.directory, total)
             if self.agreement.rank == 0:
                 beside.mkdir()
-                (self.directory / layout.JOURNAL).mkdir(exist_ok=True)
+                (self.chain.directory / layout.JOURNAL).mkdir(exist_ok=True)
 
         def write() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
             name = state_file(self.agreement.rank)
             state = atomic_files.write_tensors(beside / name, self.tensors, {"random": self.random})
             if not self.blocks:
                 return {name: [state.size, state.crc32]}, {}
-            left = atomic_files.write_tensors(self.directory / journal, self.blocks)
-            atomic_files.sync_directory(self.directory / layout.JOURNAL)
+            left = atomic_files.write_tensors(self.chain.directory / journal, self.blocks)
+            atomic_files.sync_directory(self.chain.directory / layout.JOURNAL)
             return {name: [state.size, state.crc32]}, {journal: [left.size, left.crc32]}
 
         self.agreement.attempt(what, prepare)
@@ -206,7 +204,7 @@ class _Writing:
         """Rank 0: manifest, the final name, the marker; only then is anything older taken away."""
         self.chain.check_still_there()
         manifest = layout.write_manifest(beside, {**self.manifest, "files": states, "journal": journals})
-        final, replaced = self.directory / self.name, self.directory / f"{self.name}.replaced-{identity}"
+        final, replaced = self.chain.directory / self.name, self.chain.directory / f"{self.name}.replaced-{identity}"
         try:
             if final.exists():
                 atomic_files.rename_directory(final, replaced)
@@ -225,8 +223,8 @@ class _Writing:
         # The checkpoint counts from here on: what follows is tidying, and its failure is not the save's.
         with contextlib.suppress(OSError):
             if self.is_latest:
-                atomic_files.write_text(self.directory / layout.LATEST, self.name + "\n")
-            layout.remove_unneeded(self.directory, self.keep_last)
+                atomic_files.write_text(self.chain.directory / layout.LATEST, self.name + "\n")
+            layout.remove_unneeded(self.chain.directory, self.keep_last)
 
 
 def _chain(session: Session, directory: Path, losia: LoSiA, contents: Contents) -> Chain:

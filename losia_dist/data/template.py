@@ -45,6 +45,11 @@ class Rendering:
         found = self.spans.get(index, [])
         return found[0] if len(found) == 1 else None
 
+    def of(self, index: int) -> str:
+        """What is written of message `index`; nothing where that is not one place."""
+        span = self.span(index)
+        return "" if span is None else self.text[slice(*span)]
+
 
 class ChatTemplate:
     """The chat template of `tokenizer`, or `source` in its place.

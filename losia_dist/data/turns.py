@@ -123,9 +123,7 @@ class TurnFinder:
         answered_by = _text_of(chat.messages[index + 1]).strip() if index + 1 < len(chat.messages) else ""
         if answered_by and chat.messages[index + 1]["role"] == "tool" and answered_by in written:
             # The template writes what the tool answered into the turn that called it: what comes before is learned.
-            alone = chat.render(chat.messages[: index + 1])
-            span = alone.span(index)
-            same = common_prefix(alone.text[slice(*span)], written) if span is not None else head
+            same = common_prefix(chat.render(chat.messages[: index + 1]).of(index), written)
             return (begin + head, begin + max(head, same)), True
         # Templates often write a newline after the end of a turn. Generation has stopped by then.
         stop = begin + (len(written.rstrip()) if end_of_turn.strip() else len(written))
@@ -247,11 +245,9 @@ def _is_written(chat: _Chat, index: int, message: Mapping[str, Any]) -> bool:
     if not own:
         return True
     if message["role"] == "assistant":
-        span = chat.whole.span(index)
-        if span is not None and len(own) >= _TELLING and own in chat.whole.text[slice(*span)]:
+        if len(own) >= _TELLING and own in chat.whole.of(index):
             return True
-        span = chat.with_sentinels.span(index)
-        seen = chat.with_sentinels.text if span is None else chat.with_sentinels.text[slice(*span)]
+        seen = chat.with_sentinels.of(index) or chat.with_sentinels.text
         # Some templates drop an earlier turn's text on purpose; what they write of a last turn shows that they know it.
         return SENTINEL in seen or SENTINEL in chat.render(with_sentinels(chat.messages[: index + 1])).text
     if own in chat.whole.text:
@@ -334,8 +330,7 @@ def _as_plain_answer(chat: _Chat, index: int) -> str:
         rendering = chat.render(plain)
     except DataError:  # a tool's answer follows, and no call comes before it
         rendering = chat.render(plain[: index + 1])
-    span = rendering.span(index)
-    return "" if span is None else rendering.text[slice(*span)]
+    return rendering.of(index)
 
 
 def common_prefix(*given: Sequence[Any]) -> int:

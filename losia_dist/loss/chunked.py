@@ -21,11 +21,6 @@ from losia_dist.subnet.linear import SubnetLinear
 CHUNK_LOGITS = 2**26
 
 
-def default_chunk(vocabulary: int) -> int:
-    """Tokens of one chunk for this many words, at least 64; the same on every rank."""
-    return max(64, CHUNK_LOGITS // vocabulary)
-
-
 @torch.compiler.disable  # backward runs autograd itself, which a compiled graph cannot hold
 def chunked_cross_entropy(
     head: nn.Module,
