@@ -40,9 +40,8 @@ class TrainerCheckpoints:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.agreement = Agreement(group)
-        self._output = self._source = Path()
-        self._saves = False
-        self._name: str | None = None  # the entry to resume from
+        self._output = Path()
+        self._chosen: Path | None = None  # the checkpoint to resume from
         self._newest: str | None = None  # the entry that this run has saved or loaded last: later ones build on it
         self._random: dict[str, Any] | None = None
 
@@ -60,12 +59,10 @@ class TrainerCheckpoints:
         """
         asked = None if asked is False else asked if asked is True or asked is None else str(asked)
         self.agreement.same("output_dir and resume_from_checkpoint", [str(output_dir), asked])
-        self._output, self._saves, self._name, self._newest = Path(output_dir), saves, None, None
-        chosen = self.agreement.on_first(f"looking for checkpoints in {output_dir}", lambda: self._choose(asked))
-        if chosen is None:
-            return asked  # nothing is asked for, or nothing is there at all: the Trainer says so itself
-        self._source, self._name = Path(chosen).parent, Path(chosen).name
-        return str(chosen)
+        self._output, self._newest = Path(output_dir), None
+        chosen = self.agreement.on_first(f"looking for checkpoints in {output_dir}", lambda: self._choose(asked, saves))
+        self._chosen = None if chosen is None else Path(chosen)
+        return chosen or asked  # nothing is asked for, or nothing is there at all: the Trainer says so itself
 
     def resume(self, losia: LoSiA, scheduler: Any, *, goes_on_saving: bool) -> None:
         """Load the state that `choose` settled on, if any, into a conductor that was just made.
@@ -76,20 +73,20 @@ class TrainerCheckpoints:
         Raises:
             CheckpointError: as `load_checkpoint`; nothing has been changed then.
         """
-        if self._name is None:
+        if self._chosen is None:
             return
         before = random_state.read()
         load_from(
-            self._source / layout.BESIDE,
+            self._chosen.parent / layout.BESIDE,
             losia,
             scheduler=scheduler,
-            name=self._name,
-            saves_on=goes_on_saving and self._source == self._output,
+            name=self._chosen.name,
+            saves_on=goes_on_saving and self._chosen.parent == self._output,
         )
         # The Trainer restores random states only once the data loader has been wound forward.
         self._random = random_state.read()
         random_state.restore(before)
-        self._newest = self._name
+        self._newest = self._chosen.name
 
     def restore_random_state(self) -> None:
         """Random numbers go on from where the checkpoint was saved."""
@@ -114,10 +111,10 @@ class TrainerCheckpoints:
         if self.agreement.rank == 0:
             layout.remove_orphans(self._output / layout.BESIDE, self._output, None if at_the_end else self._newest)
 
-    def _choose(self, asked: str | bool | None) -> str | None:
+    def _choose(self, asked: str | bool | None, saves: bool) -> str | None:
         """The checkpoint's directory; its parent is `output_dir` itself where that is what it is. Rank 0 reads."""
         found = self._newest_complete() if asked is True else None if asked is None else self._named(Path(str(asked)))
-        if self._saves and (found is None or found.parent != self._output):
+        if saves and (found is None or found.parent != self._output):
             complete = layout.complete_checkpoints(self._output / layout.BESIDE)
             if complete:
                 raise CheckpointError(
