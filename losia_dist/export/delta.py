@@ -126,11 +126,12 @@ def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tens
     for first, second in blocks:
         rest.view(flat)[first[:, None], second[None, :]] = False
     cost = sum(4 * (first.numel() + second.numel()) + first.numel() * second.numel() * size for first, second in blocks)
-    if count * (index.itemsize + size) <= cost + int(rest.sum()) * (index.itemsize + size):
-        blocks, rest, cost = [], differs, 0
-    places = rest.reshape(-1).nonzero().reshape(-1)
-    if tuned.numel() * size <= cost + places.numel() * (index.itemsize + size):
+    single, left = index.itemsize + size, int(rest.sum())
+    if count * single < cost + left * single:
+        blocks, rest, cost, left = [], differs, 0, count
+    if tuned.numel() * size < cost + left * single:
         return {"whole": tuned.clone()}  # it may be a view of something larger
+    places = rest.reshape(-1).nonzero().reshape(-1)
     found: dict[str, Tensor] = {}
     for place, (first, second) in enumerate(blocks):
         found[f"{place}/first"], found[f"{place}/second"] = first.to(torch.int32), second.to(torch.int32)
