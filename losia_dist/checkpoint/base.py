@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from losia_dist.checkpoint import atomic_files, layout
 from losia_dist.checkpoint.journal import Moved
+from losia_dist.checkpoint.safetensors_io import dtype_name, writing_order
 from losia_dist.checkpoint.tensor_names import Contents
 from losia_dist.errors import CheckpointError
 from losia_dist.ranks.agreement import Agreement
@@ -52,12 +51,6 @@ class Chain:
             raise CheckpointError(f"{base} belongs to another run: save into another directory.")
 
 
-def base_entries(contents: Contents, access: ParameterAccess) -> dict[str, atomic_files.Entry]:
-    """What a base holds, in the order in which it is gathered: wider dtypes first, then as the model has them."""
-    entries = {name: atomic_files.Entry(p.dtype, tuple(access.shape(p))) for name, p in contents.weights.items()}
-    return dict(sorted(entries.items(), key=lambda item: -item[1].dtype.itemsize))
-
-
 def write_base(
     directory: Path, contents: Contents, access: ParameterAccess, agreement: Agreement, description: dict[str, Any]
 ) -> Chain:
@@ -68,7 +61,8 @@ def write_base(
     Raises:
         CheckpointError: not enough space, or a write failed on any rank; nothing is left behind.
     """
-    entries = base_entries(contents, access)
+    unsorted = {name: atomic_files.Entry(p.dtype, tuple(access.shape(p))) for name, p in contents.weights.items()}
+    entries = {name: unsorted[name] for name in writing_order(unsorted)}  # the order in which they are gathered
     total = sum(entry.size for entry in entries.values())
     beside, run = agreement.gather((directory / f"{layout.BASE}.tmp-{uuid.uuid4().hex}", uuid.uuid4().hex))[0]
     try:
@@ -81,7 +75,7 @@ def write_base(
 
         def publish() -> int:
             written = {
-                name: {"file": _file_name(owner[name]), "dtype": _dtype_name(e.dtype), "shape": list(e.shape)}
+                name: {"file": _file_name(owner[name]), "dtype": dtype_name(e.dtype), "shape": list(e.shape)}
                 for name, e in entries.items()
             }
             content = {"run": run, "files": records, "weights": written, "aliases": contents.aliases, **description}
@@ -109,40 +103,37 @@ def _stream(
 
     A thread writes one weight while the next ones are gathered, so that all ranks write at the same time.
     """
-    name_of_file = _file_name(agreement.rank)
+    path = beside / _file_name(agreement.rank)
     failure: BaseException | None = None
     writer: atomic_files.TensorWriter | None = None
-    record: atomic_files.FileRecord | None = None
     try:
-        writer = atomic_files.TensorWriter(beside / name_of_file, mine) if mine else None
+        writer = atomic_files.TensorWriter(path, mine) if mine else None
     except OSError as error:
         failure = error
-    thread = ThreadPoolExecutor(max_workers=1)
     writing: Future[None] | None = None
-    for name in entries:
-        whole = access.read_whole(contents.weights[name])
-        if writer is not None and failure is None and name in mine:
-            failure = _failure_of(writing)
-            writing = thread.submit(writer.write, name, whole.cpu()) if failure is None else None
-        del whole
-    failure = failure or _failure_of(writing)
-    thread.shutdown()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        for name in entries:
+            whole = access.read_whole(contents.weights[name])
+            if writer is not None and failure is None and name in mine:
+                failure = None if writing is None else writing.exception()
+                writing = thread.submit(writer.write, name, whole.cpu()) if failure is None else None
+            del whole
 
-    def finish() -> atomic_files.FileRecord | None:
+    def finish() -> dict[str, list[int]]:
         if failure is not None:
             raise failure
-        return writer.close() if writer is not None else None
+        if writer is None:
+            return {}
+        if writing is not None:
+            writing.result()
+        record = writer.close()
+        return {f"{layout.BASE}/{path.name}": [record.size, record.crc32]}
 
     try:
-        record = agreement.attempt(f"writing {beside.with_suffix('') / name_of_file}", finish)
+        return agreement.attempt(f"writing {beside.with_suffix('') / path.name}", finish)
     finally:
         if writer is not None:
             writer.abandon()
-    return {} if record is None else {f"{layout.BASE}/{name_of_file}": [record.size, record.crc32]}
-
-
-def _failure_of(writing: Future[None] | None) -> BaseException | None:
-    return None if writing is None else writing.exception()
 
 
 def _deal(entries: dict[str, atomic_files.Entry], ranks: int) -> dict[str, int]:
@@ -158,7 +149,3 @@ def _deal(entries: dict[str, atomic_files.Entry], ranks: int) -> dict[str, int]:
 
 def _file_name(rank: int) -> str:
     return f"weights-{rank:05d}.safetensors"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

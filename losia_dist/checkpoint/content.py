@@ -116,11 +116,6 @@ def write_importance(losia: LoSiA, reader: Reader) -> None:
                     target[start - accumulator.start : stop - accumulator.start].copy_(piece[start - first : stop - first])
 
 
-def group_keys(losia: LoSiA) -> list[str | None]:
-    """Names of the optimizer's parameter groups, as often as each occurs, sorted."""
-    return sorted((group[GROUP_KEY] for group in losia.state.optimizer.param_groups), key=str)
-
-
 def scheduler_name(scheduler: Any) -> str:
     """Class of a scheduler; Accelerate's wrapper counts as what it wraps."""
     return type(getattr(scheduler, "scheduler", scheduler)).__name__

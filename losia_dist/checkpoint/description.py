@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections import Counter
 from typing import Any
 
 import torch
 
 from losia_dist.checkpoint import content
 from losia_dist.checkpoint.reader import Reader
+from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.checkpoint.stored_names import conversions_of, describe_conversion
 from losia_dist.checkpoint.tensor_names import Contents, unwrap
 from losia_dist.config.losia_config import LoSiAConfig
-from losia_dist.config.removed import removed_setting
-from losia_dist.errors import CheckpointError
+from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.run.conductor import LoSiA
-from losia_dist.subnet.site import Site
+from losia_dist.subnet.groups import GROUP_KEY
 
 _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
 
@@ -24,12 +24,14 @@ _FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets o
 def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
     """For the base: what an exported directory needs besides the weights."""
     plain: Any = unwrap(model)
+    name = type(plain).__name__.removeprefix("FSDP")
+    conversions = [describe_conversion(rule) for rule in conversions_of(plain)]
     return {
-        "model_class": type(plain).__name__.removeprefix("FSDP"),
-        "config": _config_of(getattr(plain, "config", None), type(plain).__name__.removeprefix("FSDP"), contents),
-        "generation_config": _generation_config_of(plain),
-        "renamed_on_disk": is_renamed_on_disk(plain),
-        "conversions": [describe_conversion(rule) for rule in conversions_of(plain)],
+        "model_class": name,
+        "config": _config_of(plain, name, contents),
+        "generation_config": _plain(getattr(plain, "generation_config", None)),
+        "renamed_on_disk": bool(conversions),  # Transformers writes the weights under other names, or fused
+        "conversions": conversions,
     }
 
 
@@ -43,17 +45,13 @@ def describe_parts(losia: LoSiA, contents: Contents) -> dict[str, Any]:
                 "weight": contents.weight_of[name],
                 "of": list(site.shape),
                 "transposed": site.weight_is_transposed,
-                **_experts_of(site),
+                # Which experts of its weight the subnets are in; nothing for a linear layer.
+                **({} if site.experts is None else {"experts": list(site.experts), "stacked": site.layout.stacked}),
             }
             for name, site in contents.sites.items()
         },
         "buffers": {name: _describe(buffer.shape, buffer.dtype) for name, buffer in contents.buffers.items()},
     }
-
-
-def _experts_of(site: Site) -> dict[str, Any]:
-    """Which experts of its weight a site's subnets are in; nothing for a linear layer."""
-    return {} if site.experts is None else {"experts": list(site.experts), "stacked": site.layout.stacked}
 
 
 def check_fits(losia: LoSiA, contents: Contents, reader: Reader, world_size: int) -> None:
@@ -77,8 +75,8 @@ def check_fits(losia: LoSiA, contents: Contents, reader: Reader, world_size: int
         raise CheckpointError(
             f"{path} was saved with {saved['optimizer']}, and this run has {optimizer}: use the same optimizer."
         )
-    groups = sorted((key for key, _ in saved["values"]["groups"]), key=str)
-    if groups != content.group_keys(losia):
+    groups = [key for key, _ in saved["values"]["groups"]]
+    if Counter(groups) != Counter(group[GROUP_KEY] for group in losia.state.optimizer.param_groups):
         raise CheckpointError(f"{path} has other optimizer parameter groups: build them with losia_parameter_groups.")
     if losia.state.one_scalar_per_group:
         uneven = next(content.uneven_scalars(losia, contents, reader), None)
@@ -106,15 +104,13 @@ def check_scheduler(scheduler: Any, reader: Reader) -> None:
 
 
 def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None:
-    removed = removed_setting(saved)
-    if removed:
+    try:
+        here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, "its configuration"))
+    except ConfigError as error:
         raise CheckpointError(
-            f"{path} was saved with a setting that is gone: {removed[0]} Resume with the version that saved it, or start a new "
-            "run from an exported model."
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # an earlier version's form is not the user's to change here
-        here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, str(path)))
+            f"{path} was saved with a setting that is gone: {error} Resume with the version that saved it, or start a new run "
+            "from an exported model."
+        ) from error
     free = () if config.located is None else _FREE_TO_DIFFER
     for name in [*here, *there]:
         if here.get(name) != there.get(name) and name not in free:
@@ -153,29 +149,22 @@ def _compare(what: str, there: dict[str, Any], here: dict[str, Any], path: Any) 
 
 
 def _describe(shape: Any, dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+    return {"shape": list(shape), "dtype": dtype_name(dtype)}
 
 
-def _config_of(config: Any, class_name: str, contents: Contents) -> dict[str, Any] | None:
-    to_json: Any = getattr(config, "to_json_string", None)
-    if to_json is None:
-        return None
-    found: dict[str, Any] = json.loads(to_json(use_diff=True))
-    found["architectures"] = [class_name]
-    found.pop("quantization_config", None)  # a model read from a quantized file trains, and is exported, dequantized
-    name = "torch_dtype" if "torch_dtype" in found else "dtype"
-    first = next((p for p in contents.weights.values() if p.is_floating_point()), None)
-    if first is not None:
-        found[name] = str(first.dtype).removeprefix("torch.")
-    return found
-
-
-def _generation_config_of(model: Any) -> dict[str, Any] | None:
-    config = getattr(model, "generation_config", None)
+def _plain(config: Any) -> dict[str, Any] | None:
+    """A configuration of Transformers as its file has it; None of anything else."""
     to_json: Any = getattr(config, "to_json_string", None)
     return None if to_json is None else json.loads(to_json(use_diff=True))
 
 
-def is_renamed_on_disk(model: Any) -> bool:
-    """Whether Transformers writes this model's weights under other names, or fused, than they have in memory."""
-    return bool(conversions_of(model))
+def _config_of(model: Any, class_name: str, contents: Contents) -> dict[str, Any] | None:
+    found = _plain(getattr(model, "config", None))
+    if found is None:
+        return None
+    found["architectures"] = [class_name]
+    found.pop("quantization_config", None)  # a model read from a quantized file trains, and is exported, dequantized
+    first = next((p for p in contents.weights.values() if p.is_floating_point()), None)
+    if first is not None:
+        found["dtype"] = dtype_name(first.dtype)
+    return found

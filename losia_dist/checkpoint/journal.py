@@ -7,13 +7,10 @@ an earlier one, the weight holds the newer value, and that is the one to save.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from losia_dist.checkpoint import atomic_files
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.subnet.access import read_subnet
@@ -59,22 +56,6 @@ class Moved:
                     yield site, rows, columns
 
 
-@dataclass(frozen=True)
-class Block:
-    """A piece of a weight: rows int64 [r], columns int64 [c], values [r, c] in the weight's dtype, in host memory; of experts
-    [X, r], [X, c] and [X, r, c]."""
-
-    site: str
-    rows: Tensor
-    columns: Tensor
-    values: Tensor
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(t.numel() * t.element_size() for t in (self.rows, self.columns, self.values))
-
-
 def watch(losia: LoSiA, listeners: Callable[[], list[Moved]]) -> None:
     """From here on every subnet that moves on is noted in all that `listeners` gives at that time."""
 
@@ -86,12 +67,14 @@ def watch(losia: LoSiA, listeners: Callable[[], list[Moved]]) -> None:
 
 
 @torch.no_grad()
-def read_blocks(moved: Moved, access: ParameterAccess, rank: int, world_size: int) -> list[Block]:
-    """This rank's share of what the weights hold in the places. Called by all ranks, after `settle`.
+def read_blocks(moved: Moved, access: ParameterAccess, rank: int, world_size: int) -> dict[str, Tensor]:
+    """This rank's share of what the weights hold in the places, as a journal file has it. Called by all ranks, after `settle`.
 
-    One place is read at a time, on all ranks; they are dealt out to the ranks in turn, to share the memory.
+    "<number>/<site>/rows" int64 [r], ".../columns" int64 [c] and ".../values" [r, c] in the weight's dtype, in host memory; of
+    experts [X, r], [X, c] and [X, r, c]. One place is read at a time, on all ranks; they are dealt out to the ranks in turn,
+    to share the memory.
     """
-    found = []
+    found: dict[str, Tensor] = {}
     for turn, (site, rows, columns) in enumerate(moved):
         if rows is None or columns is None:
             values = site.as_rows(access.read_whole(site.weight))
@@ -102,15 +85,6 @@ def read_blocks(moved: Moved, access: ParameterAccess, rank: int, world_size: in
             device = site.row_index.device
             values = read_subnet(access, site, rows.to(device), columns.to(device))
         if turn % world_size == rank:
-            found.append(Block(site.name, rows, columns, values.to("cpu", copy=True).contiguous()))
+            parts = {"rows": rows, "columns": columns, "values": values.to("cpu", copy=True).contiguous()}
+            found |= {f"{turn}/{site.name}/{name}": tensor for name, tensor in parts.items()}
     return found
-
-
-def write_journal(path: Path, blocks: list[Block]) -> atomic_files.FileRecord:
-    """Write one journal file."""
-    tensors: dict[str, Tensor] = {}
-    for place, block in enumerate(blocks):
-        tensors[f"{place}/{block.site}/rows"] = block.rows
-        tensors[f"{place}/{block.site}/columns"] = block.columns
-        tensors[f"{place}/{block.site}/values"] = block.values
-    return atomic_files.write_tensors(path, tensors)

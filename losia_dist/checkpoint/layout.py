@@ -43,6 +43,11 @@ class Complete:
     is_latest: bool  # False: saved with the wish not to be the one that is resumed by default
     manifest_crc32: int
 
+    @property
+    def name(self) -> str:
+        """What it is asked for by, also while it is being replaced."""
+        return self.path.name.partition(".replaced-")[0]
+
 
 def step_name(step: int) -> str:
     """Directory name of a step's checkpoint."""
@@ -62,24 +67,19 @@ def complete_checkpoints(directory: Path) -> list[Complete]:
     return sorted(found, key=lambda complete: complete.sequence)
 
 
-def find(directory: Path, step: int | None = None, name: str | None = None) -> Complete:
-    """The newest complete checkpoint, or the one of a step or name.
+def find(directory: Path, name: str | None = None) -> Complete:
+    """The newest complete checkpoint, or the one of a name.
 
     Raises:
         CheckpointError: there is none, with those that there are.
     """
     found = complete_checkpoints(directory)
-    if step is None and name is None:
-        wanted = [complete for complete in found if complete.is_latest]
-    else:
-        wanted = [
-            complete for complete in found if complete.path.name.partition(".replaced-")[0] == (name or step_name(step or 0))
-        ]
+    wanted = [complete for complete in found if (complete.is_latest if name is None else complete.name == name)]
     if not wanted:
-        what = "complete checkpoint" if step is None and name is None else f"complete checkpoint {name or step_name(step or 0)}"
         there = ", ".join(complete.path.name for complete in found[-5:]) or "none at all"
-        why = "" if directory.is_dir() else " (the directory does not exist)"
-        raise CheckpointError(f"no {what} in {directory}{why}: complete there: {there}. Check the path, or start anew.")
+        where = str(directory) if directory.is_dir() else f"{directory} (the directory does not exist)"
+        what = "complete checkpoint" if name is None else f"complete checkpoint {name}"
+        raise CheckpointError(f"no {what} in {where}: complete there: {there}. Check the path, or start anew.")
     return wanted[-1]
 
 
@@ -117,11 +117,6 @@ def locate(path: str | Path) -> Complete:
     return find(next((directory for directory in reversed(inside) if directory.is_dir()), path))
 
 
-def next_sequence(directory: Path) -> int:
-    """Number of the next save into the directory."""
-    return max((complete.sequence for complete in complete_checkpoints(directory)), default=0) + 1
-
-
 def is_leftover(name: str) -> bool:
     """Whether a name is that of something a save did not finish, or was replacing."""
     return _LEFTOVER.fullmatch(name) is not None
@@ -132,9 +127,10 @@ def write_manifest(path: Path, content: dict[str, Any]) -> atomic_files.FileReco
     return atomic_files.write_text(path / MANIFEST, json.dumps({"kind": _KIND, "format": FORMAT, **content}, indent=1) + "\n")
 
 
-def mark_complete(path: Path, manifest: atomic_files.FileRecord, sequence: int, is_latest: bool) -> None:
-    """The last write of a save: from here on the checkpoint counts."""
-    marker = {"sequence": sequence, "latest": is_latest, "manifest_crc32": manifest.crc32}
+def mark_complete(path: Path, manifest: atomic_files.FileRecord, is_latest: bool) -> None:
+    """The last write of a save: from here on the checkpoint counts, as the newest."""
+    before = complete_checkpoints(path.parent)
+    marker = {"sequence": before[-1].sequence + 1 if before else 1, "latest": is_latest, "manifest_crc32": manifest.crc32}
     atomic_files.write_text(path / COMPLETE, json.dumps(marker) + "\n")
 
 
@@ -208,15 +204,22 @@ def remove_unneeded(directory: Path, keep_last: int | None) -> None:
             atomic_files.remove(path)
 
 
-def remove_entries(directory: Path, paths: list[Path]) -> None:
-    """Delete some of a directory's checkpoints, and journal files that no other needs. What fails is left for the next time."""
-    if not paths:
-        return
+def remove_orphans(directory: Path, beside: Path, kept: str | None) -> None:
+    """Delete the checkpoints that have no directory of their name in `beside`, all but `kept`, and journal files that no other
+    needs. What fails is left for the next time."""
+    gone = [one.path for one in complete_checkpoints(directory) if one.name != kept and not (beside / one.name).is_dir()]
     with contextlib.suppress(OSError):
-        for path in paths:
+        for path in gone:
             (path / COMPLETE).unlink(missing_ok=True)  # first, so that a half-deleted one never counts
             atomic_files.remove(path)
-        remove_unneeded(directory, None)
+        if gone:
+            remove_unneeded(directory, None)
+
+
+def numbered(directory: Path, prefix: str) -> list[Path]:
+    """Directories that are called `prefix` and a number, by number: Trainer's and Accelerate's checkpoints."""
+    found = [path for path in directory.glob(f"{prefix}*") if path.is_dir() and path.name.removeprefix(prefix).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def _read_marker(path: Path) -> Complete | None:

@@ -9,7 +9,7 @@ from losia_dist.checkpoint import content, layout, random_state
 from losia_dist.checkpoint.base import Chain
 from losia_dist.checkpoint.description import check_fits, check_scheduler
 from losia_dist.checkpoint.reader import Reader
-from losia_dist.checkpoint.session import session_of
+from losia_dist.checkpoint.session import check_parts, session_of
 from losia_dist.checkpoint.tensor_names import contents_of
 from losia_dist.errors import CheckpointError
 from losia_dist.run.conductor import LoSiA
@@ -45,17 +45,15 @@ def load_checkpoint(
         CheckpointError: in mid accumulation, whose gradients would go into the first step after.
         ConfigError: arguments that do not belong together.
     """
-    return load_from(directory, model=model, optimizer=optimizer, losia=losia, scheduler=scheduler, step=step)[1]
+    check_parts(losia, model, optimizer)
+    return load_from(directory, losia, scheduler=scheduler, name=None if step is None else layout.step_name(step))[1]
 
 
 def load_from(
     directory: str | Path,
-    *,
-    model: Any,
-    optimizer: Any,
     losia: LoSiA,
+    *,
     scheduler: Any = None,
-    step: int | None = None,
     name: str | None = None,
     skip_scheduler: bool = False,
     saves_on: bool = True,
@@ -67,13 +65,13 @@ def load_from(
         saves_on: whether later saves continue the directory's base; if not, nothing is collected for them.
     """
     directory = Path(directory).absolute()
-    session = session_of(losia, model, optimizer)
+    session = session_of(losia)
     session.wait()
     agreement = session.agreement
     what = f"loading from {directory}"
-    agreement.same("what load_checkpoint was asked for", [str(directory), step, name])
+    agreement.same("what load_checkpoint was asked for", [str(directory), name])
     agreement.attempt(what, lambda: _check_between_steps(losia))
-    chosen = agreement.on_first(what, lambda: layout.find(directory, step, name))
+    chosen = agreement.on_first(what, lambda: layout.find(directory, name))
     losia.parameters.reshard()
     contents = contents_of(losia)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,8 +32,6 @@ class Reader:
         self.manifest = layout.read_manifest(complete.path, complete.manifest_crc32)
         self.base: dict[str, Any] = layout.read_manifest(self.directory / layout.BASE, self.manifest["base_crc32"])
         self._open: dict[str, Any] = {}
-        self._where: dict[str, str] | None = None
-        self._retired: dict[str, list[tuple[str, str]]] | None = None
 
     def check_files(self, rank: int, world_size: int) -> None:
         """All files are there in their sizes; checksums of every `world_size`-th of them.
@@ -47,19 +45,19 @@ class Reader:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the step's own files: on the CPU, whole, in the dtype that it was saved in."""
-        return self._file(self._places()[name]).get_tensor(name)  # type: ignore[no-any-return]
+        return self._file(self._places[name]).get_tensor(name)  # type: ignore[no-any-return]
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Optimizer state of a parameter, on the CPU: `StateAccess.read_state`'s entries, whole (a subnet's [r, c]) or []."""
         prefix = f"state/{name}/"
-        return {key.removeprefix(prefix): self.tensor(key) for key in self._places() if key.startswith(prefix)}
+        return {key.removeprefix(prefix): self.tensor(key) for key in self._places if key.startswith(prefix)}
 
     def importance(self, site: str, kind: str) -> list[tuple[int, Any]]:
         """(first row, slice of [rows, n] fp32 that is read when indexed) of a layer's averages; none at a slot's start."""
         prefix, suffix = f"importance/{site}/", f"/{kind}"
         return [
             (int(name[len(prefix) : -len(suffix)]), self._file(file).get_slice(name))
-            for name, file in self._places().items()
+            for name, file in self._places.items()
             if name.startswith(prefix) and name.endswith(suffix)
         ]
 
@@ -85,7 +83,7 @@ class Reader:
         experts [X, r], [X, c] and [X, r, c].
         """
         found = []
-        for file, prefix in self._journal().get(site, []):
+        for file, prefix in self._journal.get(site, []):
             handle = self._file(file)
             found.append(tuple(handle.get_tensor(f"{prefix}/{part}") for part in ("rows", "columns", "values")))
         if with_subnet:
@@ -100,7 +98,7 @@ class Reader:
 
     def values(self) -> dict[str, Any]:
         """The saved plain values, tensors put back into them."""
-        names = [name for name in self._places() if name.startswith("value/")]
+        names = [name for name in self._places if name.startswith("value/")]
         tensors = {name: self.tensor(name) for name in names}
         return {name: values.decode(value, tensors) for name, value in self.manifest["values"].items()}
 
@@ -111,24 +109,21 @@ class Reader:
         decoded = values.decode(json.loads(handle.metadata()["random"]), {name: handle.get_tensor(name) for name in names})
         return dict(decoded)
 
+    @cached_property
     def _places(self) -> dict[str, str]:
         """Tensor -> file of the step that holds it."""
-        if self._where is None:
-            self._where = {}
-            for file in self.manifest["files"]:
-                path = f"{self.path.name}/{file}"
-                self._where |= {name: path for name in self._file(path).keys() if not name.startswith("random/")}  # noqa: SIM118
-        return self._where
+        files = [f"{self.path.name}/{file}" for file in self.manifest["files"]]
+        return {name: file for file in files for name in self._file(file).keys() if not name.startswith("random/")}  # noqa: SIM118
 
+    @cached_property
     def _journal(self) -> dict[str, list[tuple[str, str]]]:
         """Layer -> its journal entries, as (file, prefix of their names), in order."""
-        if self._retired is None:
-            self._retired = {}
-            for file in self.manifest["journal"]:
-                entries = {key.rpartition("/")[0] for key in self._file(file).keys()}  # noqa: SIM118
-                for prefix in sorted(entries, key=lambda prefix: int(prefix.partition("/")[0])):
-                    self._retired.setdefault(prefix.partition("/")[2], []).append((file, prefix))
-        return self._retired
+        found: dict[str, list[tuple[str, str]]] = {}
+        for file in self.manifest["journal"]:
+            entries = {key.rpartition("/")[0] for key in self._file(file).keys()}  # noqa: SIM118
+            for prefix in sorted(entries, key=lambda prefix: int(prefix.partition("/")[0])):
+                found.setdefault(prefix.partition("/")[2], []).append((file, prefix))
+        return found
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -152,12 +147,3 @@ def layout_of(entry: dict[str, Any]) -> Layout:
 def state_file(rank: int) -> str:
     """Name of the file that a rank writes into a step's directory."""
     return f"state-{rank:05d}.safetensors"
-
-
-def open_checkpoint(path: str | Path) -> Reader:
-    """Open the checkpoint that `layout.locate` finds.
-
-    Raises:
-        CheckpointError: none that is complete, or its manifest cannot be used.
-    """
-    return Reader(layout.locate(path))

@@ -18,9 +18,9 @@ from losia_dist._version import __version__
 from losia_dist.checkpoint import atomic_files, content, layout, random_state, values
 from losia_dist.checkpoint.base import Chain, write_base
 from losia_dist.checkpoint.description import describe_model, describe_parts
-from losia_dist.checkpoint.journal import Block, Moved, read_blocks, write_journal
+from losia_dist.checkpoint.journal import Moved, read_blocks
 from losia_dist.checkpoint.reader import state_file
-from losia_dist.checkpoint.session import Session, check_conductor, session_of
+from losia_dist.checkpoint.session import Session, check_parts, session_of
 from losia_dist.checkpoint.tensor_names import Contents, contents_of
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.ranks.agreement import Agreement
@@ -65,30 +65,19 @@ def save_checkpoint(
             checkpoints that were complete stay as they are.
         ConfigError: arguments that do not belong together.
     """
-    check_conductor(losia)
+    check_parts(losia, model, optimizer)
     if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise ConfigError(f"step={step!r}: a whole number of at least 0 is needed, or None for the conductor's count.")
     name = layout.step_name(losia.steps if step is None else step)
-    return save_as(
-        directory,
-        name,
-        model=model,
-        optimizer=optimizer,
-        losia=losia,
-        scheduler=scheduler,
-        extra=extra,
-        keep_last=keep_last,
-        asynchronous=asynchronous,
-    )
+    options: dict[str, Any] = {"keep_last": keep_last, "asynchronous": asynchronous}
+    return save_as(directory, name, losia, scheduler=scheduler, extra=extra, **options)
 
 
 def save_as(
     directory: str | Path,
     name: str,
-    *,
-    model: Any,
-    optimizer: Any,
     losia: LoSiA,
+    *,
     scheduler: Any = None,
     extra: Any = None,
     keep_last: int | None = None,
@@ -101,7 +90,7 @@ def save_as(
     if not layout.NAME.fullmatch(name) or name in (layout.BASE, layout.JOURNAL, layout.LATEST) or layout.is_leftover(name):
         raise ConfigError(f"{name!r} cannot name a checkpoint: use letters, digits, '-', '_' and '.', not base or journal.")
     directory = Path(directory).absolute()
-    session = session_of(losia, model, optimizer)
+    session = session_of(losia)
     session.wait()
     agreement = session.agreement
     agreement.same("what save_checkpoint was asked for", [str(directory), name, keep_last, asynchronous, is_latest])
@@ -110,7 +99,9 @@ def save_as(
     losia.parameters.reshard()
     contents = contents_of(losia)
     tensors: dict[str, Tensor] = {}
-    plain = agreement.attempt(what, lambda: _plain_values(losia, scheduler, extra, tensors, agreement.rank))
+    # Encoded on every rank, so that each finds the error; kept by rank 0.
+    plain = agreement.attempt(what, lambda: content.read_values(losia, scheduler, extra, tensors))
+    tensors = tensors if agreement.rank == 0 else {}
     agreement.on_first(what, lambda: directory.mkdir(parents=True, exist_ok=True))
     agreement.attempt(what, lambda: _check_visible(directory))
     chain = _chain(session, directory, losia, contents)
@@ -118,12 +109,13 @@ def save_as(
     chain.unsaved = Moved()
     tensors |= content.read_tensors(losia, contents, agreement.rank, agreement.world_size)
     writing = _Writing(
-        directory=directory,
         name=name,
         chain=chain,
         agreement=agreement,
         tensors=tensors,
-        random=agreement.attempt(what, lambda: _random_values(tensors)),
+        random=agreement.attempt(
+            what, lambda: json.dumps(values.encode(random_state.read(), tensors, "random", "the random state"))
+        ),
         moved=chain.pending,
         blocks=read_blocks(chain.pending, losia.parameters, agreement.rank, agreement.world_size),
         manifest={
@@ -153,14 +145,13 @@ def save_as(
 class _Writing:
     """One save whose contents are in host memory: touches neither the model nor the device."""
 
-    directory: Path
     name: str
     chain: Chain
     agreement: Agreement
     tensors: dict[str, Tensor]
     random: str
     moved: Moved
-    blocks: list[Block]  # this rank's share of what is to be read in the places of `moved`
+    blocks: dict[str, Tensor]  # this rank's share of what is to be read in the places of `moved`
     manifest: dict[str, Any]
     keep_last: int | None
     is_latest: bool
@@ -168,7 +159,7 @@ class _Writing:
     def run(self) -> None:
         """Write this rank's files; then rank 0 completes the checkpoint. Communicates over the agreement only."""
         identity = self.agreement.gather(uuid.uuid4().hex[:12])[0]
-        beside = self.directory / f"{self.name}.tmp-{identity}"
+        beside = self.chain.directory / f"{self.name}.tmp-{identity}"
         journal = f"{layout.JOURNAL}/{self.name}-{identity}-{self.agreement.rank:05d}.safetensors"
         done = False
         try:
@@ -178,28 +169,28 @@ class _Writing:
             if not done:
                 self.chain.unsaved = self.moved  # subnets may have moved on meanwhile: the next save puts both together
                 with contextlib.suppress(OSError):
-                    atomic_files.remove(self.directory / journal)
+                    atomic_files.remove(self.chain.directory / journal)
                     if self.agreement.rank == 0:
                         atomic_files.remove(beside)
 
     def _write(self, beside: Path, journal: str, identity: str) -> None:
-        what = f"saving to {self.directory}"
-        size = sum(t.numel() * t.element_size() for t in self.tensors.values()) + sum(block.size for block in self.blocks)
+        what = f"saving to {self.chain.directory}"
+        size = sum(tensor.nbytes for tensor in [*self.tensors.values(), *self.blocks.values()])
         total = sum(self.agreement.gather(size)) + _MARGIN
 
         def prepare() -> None:
-            atomic_files.check_space(self.directory, total)
+            atomic_files.check_space(self.chain.directory, total)
             if self.agreement.rank == 0:
                 beside.mkdir()
-                (self.directory / layout.JOURNAL).mkdir(exist_ok=True)
+                (self.chain.directory / layout.JOURNAL).mkdir(exist_ok=True)
 
         def write() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
             name = state_file(self.agreement.rank)
             state = atomic_files.write_tensors(beside / name, self.tensors, {"random": self.random})
             if not self.blocks:
                 return {name: [state.size, state.crc32]}, {}
-            left = write_journal(self.directory / journal, self.blocks)
-            atomic_files.sync_directory(self.directory / layout.JOURNAL)
+            left = atomic_files.write_tensors(self.chain.directory / journal, self.blocks)
+            atomic_files.sync_directory(self.chain.directory / layout.JOURNAL)
             return {name: [state.size, state.crc32]}, {journal: [left.size, left.crc32]}
 
         self.agreement.attempt(what, prepare)
@@ -212,14 +203,13 @@ class _Writing:
     def _complete(self, beside: Path, states: dict[str, list[int]], journals: dict[str, list[int]], identity: str) -> None:
         """Rank 0: manifest, the final name, the marker; only then is anything older taken away."""
         self.chain.check_still_there()
-        sequence = layout.next_sequence(self.directory)
         manifest = layout.write_manifest(beside, {**self.manifest, "files": states, "journal": journals})
-        final, replaced = self.directory / self.name, self.directory / f"{self.name}.replaced-{identity}"
+        final, replaced = self.chain.directory / self.name, self.chain.directory / f"{self.name}.replaced-{identity}"
         try:
             if final.exists():
                 atomic_files.rename_directory(final, replaced)
             atomic_files.rename_directory(beside, final)
-            layout.mark_complete(final, manifest, sequence, self.is_latest)
+            layout.mark_complete(final, manifest, self.is_latest)
         except OSError:
             # Nothing that is reported as failed may count, even if only the last sync was missing.
             with contextlib.suppress(OSError):
@@ -233,8 +223,8 @@ class _Writing:
         # The checkpoint counts from here on: what follows is tidying, and its failure is not the save's.
         with contextlib.suppress(OSError):
             if self.is_latest:
-                atomic_files.write_text(self.directory / layout.LATEST, self.name + "\n")
-            layout.remove_unneeded(self.directory, self.keep_last)
+                atomic_files.write_text(self.chain.directory / layout.LATEST, self.name + "\n")
+            layout.remove_unneeded(self.chain.directory, self.keep_last)
 
 
 def _chain(session: Session, directory: Path, losia: LoSiA, contents: Contents) -> Chain:
@@ -290,16 +280,3 @@ def _check_visible(directory: Path) -> None:
         probe.touch()
     finally:
         atomic_files.remove(probe)
-
-
-def _plain_values(losia: LoSiA, scheduler: Any, extra: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
-    """Encoded on every rank, so that each finds the error; kept by rank 0."""
-    found: dict[str, Tensor] = {}
-    plain = content.read_values(losia, scheduler, extra, found)
-    if rank == 0:
-        tensors |= found
-    return plain
-
-
-def _random_values(tensors: dict[str, Tensor]) -> str:
-    return json.dumps(values.encode(random_state.read(), tensors, "random", "the random state"))

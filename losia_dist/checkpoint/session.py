@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +30,35 @@ class Session:
         self.agreement = Agreement(losia.collectives.group)
         self.chains: dict[Path, Chain] = {}
         watch(losia, lambda: [chain.pending for chain in self.chains.values()])
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "losia-checkpoint")
+        self._saving: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
         """Run `write` in a thread; the interpreter does not end before it has."""
-
-        def run() -> None:
-            try:
-                write()
-            except BaseException as error:
-                self._failure = error
-
-        self._thread = threading.Thread(target=run, name="losia-checkpoint")
-        self._thread.start()
+        self._saving = self._thread.submit(write)
 
     def wait(self) -> None:
         """Wait for the save under way, if any, and raise what it failed with (the same on every rank)."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
 
-def session_of(losia: LoSiA, model: Any, optimizer: Any) -> Session:
-    """The conductor's session, after a check that model and optimizer are the conductor's own. Called by all ranks.
+def session_of(losia: LoSiA) -> Session:
+    """The conductor's session. Called by all ranks."""
+    if losia not in _sessions:
+        _sessions[losia] = Session(losia)
+    return _sessions[losia]
+
+
+def check_parts(losia: Any, model: Any, optimizer: Any) -> None:
+    """Refuse what is no conductor, and a model or an optimizer that is not the conductor's own.
 
     Raises:
-        ConfigError: they belong to another run.
+        ConfigError: with what it is.
     """
-    check_conductor(losia)
+    if not isinstance(losia, LoSiA):
+        raise ConfigError(f"losia={type(losia).__name__}: pass the conductor (LoSiA(...), or engine.losia under DeepSpeed).")
     if unwrap(model) is not unwrap(losia.model):
         raise ConfigError("model is not the one that this conductor drives: pass the model that LoSiA(...) was given.")
     inner: Any = optimizer
@@ -69,19 +66,6 @@ def session_of(losia: LoSiA, model: Any, optimizer: Any) -> Session:
         inner = getattr(inner, "optimizer", None)
     if inner is None:
         raise ConfigError("optimizer is not the one that this conductor drives: pass the optimizer that LoSiA(...) was given.")
-    if losia not in _sessions:
-        _sessions[losia] = Session(losia)
-    return _sessions[losia]
-
-
-def check_conductor(losia: Any) -> None:
-    """Refuse what is no conductor.
-
-    Raises:
-        ConfigError: with what it is.
-    """
-    if not isinstance(losia, LoSiA):
-        raise ConfigError(f"losia={type(losia).__name__}: pass the conductor (LoSiA(...), or engine.losia under DeepSpeed).")
 
 
 def wait_for_saving(losia: LoSiA) -> None:

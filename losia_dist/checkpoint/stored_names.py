@@ -25,10 +25,8 @@ def conversions_of(model: Any) -> list[Any]:
 
 def class_conversions(model: Any, add_legacy: bool) -> list[Any]:
     """The rules of the model's class and those of its parts; add_legacy: also those that only old files need."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:  # releases before 5 write what is in memory
-        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     with plain_classes(model):
         return list(get_model_conversion_mapping(model, add_legacy=add_legacy))
 

@@ -92,9 +92,7 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     buffers, seen = {}, indices
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            kept = buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen
-            if kept:
-                assert buffer is not None
+            if buffer is not None and name not in module._non_persistent_buffers_set and id(buffer) not in seen:
                 seen.add(id(buffer))
                 buffers[plain_name(f"{path}.{name}" if path else name)] = buffer
     return buffers

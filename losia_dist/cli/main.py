@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 from losia_dist.errors import LoSiAError
 
 REFUSED = 2  # exit code
-_NO_ALLOCATE = (
-    "losia-dist allocate was removed: its budgets ended at a loss of 0.8037 where one shape for all layers ended at 0.8025 "
-    "(benchmarks/quality/NOTES.md). Set rank_factor; rank_pattern, written by hand, still sets layers apart."
-)
+_REMOVED = {
+    "allocate": "its budgets ended at a loss of 0.8037 where one shape for all layers ended at 0.8025 "
+    "(benchmarks/quality/NOTES.md). Set rank_factor; rank_pattern, written by hand, still sets layers apart.",
+    "cache": "every data set is a directory of ~/.cache/losia_dist/data, which may be deleted at any time (docs/data.md).",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,11 +31,11 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `losia-dist`; returns the exit code."""
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
-    if [*(sys.argv[1:] if arguments is None else arguments)][:1] == ["allocate"]:
-        _print_error(_NO_ALLOCATE)
-        return REFUSED
+    for command in [*(sys.argv[1:] if arguments is None else arguments)][:1]:
+        if command in _REMOVED:
+            _print_error(f"losia-dist {command} was removed: {_REMOVED[command]}")
+            return REFUSED
     commands = parser.add_subparsers(dest="command", required=True)
-    from losia_dist.cli.cache_command import add_cache_arguments, run_cache
     from losia_dist.cli.data_command import add_data_arguments, run_data
     from losia_dist.cli.doctor_command import add_doctor_arguments, run_doctor
     from losia_dist.cli.export_command import add_apply_arguments, add_export_arguments, run_apply, run_export
@@ -49,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("doctor", "examine this machine, or under a launcher the cluster", add_doctor_arguments, run_doctor),
         ("plan", "memory, traffic and time of a run on a cluster, before it is rented", add_plan_arguments, run_plan),
         ("data", "what will be learned of a source: records, lengths, what is dropped", add_data_arguments, run_data),
-        ("cache", "tokenized data that is kept on this machine; delete what is unused", add_cache_arguments, run_cache),
         ("report", "a page about a run, from the logs in its directory", add_report_arguments, run_report),
     ]
     for name, help, add_arguments, _ in table:

@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from losia_dist.config.older_form import nested, refuse_flat
 from losia_dist.config.reading import read_settings
 from losia_dist.config.removed import refuse_removed_settings, without_kept
 from losia_dist.config.selection import (
@@ -86,7 +85,7 @@ class LoSiAConfig:
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoSiAConfig:
-        refuse_flat(kwargs)
+        refuse_removed_settings(kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -104,7 +103,6 @@ class LoSiAConfig:
             check_count("rewarm_steps", self.rewarm_steps, minimum=0)
         check_count("seed", self.seed, minimum=0)
         self._check_targets()
-        refuse_removed_settings({"selection": self.selection})
         self.selection = read_selection(self.selection)
         for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
             if not isinstance(getattr(self, name), bool):
@@ -115,11 +113,7 @@ class LoSiAConfig:
 
     def _check_full_lr_scale(self) -> None:
         scale = self.full_lr_scale
-        if not is_number(scale) or not 0 < scale < float("inf"):
-            raise ConfigError(
-                f"full_lr_scale={scale!r}: a number above 0 is needed; to freeze norms, embeddings and modules_to_save leave "
-                "them out."
-            )
+        _check_above_0("full_lr_scale", scale, "; to freeze norms, embeddings and modules_to_save leave them out")
         if scale != 1 and not (self.modules_to_save or self.train_norms or self.train_embeddings):
             raise ConfigError(
                 f"full_lr_scale={scale!r}, but nothing trains in full: set train_norms, train_embeddings or modules_to_save, "
@@ -127,9 +121,8 @@ class LoSiAConfig:
             )
 
     def _check_experts(self) -> None:
-        scale = self.router_lr_scale
-        if scale is not None and (not is_number(scale) or not 0 < scale < float("inf")):
-            raise ConfigError(f"router_lr_scale={scale!r}: a number above 0 is needed, or null to leave routers frozen.")
+        if self.router_lr_scale is not None:
+            _check_above_0("router_lr_scale", self.router_lr_scale, ", or null to leave routers frozen")
         if self.experts_per_slot != "auto" and self.located is None:
             raise ConfigError(
                 f"experts_per_slot={self.experts_per_slot!r}, but drawn subnets localize nothing, so experts need no "
@@ -222,10 +215,10 @@ class LoSiAConfig:
     def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
         """Build from plain values; an unknown name is an error that gives the nearest known ones.
 
-        Settings of an earlier version pass where they ask for what was kept, with one warning that names the line of now.
+        Settings of an earlier version that went pass where they ask for what was kept.
         """
         refuse_removed_settings(values, source)
-        values = nested(without_kept(values), source)
+        values = without_kept(values)
         check_known(values, [one.name for one in fields(cls)], source)
         return cls(**values)
 
@@ -291,6 +284,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(entry) for name, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+def _check_above_0(name: str, value: Any, otherwise: str) -> None:
+    if not is_number(value) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name}={value!r}: a number above 0 is needed{otherwise}.")
 
 
 def _check_share(name: str, value: Any) -> None:

@@ -23,12 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
 from losia_dist.data.dataset import Report, Settings, TokenizedDataset, tokenize
 from losia_dist.data.records import Records
+from losia_dist.data.streaming import Stream
 from losia_dist.errors import DataError
 
 VARIABLE = "LOSIA_DATA_CACHE"
@@ -36,17 +37,6 @@ _FILES = ("ids.bin", "learned.bin", "ends.bin")
 _MANIFEST = "manifest.json"
 _BLOCK = 2_000  # records held in memory before they are written
 _ABANDONED = 24 * 3600  # seconds after which a half-made data set is no longer being made
-
-
-class Source(Protocol):
-    """What is tokenized: `Records`, or a `Stream`."""
-
-    @property
-    def name(self) -> str: ...
-
-    def identity(self) -> str | None: ...
-
-    def blocks(self, part: int, parts: int, size: int) -> Iterator[Records]: ...
 
 
 class MappedDataset(TokenizedDataset):
@@ -76,7 +66,7 @@ def default_directory() -> Path:
     return Path(given if given else Path(base) / "losia_dist" / "data").expanduser()
 
 
-def key_of(records: Source, tokenizer: Any, settings: Settings) -> str | None:
+def key_of(records: Records | Stream, tokenizer: Any, settings: Settings) -> str | None:
     """The name of the data set that these give; None where they cannot be told by their content."""
     identity = records.identity()
     if identity is None or not getattr(tokenizer, "is_fast", False):
@@ -105,37 +95,6 @@ def find(directory: Path, key: str, max_length: int) -> MappedDataset | None:
     return found
 
 
-class Kept(NamedTuple):
-    """A data set in the cache. source: as it was named when it was made. size: bytes. used: seconds since 1970."""
-
-    key: str
-    source: str
-    examples: int
-    size: int
-    used: float
-
-
-def kept(directory: Path) -> list[Kept]:
-    """The whole data sets in a directory, the one used last first."""
-    found = []
-    for manifest in directory.glob(f"*/{_MANIFEST}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = _read_manifest(manifest.parent)
-            if not manifest.parent.name.startswith("making-"):
-                size = sum(saved["sizes"].values())
-                one = (manifest.parent.name, saved["source"], saved["report"]["examples"], size, manifest.stat().st_mtime)
-                found.append(Kept(*one))
-    return sorted(found, key=lambda one: -one.used)
-
-
-def delete(directory: Path, key: str) -> None:
-    """Remove a data set. A run that has it mapped goes on with it. Raises: DataError."""
-    try:
-        shutil.rmtree(directory / key)
-    except OSError as error:
-        raise DataError(f"{directory / key}: cannot be deleted: {error.strerror}.") from error
-
-
 def begin(directory: Path, key: str) -> Path:
     """An empty directory in which a data set is made. Raises: OSError when there can be none."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -149,7 +108,13 @@ def begin(directory: Path, key: str) -> Path:
 
 
 def write_part(
-    making: Path, part: int, parts: int, records: Source, tokenizer: Any, settings: Settings, done: Callable[[int], Any]
+    making: Path,
+    part: int,
+    parts: int,
+    records: Records | Stream,
+    tokenizer: Any,
+    settings: Settings,
+    done: Callable[[int], Any],
 ) -> None:
     """Tokenize a part of `records` into the directory. Raises: DataError, for a full disk too.
 
@@ -171,11 +136,8 @@ def write_part(
         (making / f"{part}.json").write_text(json.dumps({"report": asdict(report), "unused": sorted(unused)}))
 
 
-def join(making: Path, parts: int, key: str, name: str) -> None:
-    """Put the parts together under the data set's key, beside `making`. Raises: DataError, for a full disk too.
-
-    name: of the source, for those who look at what is kept.
-    """
+def join(making: Path, parts: int, key: str) -> None:
+    """Put the parts together under the data set's key, beside `making`. Raises: DataError, for a full disk too."""
     directory = making.parent
     digest = hashlib.blake2b(digest_size=8)
     report = Report(0, 0, 0)
@@ -195,7 +157,6 @@ def join(making: Path, parts: int, key: str, name: str) -> None:
         for file in making.glob("[0-9]*"):
             file.unlink()
         manifest = {
-            "source": name,
             "report": asdict(report),
             "fingerprint": digest.hexdigest(),
             "unused": sorted(unused),

@@ -88,7 +88,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
         self._ids = array("i")
         self._learned = bytearray()
         self._ends = array("q", [0])
-        self._truncated = self._dropped_overlong = self._dropped_unanswered = self._longest = 0
+        self._counts = dict.fromkeys(("truncated", "dropped_overlong", "dropped_unanswered", "longest"), 0)
 
     def append(self, encoded: Encoded) -> None:
         """Add one example, which must not be longer than `max_length`."""
@@ -99,7 +99,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
     def add(self, encoded: Encoded, overlong: str) -> None:
         """Add one record, dealing with its length. Raises: DataError when it is too long and `overlong` is "error"."""
         length = len(encoded.ids)
-        self._longest = max(self._longest, length)
+        self._counts["longest"] = max(self._counts["longest"], length)
         if length > self.max_length:
             if overlong == "error":
                 raise DataError(
@@ -107,13 +107,13 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
                     "shorten the record, or set overlong to 'truncate' or 'drop'."
                 )
             if overlong == "drop":
-                self._dropped_overlong += 1
+                self._counts["dropped_overlong"] += 1
                 return
             encoded = Encoded(encoded.ids[: self.max_length], encoded.learned[: self.max_length])
         if not any(encoded.learned):
-            self._dropped_unanswered += 1
+            self._counts["dropped_unanswered"] += 1
             return
-        self._truncated += length > self.max_length
+        self._counts["truncated"] += length > self.max_length
         self.append(encoded)
 
     def __len__(self) -> int:
@@ -145,15 +145,7 @@ class TokenizedDataset(Dataset[dict[str, Tensor]]):
         lengths.write(memoryview(array("q", (end - start for start, end in pairwise(self._ends)))))
 
     def report(self) -> Report:
-        return Report(
-            examples=len(self),
-            tokens=len(self._ids),
-            answer_tokens=sum(self._learned),
-            truncated=self._truncated,
-            dropped_overlong=self._dropped_overlong,
-            dropped_unanswered=self._dropped_unanswered,
-            longest=self._longest,
-        )
+        return Report(len(self), len(self._ids), sum(self._learned), **self._counts)
 
     def _span(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

@@ -7,7 +7,7 @@ write it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from itertools import islice
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from losia_dist.data.forms import as_messages
 from losia_dist.data.records import Records
 from losia_dist.data.template import ChatTemplate, Span
-from losia_dist.data.turns import TurnFinder
+from losia_dist.data.turns import TurnFinder, common_prefix
 from losia_dist.errors import DataError
 
 # The plain prompt of a tokenizer without a chat template (Stanford Alpaca's, Taori et al. 2023).
@@ -93,31 +93,30 @@ def encode(
             yield Encoded(ids, learned)
 
 
-class ChatEncoder:
+def _chat_writer(tokenizer: Any, template: ChatTemplate) -> Write:
     """Chats and instructions through the tokenizer's chat template; every assistant message is learned. See `turns`.
 
     Where the tokenizer joins the last characters of a prompt and the first of an answer into one token (an answer that begins
-    with a newline), that token is learned.
+    with a newline), that token is learned. What comes back raises DataError when the template refuses the chat or leaves
+    something of it out.
     """
+    # Not eos alone: a base model's tokenizer may have an eos that its chat template never writes.
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    eos = tokenizer.eos_token
+    finder = TurnFinder(template, [eos, *special])
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate) -> None:
-        # Not eos alone: a base model's tokenizer may have an eos that its chat template never writes.
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.eos = tokenizer.eos_token
-        self.finder = TurnFinder(template, [tokenizer.eos_token, *special])
-
-    def write(self, record: Mapping[str, Any]) -> Written:
-        """Raises: DataError when the template refuses the chat or leaves something of it out."""
-        messages = [self._without_eos(message) for message in as_messages(record)]
-        turns = self.finder.find(messages, record.get("tools"), record.get("variables"))
-        return Written([(turns.text, turns.spans)], ends=not turns.ended)
-
-    def _without_eos(self, message: dict[str, Any]) -> dict[str, Any]:
+    def without_eos(message: dict[str, Any]) -> dict[str, Any]:
         """An answer that brings the end that the template writes would be taught to end twice."""
         content = message.get("content")
-        if message["role"] == "assistant" and isinstance(content, str) and content.rstrip().endswith(self.eos):
-            return {**message, "content": content.rstrip().removesuffix(self.eos)}
+        if message["role"] == "assistant" and isinstance(content, str) and _ends(content, eos):
+            return {**message, "content": content.rstrip().removesuffix(eos)}
         return message
+
+    def write(record: Mapping[str, Any]) -> Written:
+        turns = finder.find(list(map(without_eos, as_messages(record))), record.get("tools"), record.get("variables"))
+        return Written([(turns.text, turns.spans)], ends=not turns.ended)
+
+    return write
 
 
 def _plain(prompt: str, learned: str, eos: str) -> Written:
@@ -153,7 +152,7 @@ def _writer(records: Records, tokenizer: Any, chat_template: str | None, templat
     if records.form == "continuation":
         return lambda record: _plain(record["prompt"], record["completion"], eos)
     if chat_template is not None or getattr(tokenizer, "chat_template", None):
-        return ChatEncoder(tokenizer, ChatTemplate(tokenizer, chat_template, template_date)).write
+        return _chat_writer(tokenizer, ChatTemplate(tokenizer, chat_template, template_date))
     if records.form == "instruction":
         return lambda record: _instruction(record, eos)
     raise DataError(
@@ -174,7 +173,7 @@ def _tokenize(tokenizer: Any, texts: list[tuple[str, list[Span]]]) -> Iterator[t
             ranges = [_tokens_of(span, found.encodings[at], len(ids)) for span in spans] if ids else []
         elif spans:
             ends = [text[:end] for span in spans for end in span]
-            counts = [_common_prefix(part, ids) for part in tokenizer(ends, **options)["input_ids"]]
+            counts = [common_prefix(part, ids) for part in tokenizer(ends, **options)["input_ids"]]
             ranges = list(zip(counts[0::2], counts[1::2], strict=True))
         else:
             ranges = []
@@ -201,12 +200,6 @@ def _tokens_of(span: Span, encoding: Any, count: int) -> tuple[int, int]:
     while stop < count and min(encoding.token_to_chars(stop)[0], encoding.token_to_chars(stop - 1)[1] if stop else 0) < end:
         stop += 1
     return start, stop
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    if b[: len(a)] == a:
-        return len(a)
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _eos_id(tokenizer: Any) -> int:

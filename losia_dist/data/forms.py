@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from losia_dist.data.messages import parse_json, read_messages, read_tools, show, strings_in
+from losia_dist.data.messages import keys_of, parse_json, read_messages, read_tools, show, strings_in
 from losia_dist.data.template import NOT_CHARACTERS
 from losia_dist.errors import ConfigError, DataError
 
@@ -40,24 +40,14 @@ _READ: dict[str, tuple[str, ...]] = {
 }
 # Keys that change what a record means, and what to do where the record's form has no place for them.
 _MEANINGFUL = {
-    "tools": "give the record as messages",
-    "functions": "give the record as messages",
-    "documents": "give the record as messages",
-    "chat_template_kwargs": "give the record as messages",
+    **dict.fromkeys(("tools", "functions", "documents", "chat_template_kwargs"), "give the record as messages"),
     "system": "give the record as messages, or as an instruction",
     "history": "give the record as an instruction, or write it into the messages",
     "weight": "weights stand in messages",
-    "chosen": "preferences are for TRL's trainers (see README), answers alone are learned here",
-    "rejected": "preferences are for TRL's trainers (see README), answers alone are learned here",
+    **dict.fromkeys(("chosen", "rejected"), "preferences are for TRL's trainers (see README), answers alone are learned here"),
     "input_ids": "give text, which is tokenized here",
-    "labels": "give text; what is learned follows from the form",
-    "completion_mask": "give text; what is learned follows from the form",
-    "assistant_masks": "give text; what is learned follows from the form",
-    "images": "text alone is learned here",
-    "image": "text alone is learned here",
-    "videos": "text alone is learned here",
-    "audios": "text alone is learned here",
-    "audio": "text alone is learned here",
+    **dict.fromkeys(("labels", "completion_mask", "assistant_masks"), "give text; what is learned follows from the form"),
+    **dict.fromkeys(("images", "image", "videos", "audios", "audio"), "text alone is learned here"),
 }
 
 
@@ -78,7 +68,7 @@ def detect_form(row: Mapping[str, Any], where: str) -> str:
         return "text"
     needs = "; ".join(f"{form}: {_NEEDS[form]}" for form in FORMS)
     raise DataError(
-        f"{where}: the record fits no form. It has {_keys(row)}. A record needs, for {needs}. Other names are given with "
+        f"{where}: the record fits no form. It has {keys_of(row)}. A record needs, for {needs}. Other names are given with "
         "--columns, for example question=instruction answer=output."
     )
 
@@ -144,9 +134,7 @@ def _instruction(row: Mapping[str, Any], question: str, answer: str, where: str)
     }
     if row.get("system"):
         record["system"] = _text(row, "system", where)
-    history = row.get("history")
-    if isinstance(history, str) and history.strip():
-        history = parse_json(history, where, "history")
+    history = parse_json(row.get("history"), where, "history")
     if history:
         turns = history if isinstance(history, list) else [None]
         if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns):
@@ -188,9 +176,7 @@ def _beside(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if tools is not None:
             bare = key == "functions"  # OpenAI's older name, for the functions themselves
             found["tools"] = [{"type": "function", "function": tool} for tool in tools] if bare else tools
-    variables = row.get("chat_template_kwargs") or {}
-    if isinstance(variables, str):
-        variables = parse_json(variables, where, "chat_template_kwargs")
+    variables = parse_json(row.get("chat_template_kwargs"), where, "chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
         raise DataError(f"{where}: 'chat_template_kwargs' must be an object, got {show(variables)}.")
     variables = {key: value for key, value in variables.items() if value is not None}
@@ -243,10 +229,7 @@ def _parsed(messages: Any, where: str, key: str) -> Any:
 
 
 def _instruction_keys(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    for keys in _INSTRUCTION_KEYS:
-        if all(row.get(key) is not None for key in keys):
-            return keys
-    return None
+    return next((keys for keys in _INSTRUCTION_KEYS if all(row.get(key) is not None for key in keys)), None)
 
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
@@ -258,11 +241,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 def _missing(row: Mapping[str, Any], form: str, where: str) -> DataError:
     return DataError(
-        f"{where}: a record of the form '{form}' needs {_NEEDS[form]}. It has {_keys(row)}. "
+        f"{where}: a record of the form '{form}' needs {_NEEDS[form]}. It has {keys_of(row)}. "
         "All records of a data set must have one form; pass form=... if the wrong one was detected from the first."
     )
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    present = [repr(key) for key, value in row.items() if value is not None]
-    return ", ".join(present) if present else "no keys"

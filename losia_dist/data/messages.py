@@ -49,14 +49,13 @@ def read_messages(messages: Any, where: str, key: str = "messages") -> list[dict
 
 def read_tools(tools: Any, where: str, key: str = "tools") -> list[dict[str, Any]] | None:
     """Tools as a list of objects, from such a list or from JSON text; None where there are none. Raises: DataError."""
-    if isinstance(tools, str):
-        tools = parse_json(tools, where, key) if tools.strip() else None
+    tools = parse_json(tools, where, key)
     if not tools:
         return None
     if not isinstance(tools, list):
         raise DataError(f"{where}: '{key}' must be a list of tools, or such a list as JSON text, got {show(tools)}.")
     # One JSON text for each tool is a form too: columnar storage cannot hold schemas that differ.
-    read = [parse_json(tool, where, key) if isinstance(tool, str) else tool for tool in tools]
+    read = [parse_json(tool, where, key) for tool in tools]
     for tool in read:
         if not isinstance(tool, Mapping) or not isinstance(tool_name(tool), str):
             raise DataError(f"{where}: each of '{key}' must be an object with a 'name' (in its 'function'), got {show(tool)}.")
@@ -69,10 +68,12 @@ def tool_name(tool: Mapping[str, Any]) -> Any:
     return inner.get("name") if isinstance(inner, Mapping) else tool.get("name")
 
 
-def parse_json(text: str, where: str, key: str) -> Any:
-    """`text` as JSON. Raises: DataError."""
+def parse_json(value: Any, where: str, key: str) -> Any:
+    """A text as JSON, None if it is empty; any other value as it is. Raises: DataError."""
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(text)
+        return json.loads(value) if value.strip() else None
     except ValueError as error:
         raise DataError(f"{where}: '{key}' is no JSON: {error}. Give valid JSON, or an object in place of the text.") from error
 
@@ -90,6 +91,10 @@ def strings_in(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from strings_in(item, f"{path}[{index}]")
 
 
+def keys_of(record: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) for key, value in record.items() if value is not None) or "no keys"
+
+
 def show(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
@@ -104,8 +109,7 @@ def _message(given: Any, here: str) -> dict[str, Any]:
             message[key] = message.pop(other)
     role = message.get("role")
     if role is None:
-        present = ", ".join(map(repr, message)) or "no keys"
-        raise DataError(f"{here}: 'role' is missing. It has {present}.")
+        raise DataError(f"{here}: 'role' is missing. It has {keys_of(message)}.")
     if not isinstance(role, str):
         raise DataError(f"{here}: 'role' must be a string, got {show(role)}.")
     if role not in _ROLE_NAMES:
@@ -121,8 +125,7 @@ def _message(given: Any, here: str) -> dict[str, Any]:
     if "content" in message:
         message["content"] = _content(message["content"], here)
     elif "tool_calls" not in message:
-        present = ", ".join(map(repr, message))
-        raise DataError(f"{here}: 'content' is missing. It has {present}.")
+        raise DataError(f"{here}: 'content' is missing. It has {keys_of(message)}.")
     learned = _learned(message, here)
     if message["role"] == "assistant" and not learned:
         message["learned"] = False
@@ -147,8 +150,7 @@ def _read_calls(message: dict[str, Any], here: str) -> None:
     """Tool calls with their arguments as objects; a call in the older `function_call` becomes one of them."""
     old = message.pop("function_call", None)
     calls = message.pop("tool_calls", None) or ([old] if old is not None else [])
-    if isinstance(calls, str):
-        calls = parse_json(calls, here, "tool_calls")
+    calls = parse_json(calls, here, "tool_calls")
     if not isinstance(calls, list):
         raise DataError(f"{here}: 'tool_calls' must be a list, got {show(calls)}.")
     if calls and message["role"] != "assistant":
@@ -158,14 +160,11 @@ def _read_calls(message: dict[str, Any], here: str) -> None:
 
 
 def _call(call: Any, here: str) -> dict[str, Any]:
-    if isinstance(call, str):
-        call = parse_json(call, here, "tool_calls")
+    call = parse_json(call, here, "tool_calls")
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{here}: a tool call must be {{type, function: {{name, arguments}}}}, got {show(call)}.")
-    arguments = function.get("arguments", function.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, here, f"arguments of {function['name']}") if arguments.strip() else {}
+    arguments = parse_json(function.get("arguments", function.get("parameters")), here, f"arguments of {function['name']}")
     if not isinstance(arguments, Mapping | None):
         raise DataError(f"{here}: the arguments of {function['name']} must be an object, got {show(arguments)}.")
     rest = {key: value for key, value in call.items() if key not in ("type", "function") and value is not None}

@@ -45,9 +45,6 @@ class Records(Sequence[dict[str, Any]]):
         where = self.raw.place(source_index)
         return canonical(rename(self.raw.rows[source_index], self.columns, where), self.form, where, self.unused)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
     @property
     def name(self) -> str:
         return self.raw.name

@@ -13,9 +13,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+from torch.utils.data import ConcatDataset, Subset
 
 from losia_dist.data.record_files import SUFFIXES, RawRecords, Table, digest_of, kind_of, read_file
 from losia_dist.errors import ConfigError, DataError
@@ -26,31 +27,13 @@ _WEIGHT = re.compile(r"^(?P<rest>.+):(?P<weight>\d+(\.\d+)?|\.\d+)$")
 _GLOB = re.compile(r"[*?\[]")
 
 
-class _Joined(Sequence[Any]):
-    def __init__(self, parts: Sequence[RawRecords], picks: Sequence[Sequence[int]]) -> None:
-        self._parts, self._picks = parts, picks
-        self._ends = list(accumulate(len(pick) for pick in picks))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        part, at = self.find(index)
-        return part.rows[at]
-
-    def find(self, index: int) -> tuple[RawRecords, int]:
-        """The part that record `index` is in, and its index there."""
-        part = bisect_right(self._ends, index)
-        return self._parts[part], self._picks[part][index - self._ends[part] + len(self._picks[part])]
-
-
 def join(parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str) -> RawRecords:
     """Records of several sources as one: `picks[k]` of `parts[k]`, one part after the other."""
-    rows = _Joined(parts, picks)
+    rows: Any = ConcatDataset([Subset(cast(Any, part.rows), pick) for part, pick in zip(parts, picks, strict=True)])
 
     def locate(index: int) -> str:
-        part, at = rows.find(index)
-        return part.place(at)
+        part = bisect_right(rows.cumulative_sizes, index)
+        return parts[part].place(picks[part][index - rows.cumulative_sizes[part]])  # counted from the part's end
 
     def identity() -> str | None:
         of_parts = [part.identity() for part in parts]
@@ -61,16 +44,12 @@ def join(parts: Sequence[RawRecords], picks: Sequence[Sequence[int]], name: str)
 
 
 class Named(NamedTuple):
-    """A source as it was written: what to read, the part of it, and its share of the mix."""
+    """A source: what to read, the part of it, its share of the mix, and how it was written, without the share."""
 
     text: str
     part: slice
     weight: float | None
-
-    def __str__(self) -> str:
-        start, stop = self.part.start, self.part.stop
-        part = "" if self.part == slice(None) else f"[{'' if start is None else start}:{'' if stop is None else stop}]"
-        return self.text + part
+    written: str
 
 
 def read_sources(sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RawRecords:
@@ -110,20 +89,21 @@ def places_of(source: str) -> list[Path]:
 
 
 def parse_source(text: str) -> Named:
-    weight, part = None, slice(None)
+    weight, part, written = None, slice(None), text
     if not Path(text).exists():
         if found := _WEIGHT.match(text):
             text, weight = found["rest"], float(found["weight"])
+            written = text
         if found := _SLICE.match(text):
             text = found["rest"]
             part = slice(*(int(found[key]) if found[key] else None for key in ("start", "stop")))
-    return Named(text, part, weight)
+    return Named(text, part, weight, written)
 
 
 def _read(named: Named) -> RawRecords:
     raw = _read_whole(named.text)
     if named.part != slice(None):
-        raw = join([raw], [range(len(raw.rows))[named.part]], str(named))
+        raw = join([raw], [range(len(raw.rows))[named.part]], named.written)
     if len(raw.rows) == 0:
         raise DataError(f"{raw.name}: the data set is empty. Give a source with at least one record.")
     return raw

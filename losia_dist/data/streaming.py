@@ -110,11 +110,7 @@ def _of_table(file: Path) -> _Part | None:
 
 
 def _of_records(read: Callable[[], RawRecords]) -> _Part:
-    def rows() -> Iterator[Any]:
-        raw = read()
-        return (raw.rows[index] for index in range(len(raw.rows)))
-
-    return _Part(rows, lambda index: read().place(index))
+    return _Part(lambda: iter(read().rows), lambda index: read().place(index))
 
 
 def of_hub(source: str, name: str, configuration: str | None, split: str) -> tuple[list[_Part], Any]:

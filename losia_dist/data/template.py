@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
+from functools import cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, meta, nodes
@@ -23,6 +24,7 @@ from losia_dist.errors import ConfigError, DataError
 # By the Unicode standard these are no characters: no text that is interchanged has them. `forms` refuses records that do.
 NOT_CHARACTERS = _OPEN, _CLOSE, SENTINEL = "\ufdd0", "\ufdd1", "\ufdd2"
 _MARK = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys under which a message has one
 _LOOP, _SET = "__losia_loop", "__losia_set"
 _END, _GENERATED, _REST = "end", "generated", "rest"
 
@@ -43,6 +45,11 @@ class Rendering:
         found = self.spans.get(index, [])
         return found[0] if len(found) == 1 else None
 
+    def of(self, index: int) -> str:
+        """What is written of message `index`; nothing where that is not one place."""
+        span = self.span(index)
+        return "" if span is None else self.text[slice(*span)]
+
 
 class ChatTemplate:
     """The chat template of `tokenizer`, or `source` in its place.
@@ -56,7 +63,6 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._source = source
         self._day = day
-        self._compiled: dict[str, _Compiled] = {}
 
     def reads(self, name: str, with_tools: bool = False) -> bool:
         """Whether the template looks at the variable `name`."""
@@ -112,9 +118,7 @@ class ChatTemplate:
                 source = self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
             except ValueError as error:  # several templates with names, and none of them for this
                 raise ConfigError(f"the tokenizer has no chat template for this: {error}") from error
-        if source not in self._compiled:
-            self._compiled[source] = _compile(source)
-        return self._compiled[source]
+        return _compile(source)
 
 
 def template_reads_date(tokenizer: Any, source: str | None = None) -> bool:
@@ -132,12 +136,12 @@ def training_template(tokenizer: Any) -> str:
     """
     try:
         from trl.chat_template_utils import get_training_chat_template
+
+        found = get_training_chat_template(tokenizer)
     except ImportError as error:
         raise ConfigError(
             f"--chat_template trl needs TRL, which cannot be imported ({error}): pip install trl, or leave it out."
         ) from error
-    try:
-        found = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise ConfigError(f"--chat_template trl: TRL has none for this tokenizer's template ({error}). Leave it out.") from None
     return found if found is not None else tokenizer.get_chat_template()
@@ -151,6 +155,7 @@ class _Compiled:
     marks_generation: bool
 
 
+@cache
 def _compile(source: str) -> _Compiled:
     # Private, and the only way to the very environment that Transformers renders with; `apply_chat_template` hides the output's
     # characters behind tokens.
@@ -271,6 +276,5 @@ def _take_marks_out(marked: str) -> Rendering:
 
 def _with_all_names_of_reasoning(message: Message) -> dict[str, Any]:
     """As Transformers gives it to templates, which read it under one of two names."""
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((message[name] for name in names if message.get(name) is not None), None)
+    reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

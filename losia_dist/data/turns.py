@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from losia_dist.data.messages import tool_name
-from losia_dist.data.template import SENTINEL, ChatTemplate, Rendering, Span
+from losia_dist.data.template import REASONING, SENTINEL, ChatTemplate, Rendering, Span
 from losia_dist.errors import DataError
 
 Messages = list[dict[str, Any]]
 
 _TELLING = 16  # characters of a text that no header of a turn holds by chance
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Turns(NamedTuple):
@@ -75,8 +75,8 @@ class TurnFinder:
                 f"the tokenizer's chat template does not read {', '.join(map(repr, unread))} (of chat_template_kwargs or "
                 "documents). Remove it from the record, or use a template that does."
             )
-        if any(name in message for message in messages for name in _REASONING) and not any(
-            template.names(name, bool(tools)) for name in _REASONING
+        if any(name in message for message in messages for name in REASONING) and not any(
+            template.names(name, bool(tools)) for name in REASONING
         ):
             raise DataError(
                 "a message has a reasoning of its own, which the tokenizer's chat template does not write. Put it into the "
@@ -108,11 +108,11 @@ class TurnFinder:
         head = len(place.prompt)
         if not written.startswith(place.prompt):
             # The prompt goes on otherwise (with <think>, say), so that the header ends where a plain answer would begin.
-            head = _common_prefix(_common_text(place.prompt, _as_plain_answer(chat, index)), written)
+            head = common_prefix(place.prompt, _as_plain_answer(chat, index), written)
         message = chat.messages[index]
         tail = _after_plain_text(message, written[head:])
         if tail is None:
-            tail = _common_prefix(written[head:][::-1], place.with_sentinel()[::-1])
+            tail = common_prefix(written[head:][::-1], place.with_sentinel()[::-1])
         end_of_turn = written[len(written) - tail :]
         answer = written[head : len(written) - tail]
         if not answer.strip() and (_text_of(message).strip() or message.get("tool_calls")):
@@ -123,9 +123,7 @@ class TurnFinder:
         answered_by = _text_of(chat.messages[index + 1]).strip() if index + 1 < len(chat.messages) else ""
         if answered_by and chat.messages[index + 1]["role"] == "tool" and answered_by in written:
             # The template writes what the tool answered into the turn that called it: what comes before is learned.
-            alone = chat.render(chat.messages[: index + 1])
-            span = alone.span(index)
-            same = _common_prefix(alone.text[slice(*span)], written) if span is not None else head
+            same = common_prefix(chat.render(chat.messages[: index + 1]).of(index), written)
             return (begin + head, begin + max(head, same)), True
         # Templates often write a newline after the end of a turn. Generation has stopped by then.
         stop = begin + (len(written.rstrip()) if end_of_turn.strip() else len(written))
@@ -144,18 +142,15 @@ class _Chat:
         self.tools = tools
         self._template, self._variables = template, variables
         self.whole = self.render(self.messages)
-        self._with_sentinels: Rendering | None = None
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> Rendering:
         return self._template.render(
             messages, tools=self.tools, variables=self._variables, add_generation_prompt=add_generation_prompt
         )
 
-    @property
+    @cached_property
     def with_sentinels(self) -> Rendering:
-        if self._with_sentinels is None:
-            self._with_sentinels = self.render(with_sentinels(self.messages))
-        return self._with_sentinels
+        return self.render(with_sentinels(self.messages))
 
 
 class _Place(NamedTuple):
@@ -199,7 +194,7 @@ def _place_of(chat: _Chat, index: int) -> _Place:
 def _after_plain_text(message: Mapping[str, Any], written: str) -> int | None:
     """How many characters follow the message's text, where it is nothing else and `written` begins with it."""
     own = _text_of(message).strip()
-    if not own or message.get("tool_calls") or any(name in message for name in _REASONING):
+    if not own or message.get("tool_calls") or any(name in message for name in REASONING):
         return None
     begin = len(written) - len(written.lstrip())
     return len(written) - begin - len(own) if written.startswith(own, begin) else None
@@ -250,11 +245,9 @@ def _is_written(chat: _Chat, index: int, message: Mapping[str, Any]) -> bool:
     if not own:
         return True
     if message["role"] == "assistant":
-        span = chat.whole.span(index)
-        if span is not None and len(own) >= _TELLING and own in chat.whole.text[slice(*span)]:
+        if len(own) >= _TELLING and own in chat.whole.of(index):
             return True
-        span = chat.with_sentinels.span(index)
-        seen = chat.with_sentinels.text if span is None else chat.with_sentinels.text[slice(*span)]
+        seen = chat.with_sentinels.of(index) or chat.with_sentinels.text
         # Some templates drop an earlier turn's text on purpose; what they write of a last turn shows that they know it.
         return SENTINEL in seen or SENTINEL in chat.render(with_sentinels(chat.messages[: index + 1])).text
     if own in chat.whole.text:
@@ -268,15 +261,12 @@ def _variants(messages: Messages, template: ChatTemplate) -> Iterator[Messages]:
     has_calls = any(m.get("tool_calls") for m in messages)
     has_parts = any(isinstance(m.get("content"), list) for m in messages)
     without_content = any("content" not in m for m in messages)
-    base = [{**m, "role": _role(m["role"], template)} for m in messages]
+    developer = "developer" if template.names("developer") else "system"
+    base = [{**m, "role": developer} if m["role"] == "developer" else m for m in messages]
     for parts in (False, True) if has_parts else (False,):
         for empty in (False, True) if without_content else (False,):
             for as_text in (False, True) if has_calls else (False,):
                 yield [_given(m, parts, empty, as_text) for m in base]
-
-
-def _role(role: str, template: ChatTemplate) -> str:
-    return "system" if role == "developer" and not template.names("developer") else role
 
 
 def _given(message: dict[str, Any], parts: bool, empty: bool, as_text: bool) -> dict[str, Any]:
@@ -303,7 +293,7 @@ def with_sentinels(messages: Messages) -> Messages:
 
 def _with_sentinel(message: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(message)
-    for key in ("content", *_REASONING):
+    for key in ("content", *REASONING):
         if isinstance(changed.get(key), str) and changed[key].strip():
             changed[key] = SENTINEL
     if isinstance(changed.get("content"), list):
@@ -340,13 +330,10 @@ def _as_plain_answer(chat: _Chat, index: int) -> str:
         rendering = chat.render(plain)
     except DataError:  # a tool's answer follows, and no call comes before it
         rendering = chat.render(plain[: index + 1])
-    span = rendering.span(index)
-    return "" if span is None else rendering.text[slice(*span)]
+    return rendering.of(index)
 
 
-def _common_text(a: str, b: str) -> str:
-    return a[: _common_prefix(a, b)]
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def common_prefix(*given: Sequence[Any]) -> int:
+    """With how many equal items all of them begin."""
+    several = enumerate(zip(*given, strict=False))
+    return next((at for at, items in several if items.count(items[0]) < len(items)), min(map(len, given)))

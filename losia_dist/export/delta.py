@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from losia_dist.checkpoint import atomic_files
+from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.errors import CheckpointError
 from losia_dist.export.model_directory import ModelDirectory, write_json_files, write_model_directory
 from losia_dist.export.offline import ExportedWeights
@@ -43,7 +45,7 @@ def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path)
     described: dict[str, Any] = {}
     for name, entry in weights.entries.items():
         tuned = weights.read(name)
-        described[name] = {"dtype": str(entry.dtype).removeprefix("torch."), "shape": list(entry.shape), "base": None}
+        described[name] = {"dtype": dtype_name(entry.dtype), "shape": list(entry.shape), "base": None}
         if name not in base or tuple(base.tensor(name).shape) != entry.shape:
             tensors[f"{name}/whole"] = tuned.clone()  # it may be a view of something larger
             continue
@@ -55,7 +57,7 @@ def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path)
     header = {"kind": _KIND, "format": FORMAT, "weights": described, "texts": weights.texts}
     beside = file.with_name(f".{file.name}.incomplete")
     atomic_files.remove(beside)
-    atomic_files.check_space(file.absolute().parent, sum(t.numel() * t.element_size() for t in tensors.values()))
+    atomic_files.check_space(file.absolute().parent, sum(t.nbytes for t in tensors.values()))
     try:
         atomic_files.write_tensors(
             beside, {name: t.contiguous() for name, t in tensors.items()}, {"losia_delta": json.dumps(header)}
@@ -102,11 +104,7 @@ def apply_delta(file: str | Path, base_model: str | Path, directory: str | Path)
         return _patched(base.tensor(name).to(getattr(torch, entry["dtype"])), found)
 
     entries = {name: atomic_files.Entry(getattr(torch, e["dtype"]), tuple(e["shape"])) for name, e in described.items()}
-
-    def write_texts(beside: Path) -> None:
-        write_json_files(beside, header["texts"])
-
-    return write_model_directory(directory, entries, read, write_texts, base_model=base_model)
+    return write_model_directory(directory, entries, read, partial(write_json_files, header["texts"]), base_model=base_model)
 
 
 def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tensor]] | None) -> dict[str, Tensor]:
@@ -115,35 +113,31 @@ def _difference(original: Tensor, tuned: Tensor, blocks: list[tuple[Tensor, Tens
     blocks: where subnets were, first and second index; None: not known in the form in which this weight is stored.
     """
     bits = _BITS[tuned.element_size()]
-    differs = (original.to(tuned.dtype).contiguous().view(bits) != tuned.contiguous().view(bits)) if tuned.dim() else None
-    if differs is None:
+    if not tuned.dim():
         return {"whole": tuned}
+    differs = original.to(tuned.dtype).contiguous().view(bits) != tuned.contiguous().view(bits)
     count = int(differs.sum())
     if not count:
         return {}
     if blocks is None:  # all rows and columns with a difference: where one subnet was, these are its own
         blocks = [(differs.any(1).nonzero().reshape(-1), differs.any(0).nonzero().reshape(-1))] if tuned.dim() == 2 else []
-    index_size = 4 if tuned.numel() < 2**31 else 8
-    rest = differs.clone()
-    cost = 0
-    flat = (-1, tuned.shape[-1])
+    index, size = torch.int32 if tuned.numel() < 2**31 else torch.int64, tuned.element_size()
+    rest, flat = differs.clone(), (-1, tuned.shape[-1])
     for first, second in blocks:
         rest.view(flat)[first[:, None], second[None, :]] = False
-        cost += 4 * (first.numel() + second.numel()) + first.numel() * second.numel() * tuned.element_size()
-    single = index_size + tuned.element_size()
-    forms = {"blocks": cost + int(rest.sum()) * single, "single": count * single, "whole": tuned.numel() * tuned.element_size()}
-    form = min(forms, key=lambda name: forms[name])
-    if form == "whole":
+    cost = sum(4 * (first.numel() + second.numel()) + first.numel() * second.numel() * size for first, second in blocks)
+    single, left = index.itemsize + size, int(rest.sum())
+    if count * single < cost + left * single:
+        blocks, rest, cost, left = [], differs, 0, count
+    if tuned.numel() * size < cost + left * single:
         return {"whole": tuned.clone()}  # it may be a view of something larger
+    places = rest.reshape(-1).nonzero().reshape(-1)
     found: dict[str, Tensor] = {}
-    if form == "blocks":
-        for place, (first, second) in enumerate(blocks):
-            found[f"{place}/first"], found[f"{place}/second"] = first.to(torch.int32), second.to(torch.int32)
-            found[f"{place}/values"] = tuned.view(flat)[first[:, None], second[None, :]]
-    places = (rest if form == "blocks" else differs).reshape(-1).nonzero().reshape(-1)
+    for place, (first, second) in enumerate(blocks):
+        found[f"{place}/first"], found[f"{place}/second"] = first.to(torch.int32), second.to(torch.int32)
+        found[f"{place}/values"] = tuned.view(flat)[first[:, None], second[None, :]]
     if places.numel():
-        found["places"] = places.to(torch.int32 if index_size == 4 else torch.int64)
-        found["values"] = tuned.reshape(-1)[places]
+        found |= {"places": places.to(index), "values": tuned.reshape(-1)[places]}
     return found
 
 
@@ -166,7 +160,7 @@ def _patched(tensor: Tensor, found: dict[str, Tensor]) -> Tensor:
 def _fingerprint(tensor: Tensor) -> list[Any]:
     """Dtype and CRC-32 of a weight as it is stored."""
     data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return [str(tensor.dtype).removeprefix("torch."), zlib.crc32(memoryview(data))]
+    return [dtype_name(tensor.dtype), zlib.crc32(memoryview(data))]
 
 
 def _prefixes(key: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.checkpoint import atomic_files
-from losia_dist.checkpoint.description import is_renamed_on_disk
 from losia_dist.checkpoint.session import session_of
 from losia_dist.checkpoint.stored_names import conversions_of
 from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
@@ -60,21 +59,22 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     """
     directory = Path(directory)
     if isinstance(checkpoint_or_losia, str | Path):
-        checkpoint = checkpoint_or_losia
         agreement = Agreement.of_all()
-        agreement.on_first(None, lambda: str(export_checkpoint(checkpoint, directory, base_model, tokenizer)))
-        _tell_missing(directory, agreement)
-        return directory
-    if not isinstance(checkpoint_or_losia, LoSiA):
+        agreement.on_first(None, lambda: str(export_checkpoint(checkpoint_or_losia, directory, base_model, tokenizer)))
+    elif isinstance(checkpoint_or_losia, LoSiA):
+        losia = checkpoint_or_losia
+        losia.consolidate()
+        agreement = session_of(losia).agreement
+        options: dict[str, Any] = {"base_model": base_model, "tokenizer": tokenizer, "agreement": agreement}
+        save_whole_model(losia.model, directory, losia.parameters, **options)
+    else:
         raise ConfigError(
             f"export_model was given a {type(checkpoint_or_losia).__name__}: pass the conductor of a live run (LoSiA, or "
             "engine.losia), or the directory of a checkpoint."
         )
-    losia = checkpoint_or_losia
-    losia.consolidate()
-    agreement = session_of(losia, losia.model, losia.state.optimizer).agreement
-    save_whole_model(losia.model, directory, losia.parameters, base_model=base_model, tokenizer=tokenizer, agreement=agreement)
-    _tell_missing(directory, agreement)
+    missing = missing_for_inference(directory) if agreement.rank == 0 else []
+    if missing:
+        warnings.warn(f"{directory} holds the model's weights, and for inference it lacks {'; '.join(missing)}.", stacklevel=2)
     return directory
 
 
@@ -105,7 +105,7 @@ def save_whole_model(
         return _read(access, named[name])
 
     weights: Read = read
-    if is_renamed_on_disk(plain):
+    if conversions_of(plain):
         form = _stored_form(plain, entries, agreement)
         if form is None:
             state, entries = _gather(plain, access), {}
@@ -116,7 +116,7 @@ def save_whole_model(
         directory,
         entries,
         weights,
-        write_texts_of(plain, state),
+        partial(write_texts, plain, state),
         base_model=base_model,
         tokenizer=tokenizer,
         agreement=agreement,
@@ -138,23 +138,13 @@ def _stored_form(plain: Any, entries: dict[str, atomic_files.Entry], agreement: 
         return None
 
 
-def _tell_missing(directory: Path, agreement: Agreement) -> None:
-    missing = missing_for_inference(directory) if agreement.rank == 0 else []
-    if missing:
-        warnings.warn(f"{directory} holds the model's weights, and for inference it lacks {'; '.join(missing)}.", stacklevel=3)
-
-
-def write_texts_of(model: Any, state: dict[str, Tensor]) -> Callable[[Path], None]:
+def write_texts(model: Any, state: dict[str, Tensor], directory: Path) -> None:
     """Lets the model's own class write its configuration, and code that it brings; and its weights where `state` has them."""
-
-    def write(directory: Path) -> None:
-        if hasattr(model, "save_pretrained"):
-            # The class's: a model with subnets refuses its own, which knows nothing of them.
-            with whole_for_saving(model):
-                type(model).save_pretrained(model, directory, state_dict=state)
-            _drop_quantization_note(directory / "config.json")
-
-    return write
+    if hasattr(model, "save_pretrained"):
+        # The class's: a model with subnets refuses its own, which knows nothing of them.
+        with whole_for_saving(model):
+            type(model).save_pretrained(model, directory, state_dict=state)
+        _drop_quantization_note(directory / "config.json")
 
 
 def _stored_once(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:

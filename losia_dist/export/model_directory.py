@@ -201,7 +201,7 @@ class _DirectoryWriter:
             self._file = None
 
 
-def write_json_files(directory: Path, contents: dict[str, Any]) -> None:
+def write_json_files(contents: dict[str, Any], directory: Path) -> None:
     """Write files of JSON, sorted as Transformers sorts them: name -> content; None leaves one out."""
     for name, content in contents.items():
         if content is not None:

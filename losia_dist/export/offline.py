@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from losia_dist.checkpoint import layout
 from losia_dist.checkpoint.atomic_files import Entry
-from losia_dist.checkpoint.reader import Reader, layout_of, open_checkpoint
+from losia_dist.checkpoint.reader import Reader, layout_of
 from losia_dist.export.model_directory import write_json_files, write_model_directory
 from losia_dist.export.plain_class import stored_form_of
 from losia_dist.export.stored_form import StoredWeights
@@ -24,14 +26,12 @@ class ExportedWeights:
     """
 
     def __init__(self, checkpoint: str | Path) -> None:
-        self.reader: Reader = open_checkpoint(checkpoint)
+        self.reader = Reader(layout.locate(checkpoint))
         self.reader.check_files(0, 1)
         base, manifest = self.reader.base, self.reader.manifest
-        held = {
-            **base["weights"],
-            **{n: e for n, e in manifest["trained"].items() if not self._is_subnet(n)},
-            **manifest["buffers"],
-        }
+        subnets = {f"{site}.subnet" for site in manifest["subnets"]}
+        trained = {name: entry for name, entry in manifest["trained"].items() if name not in subnets}
+        held = {**base["weights"], **trained, **manifest["buffers"]}
         self.entries = {name: Entry(getattr(torch, e["dtype"]), tuple(e["shape"])) for name, e in held.items()}
         self._alias: dict[str, str] = {}
         if base["config"] is None:
@@ -86,9 +86,6 @@ class ExportedWeights:
                     found += zip(*(torch.atleast_2d(index.flatten(-2)) for index in (first, second)), strict=True)
         return found
 
-    def _is_subnet(self, name: str) -> bool:
-        return name.endswith(".subnet") and name.removesuffix(".subnet") in self.reader.manifest["subnets"]
-
 
 def export_checkpoint(
     checkpoint: str | Path, directory: str | Path, base_model: str | Path | None = None, tokenizer: Any = None
@@ -105,15 +102,11 @@ def export_checkpoint(
         ConfigError: a write failed; the directory is as it was.
     """
     weights = ExportedWeights(checkpoint)
-
-    def write_texts(beside: Path) -> None:
-        write_json_files(beside, weights.texts)
-
     return write_model_directory(
         directory,
         weights.entries,
         lambda name: lambda: weights.read(name),
-        write_texts,
+        partial(write_json_files, weights.texts),
         base_model=base_model,
         tokenizer=tokenizer,
     )

@@ -30,7 +30,6 @@ def stored_form_of(reader: Reader, entries: dict[str, Entry]) -> StoredForm:
     if "conversions" not in base:
         raise _refusal(reader, "the version of losia_dist that saved it did not note the rules")
     model = _without_weights(reader)
-    noted = [list(rule) for rule in base["conversions"]]
     known = [(describe_conversion(rule), rule) for rule in class_conversions(model, add_legacy=True)]
     rules = []
     for noted in base["conversions"]:
@@ -55,7 +54,7 @@ def _without_weights(reader: Reader) -> Any:
         raise _refusal(reader, f"Transformers has no class {name}, and code of the model's own is not run here")
     try:
         with tempfile.TemporaryDirectory() as place:  # what JSON cannot hold (infinity) is put back only as it reads a file
-            write_json_files(Path(place), {"config.json": config})
+            write_json_files({"config.json": config}, Path(place))
             read = known.config_class.from_pretrained(place, local_files_only=True)
         with torch.device("meta"):
             return known(read)

@@ -16,15 +16,9 @@ from torch.nn import functional
 
 from losia_dist.loss.logits import LogitsRule
 from losia_dist.subnet.linear import SubnetLinear
-from losia_dist.subnet.site import GradientSink
 
 # Logits of one chunk, if the number of tokens is left open: 256 MB in fp32, and a matmul large enough for any device.
 CHUNK_LOGITS = 2**26
-
-
-def default_chunk(vocabulary: int) -> int:
-    """Tokens of one chunk for this many words, at least 64; the same on every rank."""
-    return max(64, CHUNK_LOGITS // vocabulary)
 
 
 @torch.compiler.disable  # backward runs autograd itself, which a compiled graph cannot hold
@@ -129,34 +123,25 @@ class _Sum:
             self.total, self.owned = self.total.float().add(part), True
 
 
-class _SummedGradient:
-    """Stands in for a layer's gradient sink while its chunks come: the sink is to see one gradient a micro-batch."""
-
-    def __init__(self, sink: GradientSink) -> None:
-        self.sink, self.sum = sink, _Sum()
-        self.dtype: torch.dtype | None = None
-        self.weight: Tensor | None = None
-
-    def __call__(self, gradient: Tensor, weight: Tensor) -> None:
-        self.sum.add(gradient)
-        self.dtype, self.weight = gradient.dtype, weight
-
-    def deliver(self) -> None:
-        if self.sum.total is not None and self.weight is not None:
-            self.sink(self.sum.total.to(self.dtype), self.weight)
-
-
 @contextmanager
 def _one_sink_call(head: nn.Module) -> Iterator[None]:
+    """The gradients that a layer's sink would get chunk by chunk reach it as one: it is to see one a micro-batch."""
     site = head.site if isinstance(head, SubnetLinear) else None
     if site is None or site.gradient_sink is None:
         yield
         return
-    sink = site.gradient_sink
-    summed = _SummedGradient(sink)
-    site.gradient_sink = summed
+    sink, sum_ = site.gradient_sink, _Sum()
+    seen: list[tuple[torch.dtype, Tensor]] = []  # the gradient's dtype, and the weight
+
+    def collect(gradient: Tensor, weight: Tensor) -> None:
+        sum_.add(gradient)
+        seen[:] = [(gradient.dtype, weight)]
+
+    site.gradient_sink = collect
     try:
         yield
     finally:
         site.gradient_sink = sink
-    summed.deliver()
+    if sum_.total is not None:
+        dtype, weight = seen[0]
+        sink(sum_.total.to(dtype), weight)

@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from losia_dist.errors import ConfigError, UnsupportedError
-from losia_dist.loss.chunked import default_chunk
+from losia_dist.loss.chunked import CHUNK_LOGITS
 from losia_dist.loss.head import LossHead
 from losia_dist.loss.logits import LogitsRule
 from losia_dist.loss.trial import refuse_another_loss
@@ -46,9 +46,8 @@ def use_chunked_loss(model: Any, chunk: int | None = None) -> Any:
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ConfigError(f"chunk={chunk!r}: give a number of tokens, at least 1, or None.")
     head, rule = _parts(model)
-    vocabulary = model.config.get_text_config().vocab_size
     before = type(head)
-    LossHead.adopt(head, default_chunk(vocabulary) if chunk is None else chunk, rule)
+    LossHead.adopt(head, chunk or max(64, CHUNK_LOGITS // model.config.get_text_config().vocab_size), rule)
     # A bound method, so that a deep copy of the model calls itself.
     model.forward = MethodType(_forward_of(type(model).forward), model)
     try:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from losia_dist import errors
-from losia_dist.errors import ConfigError, LoSiAError
+from losia_dist.errors import ConfigError, LoSiAError, some
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(hours=1)  # a rank may write for long while the others wait
@@ -106,8 +106,7 @@ class Agreement:
         return any(self.gather(flag))
 
     def _which(self, ranks: list[int]) -> str:
-        names = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
-        return f"rank{'s' if len(ranks) > 1 else ''} {names} of {self.world_size}"
+        return f"rank{'s' if len(ranks) > 1 else ''} {some(ranks, 8)} of {self.world_size}"
 
 
 def _flat(settings: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Interruption:
     """
 
     def __init__(self, wanted: bool, timeout_minutes: float) -> None:
-        self._wanted, self._received = wanted, False
+        self.wanted, self._received = wanted, False
         self._group: dist.ProcessGroup | None = None
         if wanted and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
@@ -40,7 +40,7 @@ class Interruption:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """SIGTERM is taken note of in here. Elsewhere, and outside the main thread, it ends the process."""
-        if not self._wanted or threading.current_thread() is not threading.main_thread():
+        if not self.wanted or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGTERM, self._note)

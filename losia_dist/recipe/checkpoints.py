@@ -81,8 +81,9 @@ class Checkpoints:
         """
         if self.source is None:
             return Progress()
+        assert run.losia is not None
         saves_on = self.saves and self.source.is_own
-        load_from(self.source.directory, **run.checkpoint_parts(), name=self.source.name, saves_on=saves_on)
+        load_from(self.source.directory, run.losia, scheduler=run.scheduler, name=self.source.name, saves_on=saves_on)
         return Progress(**self.source.extra["progress"])
 
     def are_due(self, step: int, steps: int) -> bool:
@@ -134,4 +135,4 @@ class Checkpoints:
                 "it was saved, or export it (losia-dist export) and start a new run from the exported model."
             )
         directory = self.directory if is_own else found.path.parent.absolute()  # one directory has one name
-        return Source(str(directory), found.path.name.partition(".replaced-")[0], manifest["step"], is_own, extra)
+        return Source(str(directory), found.name, manifest["step"], is_own, extra)

@@ -69,7 +69,7 @@ class Shared:
 
         def finish() -> None:
             if found.making is not None and found.key is not None and is_first:
-                cache.join(found.making, parts, found.key, name)
+                cache.join(found.making, parts, found.key)
 
         def open_whole() -> TokenizedDataset:
             whole = dataset

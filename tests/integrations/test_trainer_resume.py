@@ -27,7 +27,7 @@ from losia_dist.errors import CheckpointError, UnsupportedError
 from tests.support.cases import grid
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
-from tests.support.resume import everything, parts
+from tests.support.resume import everything
 from tests.support.trainers import Recorder, arguments, close, examples, fresh_accelerate, result_of, trainer_of
 from tests.support.training import Run
 from tests.support.trl_models import conversations, preferences, save_tiny_model
@@ -71,7 +71,7 @@ def train(directory, engine, run=RUN, *, resume=None, save=(), stop=None, epoch=
         result = result_of(trainer) | {"history": recorder.history, "steps": trainer.losia.steps}
         result |= {"everything": everything(trainer.losia), "random": torch.get_rng_state(), "best": trainer.state.best_metric}
         result["engine steps"] = trainer.deepspeed.global_steps if trainer.is_deepspeed_enabled else None
-        result["collects for"] = [path.name for path in session_of(**parts(trainer.losia)).chains]
+        result["collects for"] = [path.name for path in session_of(trainer.losia).chains]
         close(trainer)
         return result
 

@@ -223,7 +223,7 @@ def test_what_moves_is_kept_in_memory_for_saves_that_come_only(material, saved, 
 
     def watched(self, run):
         begun = load(self, run)
-        found.append(sorted(session_of(run.losia, run.model, run.optimizer).chains))
+        found.append(sorted(session_of(run.losia).chains))
         return begun
 
     monkeypatch.setattr(Checkpoints, "load", watched)

@@ -73,3 +73,11 @@ def test_the_command_that_allocated_budgets_says_where_its_numbers_stand(capsys)
     message = capsys.readouterr().err
     assert message.startswith("error: losia-dist allocate was removed: ") and message.count("\n") == 1
     assert "benchmarks/quality/NOTES.md" in message
+
+
+def test_the_command_that_deleted_tokenized_data_says_where_it_lies(capsys):
+    assert main(["cache", "--delete_unused", "30"]) == REFUSED
+    message = capsys.readouterr().err
+    assert (
+        message.startswith("error: losia-dist cache was removed: ") and "docs/data.md" in message and message.count("\n") == 1
+    )

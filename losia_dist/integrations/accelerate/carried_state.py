@@ -55,8 +55,7 @@ class _AcceleratorState:
     def __init__(self, accelerator: Any, losia: LoSiA) -> None:
         self._accelerator, self._losia = accelerator, losia
         self._save, self._load = accelerator.save_state, accelerator.load_state
-        self._parts: dict[str, Any] = {"model": losia.model, "optimizer": losia.state.optimizer, "losia": losia}
-        self._agreement = session_of(**self._parts).agreement
+        self._agreement = session_of(losia).agreement
 
     def save(self, output_dir: Any = None, safe_serialization: bool = True, **options: Any) -> str:
         """In the place of `Accelerator.save_state`; returns the directory.
@@ -79,13 +78,12 @@ class _AcceleratorState:
         with self._without_models():
             location = self._save(output_dir, safe_serialization)
         state = self._state_of(target)
-        save_as(state, target.name, **self._parts, scheduler=self._engines_scheduler)
+        save_as(state, target.name, self._losia, scheduler=self._engines_scheduler)
 
         def complete() -> None:
             entry = layout.find(state, name=target.name)
             atomic_files.write_text(target / MARKER, json.dumps({"manifest_crc32": entry.manifest_crc32}) + "\n")
-            known = [path for path in state.iterdir() if (path / layout.COMPLETE).is_file() and path.name != target.name]
-            layout.remove_entries(state, [path for path in known if not (target.parent / path.name).is_dir()])
+            layout.remove_orphans(state, target.parent, target.name)
 
         self._agreement.on_first(what, complete)
         return str(location)
@@ -103,7 +101,7 @@ class _AcceleratorState:
         asked = None if input_dir is None else str(Path(input_dir).expanduser().absolute())
         self._agreement.same("load_state's input_dir", asked)
         source = Path(self._agreement.on_first(f"loading from {asked}", lambda: str(self._complete(asked))))
-        load_from(self._state_of(source), **self._parts, scheduler=self._engines_scheduler, name=source.name)
+        load_from(self._state_of(source), self._losia, scheduler=self._engines_scheduler, name=source.name)
         with self._without_models():
             self._load(str(source), load_kwargs)
 
@@ -114,13 +112,12 @@ class _AcceleratorState:
             if why is not None:
                 raise CheckpointError(f"{asked} cannot be loaded: {why}. Load another one.")
             return Path(asked)
-        folders = [path for path in self._numbered.glob("checkpoint_*") if path.name.partition("_")[2].isdigit()]
-        whole = [path for path in folders if self._why_not(path) is None]
+        whole = [path for path in layout.numbered(self._numbered, "checkpoint_") if self._why_not(path) is None]
         if not whole:
             raise CheckpointError(
                 f"no complete checkpoint of a LoSiA run in {self._numbered}. Check project_dir, or start anew."
             )
-        return max(whole, key=lambda path: int(path.name.partition("_")[2])).absolute()
+        return whole[-1].absolute()
 
     def _why_not(self, path: Path) -> str | None:
         state = self._state_of(path)
@@ -128,7 +125,7 @@ class _AcceleratorState:
             recorded = json.loads((path / MARKER).read_text(encoding="utf-8"))["manifest_crc32"]
         except (OSError, ValueError, KeyError, TypeError):
             return f"it has no {MARKER}: saving it did not finish, or it was saved without LoSiA's carry_state"
-        entries = {c.path.name.partition(".replaced-")[0]: c for c in layout.complete_checkpoints(state)}
+        entries = {c.name: c for c in layout.complete_checkpoints(state)}
         if path.name not in entries or entries[path.name].manifest_crc32 != recorded:
             return f"the state that was saved with it, {state / path.name}, is missing or another one"
         return None

@@ -63,15 +63,8 @@ def attach_checkpoints(engine: Any) -> None:
                 "for all of a run's checkpoints; leave the argument out."
             )
         name = f"global_step{engine.global_steps}" if tag is None else str(tag)
-        save_as(
-            save_dir,
-            name,
-            **_parts(engine),
-            scheduler=engine.lr_scheduler,
-            extra=client_state,
-            is_latest=save_latest,
-            **options,
-        )
+        options.update(scheduler=engine.lr_scheduler, extra=client_state, is_latest=save_latest)
+        save_as(save_dir, name, engine.losia, **options)
         return True
 
     def load_checkpoint(
@@ -89,15 +82,14 @@ def attach_checkpoints(engine: Any) -> None:
                 "a LoSiA run is resumed as a whole: leave load_module_strict, load_optimizer_states, load_module_only and "
                 "custom_load_fn at their defaults. To start a new run from its weights, export the checkpoint (export_model)."
             )
-        parts, directory = _parts(engine), Path(load_dir)
-        agreement = session_of(**parts).agreement
+        directory, agreement = Path(load_dir), session_of(engine.losia).agreement
         what = f"looking for checkpoints in {directory}"
         if tag is None and not agreement.on_first(what, lambda: bool(layout.complete_checkpoints(directory))):
             logger.warning("no complete checkpoint in %s: nothing was loaded.", directory)
             return None, None
         path, client_state = load_from(
             directory,
-            **parts,
+            engine.losia,
             scheduler=engine.lr_scheduler,
             name=None if tag is None else str(tag),
             skip_scheduler=not load_lr_scheduler_states,
@@ -113,7 +105,3 @@ def attach_checkpoints(engine: Any) -> None:
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
     engine.save_16bit_model = save_16bit_model
-
-
-def _parts(engine: Any) -> dict[str, Any]:
-    return {"model": engine, "optimizer": engine.optimizer, "losia": engine.losia}

@@ -113,12 +113,11 @@ def initialize_dense(
     import deepspeed
 
     settings = read_deepspeed_config(config)
-    if "optimizer" in settings:
-        return deepspeed.initialize(
-            model=model, config=settings, model_parameters=model.parameters(), lr_scheduler=lr_scheduler
-        )
-    _admit_own_optimizer(settings)
-    return deepspeed.initialize(model=model, config=settings, optimizer=optimizer, lr_scheduler=lr_scheduler)
+    trained: dict[str, Any] = {"model_parameters": model.parameters()}
+    if "optimizer" not in settings:
+        trained = {"optimizer": optimizer}
+        _admit_own_optimizer(settings)
+    return deepspeed.initialize(model=model, config=settings, lr_scheduler=lr_scheduler, **trained)  # type: ignore[no-any-return]
 
 
 def _refuse_arguments(arguments: dict[str, Any]) -> None:

@@ -31,7 +31,9 @@ def load_plain_weights(losia: LoSiA, directory: str | Path, device: torch.device
         CheckpointError: a file cannot be read, or a weight is in none of them; on every rank before any weight is changed.
     """
     losia.parameters.reshard()
-    entries = _entries(losia.model)
+    entries: dict[Tensor, list[str]] = {}  # the model's own tensors, as this rank holds them, with all of their names
+    for name, tensor in plain_entries(unwrap(losia.model)):
+        entries.setdefault(tensor, []).append(name)
     files = agreement.on_first(f"reading {directory}", lambda: _places(entries, Path(directory)))
     for tensor, (file, key) in zip(entries, files, strict=True):
         shape = losia.parameters.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
@@ -54,17 +56,6 @@ def _write(losia: LoSiA, tensor: Tensor, values: Tensor) -> None:
     losia.parameters.write_whole(tensor, values)
     if tensor.requires_grad:
         losia.state.write_master(tensor, values.to(torch.float32))
-
-
-def _entries(model: nn.Module) -> dict[Tensor, list[str]]:
-    """Every tensor of the state dict but LoSiA's own, with all of its names; the order is the same on every rank.
-
-    The model's own tensors, as this rank holds them (whole, a DTensor, or empty under ZeRO-3). No communication.
-    """
-    entries: dict[Tensor, list[str]] = {}
-    for name, tensor in plain_entries(unwrap(model)):
-        entries.setdefault(tensor, []).append(name)
-    return entries
 
 
 def _places(entries: dict[Tensor, list[str]], directory: Path) -> list[tuple[str, str]]:

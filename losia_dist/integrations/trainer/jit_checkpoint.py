@@ -6,7 +6,6 @@ each rank when its own signal has come (transformers 5.24, `trainer_jit_checkpoi
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from typing import Any
 
@@ -16,7 +15,7 @@ from losia_dist.errors import UnsupportedError
 from losia_dist.ranks.interruption import Interruption
 
 
-class StepEndCheckpoint(TrainerCallback):
+class StepEndCheckpoint(Interruption, TrainerCallback):
     """Learns of SIGTERM inside `watched()`. Made by all ranks together.
 
     Every later signal is ignored: the run is ending. One that comes between two steps, in an evaluation say, is served at the
@@ -27,19 +26,13 @@ class StepEndCheckpoint(TrainerCallback):
         due: SIGTERM has reached some rank: the step that has ended is to be saved, and training to stop. Same on all ranks.
     """
 
-    def __init__(self, wanted: bool, timeout_seconds: float) -> None:
-        self.wanted, self.due = wanted, False
-        self._interruption = Interruption(wanted, timeout_seconds / 60)
-
-    def watched(self) -> contextlib.AbstractContextManager[None]:
-        """Training: SIGTERM is taken note of in here."""
-        return self._interruption.watched()
+    due = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._interruption.begin_step()
+        self.begin_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.due = self._interruption.end_step()
+        self.due = self.end_step()
 
 
 def take_over(trainer: Any) -> StepEndCheckpoint:
@@ -50,21 +43,17 @@ def take_over(trainer: Any) -> StepEndCheckpoint:
     """
     wanted = bool(getattr(trainer.args, "enable_jit_checkpoint", False))
     if wanted:
-        _remove_theirs(trainer)
+        from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+        theirs = trainer.callback_handler.pop_callback(JITCheckpointCallback)
+        before = getattr(getattr(theirs, "jit_manager", None), "_original_sigterm_handler", None)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         if trainer.args.save_only_model:
             raise UnsupportedError(
                 "enable_jit_checkpoint=True with save_only_model=True would leave a checkpoint that cannot be resumed from: "
                 "take one of them out."
             )
-    ours = StepEndCheckpoint(wanted, float(trainer.args.ddp_timeout))
+    ours = StepEndCheckpoint(wanted, trainer.args.ddp_timeout / 60)
     trainer.callback_handler.add_callback(ours)
     return ours
-
-
-def _remove_theirs(trainer: Any) -> None:
-    from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-
-    theirs = trainer.callback_handler.pop_callback(JITCheckpointCallback)
-    before = getattr(getattr(theirs, "jit_manager", None), "_original_sigterm_handler", None)
-    if before is not None:
-        signal.signal(signal.SIGTERM, before)

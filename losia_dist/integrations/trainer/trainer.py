@@ -78,6 +78,7 @@ class LoSiATrainerMixin:
     optimizer: Any
     lr_scheduler: Any
     processing_class: Any
+    callback_handler: Any
     data_collator: Any
     state: Any
     control: Any
@@ -99,7 +100,9 @@ class LoSiATrainerMixin:
         self.losia_callback.when_made = self._start
         self.losia_callback.compute_loss = self._calibration_loss
         self._checkpoints = TrainerCheckpoints(group)
-        self._add_own_callback()
+        if any(isinstance(callback, LoSiACallback) for callback in self.callback_handler.callbacks):
+            raise ConfigError("LoSiATrainerMixin adds LoSiACallback itself: remove it from callbacks.")
+        self.callback_handler.add_callback(self.losia_callback)
         self._at_step_end = take_over(self)
         if not find_sites(self.model):
             get_losia_model(self.model, losia_config)
@@ -244,12 +247,6 @@ class LoSiATrainerMixin:
     def _processor(self) -> Any:
         """What is saved beside the model, as the Trainer has it; None: nothing."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
-
-    def _add_own_callback(self) -> None:
-        handler = self.callback_handler  # type: ignore[attr-defined]
-        if any(isinstance(callback, LoSiACallback) for callback in handler.callbacks):
-            raise ConfigError("LoSiATrainerMixin adds LoSiACallback itself: remove it from callbacks.")
-        handler.add_callback(self.losia_callback)
 
 
 class LoSiATrainer(LoSiATrainerMixin, Trainer):

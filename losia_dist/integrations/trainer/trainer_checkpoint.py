@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
 
 logger = logging.getLogger(__name__)
-_NUMBERED = re.compile(r"checkpoint-(\d+)")
+_PREFIX = "checkpoint-"
 
 
 class TrainerCheckpoints:
@@ -41,9 +40,8 @@ class TrainerCheckpoints:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.agreement = Agreement(group)
-        self._output = self._source = Path()
-        self._saves = False
-        self._name: str | None = None  # the entry to resume from
+        self._output = Path()
+        self._chosen: Path | None = None  # the checkpoint to resume from
         self._newest: str | None = None  # the entry that this run has saved or loaded last: later ones build on it
         self._random: dict[str, Any] | None = None
 
@@ -61,12 +59,10 @@ class TrainerCheckpoints:
         """
         asked = None if asked is False else asked if asked is True or asked is None else str(asked)
         self.agreement.same("output_dir and resume_from_checkpoint", [str(output_dir), asked])
-        self._output, self._saves, self._name, self._newest = Path(output_dir), saves, None, None
-        chosen = self.agreement.on_first(f"looking for checkpoints in {output_dir}", lambda: self._choose(asked))
-        if chosen is None:
-            return asked  # nothing is asked for, or nothing is there at all: the Trainer says so itself
-        self._source, self._name = Path(chosen).parent, Path(chosen).name
-        return str(chosen)
+        self._output, self._newest = Path(output_dir), None
+        chosen = self.agreement.on_first(f"looking for checkpoints in {output_dir}", lambda: self._choose(asked, saves))
+        self._chosen = None if chosen is None else Path(chosen)
+        return chosen or asked  # nothing is asked for, or nothing is there at all: the Trainer says so itself
 
     def resume(self, losia: LoSiA, scheduler: Any, *, goes_on_saving: bool) -> None:
         """Load the state that `choose` settled on, if any, into a conductor that was just made.
@@ -77,20 +73,20 @@ class TrainerCheckpoints:
         Raises:
             CheckpointError: as `load_checkpoint`; nothing has been changed then.
         """
-        if self._name is None:
+        if self._chosen is None:
             return
         before = random_state.read()
         load_from(
-            self._source / layout.BESIDE,
-            **_parts(losia),
+            self._chosen.parent / layout.BESIDE,
+            losia,
             scheduler=scheduler,
-            name=self._name,
-            saves_on=goes_on_saving and self._source == self._output,
+            name=self._chosen.name,
+            saves_on=goes_on_saving and self._chosen.parent == self._output,
         )
         # The Trainer restores random states only once the data loader has been wound forward.
         self._random = random_state.read()
         random_state.restore(before)
-        self._newest = self._name
+        self._newest = self._chosen.name
 
     def restore_random_state(self) -> None:
         """Random numbers go on from where the checkpoint was saved."""
@@ -107,26 +103,18 @@ class TrainerCheckpoints:
         # An earlier attempt's must not make a pair with the state of this one.
         before = Path(directory) / TRAINER_STATE_NAME
         self.agreement.on_first(f"saving to {directory}", lambda: before.unlink(missing_ok=True))
-        save_as(output / layout.BESIDE, name, **_parts(losia), scheduler=scheduler)
+        save_as(output / layout.BESIDE, name, losia, scheduler=scheduler)
         self._newest = name
 
     def remove_rotated(self, *, at_the_end: bool = False) -> None:
         """Delete the state of every `checkpoint-N` that is there no more. Until the end of the run its newest state stays."""
-        if self.agreement.rank != 0:
-            return
-        state = self._output / layout.BESIDE
-        kept = None if at_the_end else self._newest
-        gone = [
-            path
-            for path in state.glob("checkpoint-*")
-            if _NUMBERED.fullmatch(path.name) and path.name != kept and not (self._output / path.name).is_dir()
-        ]
-        layout.remove_entries(state, gone)
+        if self.agreement.rank == 0:
+            layout.remove_orphans(self._output / layout.BESIDE, self._output, None if at_the_end else self._newest)
 
-    def _choose(self, asked: str | bool | None) -> str | None:
+    def _choose(self, asked: str | bool | None, saves: bool) -> str | None:
         """The checkpoint's directory; its parent is `output_dir` itself where that is what it is. Rank 0 reads."""
         found = self._newest_complete() if asked is True else None if asked is None else self._named(Path(str(asked)))
-        if self._saves and (found is None or found.parent != self._output):
+        if saves and (found is None or found.parent != self._output):
             complete = layout.complete_checkpoints(self._output / layout.BESIDE)
             if complete:
                 raise CheckpointError(
@@ -139,7 +127,7 @@ class TrainerCheckpoints:
     def _named(self, path: Path) -> Path:
         why = _why_not(path)
         if why is not None:
-            there = ", ".join(other.name for other in _numbered(path.parent) if _why_not(other) is None)
+            there = ", ".join(other.name for other in layout.numbered(path.parent, _PREFIX) if _why_not(other) is None)
             raise CheckpointError(
                 f"resume_from_checkpoint={str(path)!r}: {why}. Resume from another one (complete there: {there or 'none'}), or "
                 "start a new run from a saved model with from_pretrained."
@@ -148,7 +136,7 @@ class TrainerCheckpoints:
         return self._output / path.name if path.parent.resolve() == self._output.resolve() else path
 
     def _newest_complete(self) -> Path | None:
-        numbered = _numbered(self._output)
+        numbered = layout.numbered(self._output, _PREFIX)
         passed_over: list[str] = []
         for path in reversed(numbered):
             why = _why_not(path)
@@ -189,18 +177,6 @@ def warn_of_data(dataset: Any, checkpoint: str, *, ignore_data_skip: bool) -> No
         )
 
 
-def _parts(losia: LoSiA) -> dict[str, Any]:
-    return {"model": losia.model, "optimizer": losia.state.optimizer, "losia": losia}
-
-
-def _numbered(directory: Path) -> list[Path]:
-    """The Trainer's checkpoints in a directory, by number."""
-    if not directory.is_dir():
-        return []
-    found = [(match, path) for path in directory.iterdir() if (match := _NUMBERED.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
-
-
 def _why_not(path: Path) -> str | None:
     """What a checkpoint lacks to be resumed from, in words; None: nothing."""
     if not path.is_dir():
@@ -212,7 +188,7 @@ def _why_not(path: Path) -> str | None:
             f"its {TRAINER_STATE_NAME} is missing or cut off: saving it did not finish, or it is no checkpoint of the Trainer"
         )
     state = path.parent / layout.BESIDE
-    if path.name not in [complete.path.name.partition(".replaced-")[0] for complete in layout.complete_checkpoints(state)]:
+    if path.name not in [complete.name for complete in layout.complete_checkpoints(state)]:
         return (
             f"it holds a model only, and {state / path.name}, LoSiA's state, is missing or incomplete: it was saved with "
             f"save_only_model=True or without LoSiA, or was moved without {layout.BESIDE}"

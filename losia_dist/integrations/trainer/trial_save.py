@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from losia_dist.checkpoint.description import is_renamed_on_disk
+from losia_dist.checkpoint.stored_names import conversions_of
 from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.export.inference import write_tokenizer
-from losia_dist.export.live import write_texts_of
+from losia_dist.export.live import write_texts
 from losia_dist.ranks.agreement import Agreement
 
 
@@ -36,7 +36,7 @@ def try_to_save(model: Any, args: Any, processor: Any, agreement: Agreement, *, 
                 Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             where = args.output_dir if in_output_dir else None
             with tempfile.TemporaryDirectory(prefix=".trial-", dir=where) as directory:
-                write_texts_of(plain, {})(Path(directory))
+                write_texts(plain, {}, Path(directory))
                 if processor is not None:
                     write_tokenizer(processor, Path(directory))
                 torch.save(args, os.path.join(directory, "training_args.bin"))
@@ -48,7 +48,7 @@ def try_to_save(model: Any, args: Any, processor: Any, agreement: Agreement, *, 
                 f"{' '.join(str(error).split())} Mend what is named "
                 "(a setting of model.generation_config, the tokenizer, output_dir ...) and start again."
             ) from error
-        if args.load_best_model_at_end and is_renamed_on_disk(plain):
+        if args.load_best_model_at_end and conversions_of(plain):
             raise ConfigError(
                 f"{type(plain).__name__} is stored under other names than it has in memory, so that its best weights could not "
                 "be put back: set load_best_model_at_end=False and load the best checkpoint with from_pretrained."

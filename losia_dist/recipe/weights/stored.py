@@ -71,8 +71,8 @@ class StoredFile:
             raise self._unreadable(error) from error
         except ValueError as error:
             raise ConfigError(f"{self.path} {error}. {_AGAIN}") from error
-        # 8-bit floats need a scale that is not in the tensor: none that is read here.
-        dtypes = {name: dtype for name, dtype in DTYPES.items() if not name.startswith("F8")}
+        # Not 8-bit floats and packed numbers, which need a scale that is not in the tensor: none that is read here.
+        dtypes = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")}
         self.tensors = {
             name: StoredTensor(self, dtypes.get(dtype), shape, begin) for name, (dtype, shape, begin) in places.items()
         }

@@ -8,7 +8,6 @@ import time
 
 import pytest
 
-from losia_dist.cli.main import main
 from losia_dist.data import Records, build_dataset, cache, load_records
 from losia_dist.data.build import pack
 from losia_dist.data.dataset import Settings
@@ -38,7 +37,7 @@ def make(directory, records, tokenizer, settings=SETTINGS, parts=3):
     written = []
     for part in range(parts):
         cache.write_part(making, part, parts, records, tokenizer, settings, written.append)
-    cache.join(making, parts, key, records.name)
+    cache.join(making, parts, key)
     if isinstance(records, Records):
         assert sum(written) == len(records)
     return key
@@ -123,26 +122,11 @@ def test_what_was_left_half_made_is_removed_a_day_later(tmp_path, monkeypatch):
     assert not first.exists() and not second.exists()
 
 
-def test_what_is_kept_is_listed_and_what_is_unused_is_deleted(tmp_path, tokenizer, capsys):
-    paths = [source(tmp_path, ROWS[:count], f"{count}.jsonl") for count in (4, 6)]
-    kept = tmp_path / "kept"
-    old, new = (make(kept, load_records(path), tokenizer) for path in paths)
-    cache.begin(kept, "half")
-    os.utime(kept / old / "manifest.json", (0, time.time() - 10 * 24 * 3600))
-    words = ["cache", "--data_cache", str(kept)]
-    assert main(words) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith(new[:12]) and shown[0].endswith(f"6 examples, unused for 0 days: {paths[1]}")
-    assert shown[1].startswith(old[:12]) and shown[1].endswith(f"4 examples, unused for 10 days: {paths[0]}")
-    assert shown[2].startswith("2 of 2 data sets, 0.0 MB, kept in ")
-    assert cache.find(kept, old, 60) is not None  # a run reads it
-    assert main([*words, "--delete_unused", "1"]) == 0
-    assert "0 of 2 data sets" in capsys.readouterr().out
-    os.utime(kept / old / "manifest.json", (0, time.time() - 10 * 24 * 3600))
-    mapped = cache.find(kept, new, 60)
-    os.utime(kept / new / "manifest.json", (0, time.time() - 2 * 24 * 3600))
-    assert main([*words, "--delete_unused", "3"]) == 0
-    assert "1 of 2 data sets" in capsys.readouterr().out and cache.find(kept, old, 60) is None
-    assert main([*words, "--delete_unused", "0"]) == 0
-    assert cache.find(kept, new, 60) is None and same(mapped, build_dataset(load_records(paths[1]), tokenizer, 60))
-    assert main([*words, "--delete_unused", "-1"]) == 2
+def test_a_data_set_that_is_deleted_goes_on_where_it_is_mapped_and_its_use_is_noted(tmp_path, tokenizer):
+    path, kept = source(tmp_path, ROWS[:4], "4.jsonl"), tmp_path / "kept"
+    key = make(kept, load_records(path), tokenizer)
+    os.utime(kept / key / "manifest.json", (0, 0))
+    mapped = cache.find(kept, key, 60)
+    assert time.time() - (kept / key / "manifest.json").stat().st_mtime < 60
+    shutil.rmtree(kept / key)
+    assert cache.find(kept, key, 60) is None and same(mapped, build_dataset(load_records(path), tokenizer, 60))
