@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from losia_dist import Drawn, Located, LoSiAConfig
 
-_REDUCTIONS = {"reduced": "all", "rank_parallel": "by_rank"}
-_OF_LOCATED = {"importance": "importance", "importance_betas": "betas", "init": "start", "localization": "reduction"}
-
 
 def config_of(settings: dict[str, Any]) -> LoSiAConfig:
-    """The configuration that these settings are; what its selection does not have is left out."""
-    rest, options = dict(settings), {}
-    is_drawn = rest.pop("selection", "greedy") == "random"
-    for name in [*_OF_LOCATED, "outlier_limit", "calibration_batches"]:
-        if name in rest:
-            value = rest.pop(name)
-            if name == "calibration_batches" or is_drawn == (name == "outlier_limit"):
-                options[_OF_LOCATED.get(name, name)] = _REDUCTIONS.get(str(value), value)
-    return LoSiAConfig.from_dict({**rest, "selection": {"drawn" if is_drawn else "located": options}})
+    """The configuration that these settings are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the form of an earlier version is kept here on purpose
+        return LoSiAConfig.from_dict(settings)
 
 
 def flat(config: LoSiAConfig) -> dict[str, Any]:

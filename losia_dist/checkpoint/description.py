@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,8 @@ from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.checkpoint.stored_names import conversions_of, describe_conversion
 from losia_dist.checkpoint.tensor_names import Contents, unwrap
 from losia_dist.config.losia_config import LoSiAConfig
-from losia_dist.errors import CheckpointError, ConfigError
+from losia_dist.config.removed import removed_setting
+from losia_dist.errors import CheckpointError
 from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.groups import GROUP_KEY
 
@@ -104,13 +106,15 @@ def check_scheduler(scheduler: Any, reader: Reader) -> None:
 
 
 def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None:
-    try:
-        here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, "its configuration"))
-    except ConfigError as error:
+    removed = removed_setting(saved)
+    if removed:
         raise CheckpointError(
-            f"{path} was saved with a setting that is gone: {error} Resume with the version that saved it, or start a new run "
-            "from an exported model."
-        ) from error
+            f"{path} was saved with a setting that is gone: {removed[0]} Resume with the version that saved it, or start a new "
+            "run from an exported model."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # an earlier version's form is not the user's to change here
+        here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, str(path)))
     free = () if config.located is None else _FREE_TO_DIFFER
     for name in [*here, *there]:
         if here.get(name) != there.get(name) and name not in free:

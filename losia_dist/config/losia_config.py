@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from losia_dist.config.older_form import nested, refuse_flat
 from losia_dist.config.reading import read_settings
 from losia_dist.config.removed import refuse_removed_settings, without_kept
 from losia_dist.config.selection import (
@@ -85,7 +86,7 @@ class LoSiAConfig:
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoSiAConfig:
-        refuse_removed_settings(kwargs)
+        refuse_flat(kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -103,6 +104,7 @@ class LoSiAConfig:
             check_count("rewarm_steps", self.rewarm_steps, minimum=0)
         check_count("seed", self.seed, minimum=0)
         self._check_targets()
+        refuse_removed_settings({"selection": self.selection})
         self.selection = read_selection(self.selection)
         for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
             if not isinstance(getattr(self, name), bool):
@@ -215,10 +217,10 @@ class LoSiAConfig:
     def from_dict(cls, values: dict[str, Any], source: str = "LoSiAConfig") -> LoSiAConfig:
         """Build from plain values; an unknown name is an error that gives the nearest known ones.
 
-        Settings of an earlier version that went pass where they ask for what was kept.
+        Settings of an earlier version pass where they ask for what was kept, with one warning that names the line of now.
         """
         refuse_removed_settings(values, source)
-        values = without_kept(values)
+        values = nested(without_kept(values), source)
         check_known(values, [one.name for one in fields(cls)], source)
         return cls(**values)
 

@@ -4,66 +4,80 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from losia_dist.errors import ConfigError
 
-# A setting and the value of it that was removed -> why it went, and what to do.
-_REMOVED = {
-    ("selection", "alternating"): (
+
+class _Setting(NamedTuple):
+    """A value that a setting of `LoSiAConfig` had; why it went, what to do; what is left, where the whole setting went."""
+
+    removed: str
+    why: str
+    instead: str
+    left: str | None = None
+
+
+_SETTINGS = {
+    "selection": _Setting(
+        "alternating",
         "it ended at a loss of 0.8027 where 'greedy' ended at 0.8025, for six more passes over the calibration batches "
-        "(docs/quality.md). Set selection='greedy'."
+        "(docs/quality.md)",
+        "Set selection='greedy'.",
     ),
-    ("moments", "kept"): (
+    "moments": _Setting(
+        "kept",
         "drawn subnets ended at a loss of 0.7946 with it, each at its best rate, and at 0.7867 without; located ones at 0.8088 "
-        "and 0.8025 (docs/quality.md). Leave moments out: they are cleared when a subnet moves."
+        "and 0.8025 (docs/quality.md)",
+        "Leave moments out: they are cleared when a subnet moves.",
+        left="cleared",
     ),
-    ("importance_accumulation", "micro_batch"): (
-        "it was not exact, and spared 0.9 of 54.7 GB a GPU (CHANGELOG.md). Leave importance_accumulation out: importance comes "
-        "from the gradient of the whole step."
+    "importance_accumulation": _Setting(
+        "micro_batch",
+        "it was not exact, did not work where a gradient comes in parts, and spared 0.9 of 54.7 GB a GPU (Llama-2-70B on four "
+        "GPUs, by losia-dist plan; CHANGELOG.md)",
+        "Leave importance_accumulation out: importance comes from the gradient of the whole step.",
+        left="step",
     ),
 }
-_LEFT = {"moments": "cleared", "importance_accumulation": "step"}  # the values that ask for what there is anyway
-# A setting that stood beside selection -> the class that has it now, and its name there.
-_MOVED = {
-    "importance": ("Located", "importance"),
-    "importance_betas": ("Located", "betas"),
-    "init": ("Located", "start"),
-    "localization": ("Located", "reduction"),
-    "calibration_batches": ("Located", "calibration_batches"),
-    "outlier_limit": ("Drawn", "outlier_limit"),
+# Environment variable -> the value that asks for what is left, and what was removed.
+_VARIABLES = {
+    "LOSIA_KERNELS": (
+        "none",
+        "the Triton kernels were removed, since no GPU ever measured a gain (CHANGELOG.md); plain torch does their work",
+    ),
 }
 
 
-def refuse_removed_settings(values: Mapping[str, Any], source: str = "LoSiAConfig") -> None:
-    """Raises: ConfigError where one of these settings asks for what was removed or moved. source: where they come from."""
-    for (name, removed), why in _REMOVED.items():
-        if values.get(name) == removed:
-            raise ConfigError(f"{source}: {name}={removed!r} was removed: {why}")
-    for name in values:
-        if name in _MOVED:
-            kind, now = _MOVED[name]
-            raise ConfigError(
-                f"{source} has no {name} any more: give selection={kind}({now}=...), in a file selection: "
-                f"{{{kind.lower()}: {{{now}: ...}}}}."
-            )
+def removed_setting(values: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Which of these settings has a value that was removed, and why; and what to do instead. None where there is none."""
+    for name, setting in _SETTINGS.items():
+        if values.get(name) == setting.removed:
+            return f"{name}={setting.removed!r} was removed: {setting.why}.", setting.instead
+    return None
+
+
+def refuse_removed_settings(values: Mapping[str, Any], source: str | None = None) -> None:
+    """Raises: ConfigError where one of these settings asks for what was removed. source: where they come from."""
+    found = removed_setting(values)
+    if found:
+        raise ConfigError(" ".join([*([f"{source}:"] if source else []), *found]))
 
 
 def without_kept(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that went, where they ask for what is left."""
-    return {name: value for name, value in values.items() if name not in _LEFT or value != _LEFT[name]}
+    left = {name: setting.left for name, setting in _SETTINGS.items() if setting.left is not None}
+    return {name: value for name, value in values.items() if name not in left or value != left[name]}
 
 
 def removed_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What the environment says about what was removed, to be compared over the ranks."""
-    return {"LOSIA_KERNELS": environment.get("LOSIA_KERNELS", "none")}
+    return {name: environment.get(name, kept) for name, (kept, _) in _VARIABLES.items()}
 
 
 def refuse_removed_variables(environment: Mapping[str, str] = os.environ) -> None:
     """Raises: ConfigError where an environment variable asks for what was removed."""
     for name, value in removed_variables(environment).items():
-        if value != "none":
-            raise ConfigError(
-                f"{name}={value}: the Triton kernels were removed, since no GPU ever measured a gain (CHANGELOG.md); plain "
-                f"torch does their work. Unset {name}."
-            )
+        kept, why = _VARIABLES[name]
+        if value != kept:
+            raise ConfigError(f"{name}={value}: {why}. Unset {name}.")

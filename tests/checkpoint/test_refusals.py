@@ -73,15 +73,15 @@ DAMAGES = {
     "newer format": (lambda d: edit_manifest(some(d, "step-*"), lambda m: m.update(format=99)), "format 99; this version"),
     "a removed selection": (
         lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(selection="alternating")),
-        r"setting that is gone: its configuration: selection='alternating' was removed: .*0\.8027.* start a new run",
+        r"saved with a setting that is gone: selection='alternating' was removed: .*0\.8027.* start a new run",
     ),
     "a removed accumulation": (
         lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(importance_accumulation="micro_batch")),
-        r"setting that is gone: its configuration: importance_accumulation='micro_batch' was removed",
+        r"saved with a setting that is gone: importance_accumulation='micro_batch' was removed",
     ),
     "removed moments": (
         lambda d: edit_manifest(some(d, "step-*"), lambda m: m["losia_config"].update(moments="kept")),
-        r"setting that is gone: its configuration: moments='kept' was removed",
+        r"saved with a setting that is gone: moments='kept' was removed",
     ),
     "never complete": (lambda d: [p.unlink() for p in d.glob("*/COMPLETE")], "no complete checkpoint in"),
     "empty": (lambda d: [atomic_files.remove(p) for p in d.iterdir()], "no complete checkpoint in"),

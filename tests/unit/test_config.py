@@ -1,6 +1,7 @@
 """What a user can set, and what each wrong value is answered with."""
 
 import json
+import warnings
 
 import pytest
 
@@ -85,20 +86,48 @@ def test_a_selection_has_short_forms_and_nests_in_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, value, now",
+    "text, selection, line",
     [
-        ("init", "importance", r"Located\(start=...\), in a file selection: {located: {start: ...}}"),
-        ("importance_betas", [0.5, 0.85], r"Located\(betas=...\), in a file selection: {located: {betas: ...}}"),
-        ("outlier_limit", 4, r"Drawn\(outlier_limit=...\), in a file selection: {drawn: {outlier_limit: ...}}"),
+        ("init: importance", Located(start="importance"), "selection: {located: {start: importance}}"),
+        (
+            "selection: random\noutlier_limit: 4\ncalibration_batches: 2",
+            Drawn(outlier_limit=4, calibration_batches=2),
+            "selection: {drawn: {outlier_limit: 4, calibration_batches: 2}}",
+        ),
+        (
+            "localization: rank_parallel\nimportance: first_order\nimportance_betas: [0.5, 0.85]\noutlier_limit:",
+            Located("first_order", (0.5, 0.85), reduction="by_rank"),
+            "selection: {located: {reduction: by_rank, importance: first_order, betas: [0.5, 0.85]}}",
+        ),
     ],
 )
-def test_the_flat_form_is_refused_with_the_line_of_now(tmp_path, name, value, now):
+def test_a_file_of_the_flat_form_loads_with_one_warning_that_names_the_line(tmp_path, text, selection, line):
     file = tmp_path / "old.yaml"
-    file.write_text(json.dumps({name: value}))
-    with pytest.raises(ConfigError, match=f"old.yaml has no {name} any more: give selection={now}"):
-        LoSiAConfig.from_file(file)
-    with pytest.raises(ConfigError, match=f"LoSiAConfig has no {name} any more: give selection={now}"):
-        LoSiAConfig(**{name: value})
+    file.write_text(text)
+    with pytest.warns(FutureWarning) as told:
+        config = LoSiAConfig.from_file(file)
+    assert len(told) == 1 and f"Write: {line}" in str(told[0].message) and "old.yaml" in str(told[0].message)
+    assert config.selection == selection
+    file.write_text(line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LoSiAConfig.from_file(file) == config
+
+
+def test_the_flat_form_is_refused_where_it_contradicts_itself_and_in_programs(tmp_path):
+    file = tmp_path / "old.yaml"
+    for text, said in {
+        "selection: random\ninit: importance": "init='importance' has no meaning with selection='random'.*take 'greedy'",
+        "outlier_limit: 4": "outlier_limit=4 has no meaning with selection='greedy'.*take 'random'",
+        "selection: {drawn: {}}\noutlier_limit: 4": "outlier_limit stand beside selection=.*move them into it",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=f"old.yaml: {said}"):
+            LoSiAConfig.from_file(file)
+    with pytest.raises(ConfigError, match=r"no init any more: give selection=Located\(start=...\)"):
+        LoSiAConfig(init="importance")
+    with pytest.raises(ConfigError, match=r"no outlier_limit any more: give selection=Drawn\(outlier_limit=...\)"):
+        LoSiAConfig(selection="random", outlier_limit=4)
 
 
 def test_presets_go_by_name_and_files_by_path(tmp_path, monkeypatch):
