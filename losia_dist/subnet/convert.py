@@ -31,11 +31,13 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     _check_pattern(config, targets)
     shapes = {target.name: whole_shape(access, target) for target in targets}
     sizes = {target.name: _subnet_shape(target, shapes[target.name], config) for target in targets}
+    _refuse_shared_experts(model, targets)
     embeddings = {target.name: _tied_embedding(model, target) for target in targets}
     trained_in_full = _trained_in_full(model, config, targets)
     routers = _routers(model, config, access)
     for target in targets:
         _check_dtype(target, subnet_dtype)
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     sites = []
@@ -50,7 +52,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     for parameter in trained_in_full:
         parameter.requires_grad_(True)
     for router in routers:
-        mark_router(router)
+        mark_router(router, frozen)
 
 
 def _make_site(
@@ -162,6 +164,23 @@ def _tied_embedding(model: nn.Module, target: Target) -> nn.Embedding | None:
     return embedding
 
 
+def _refuse_shared_experts(model: nn.Module, targets: list[Target]) -> None:
+    """A fused weight that several modules hold: the subnets of one would not be those of the other."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{path}.{name}")
+    for target in targets:
+        names = holders.get(id(target.weight), [])
+        if target.layout.experts is not None and len(names) > 1:
+            raise ConfigError(
+                f"the experts {names[0]!r} and {names[1]!r} share a weight; a subnet in a shared weight is supported for the "
+                "output layer and a torch.nn.Embedding only. Share the module instead, give each a weight of its own, or leave "
+                "them out of target_modules."
+            )
+
+
 def _routers(model: nn.Module, config: LoSiAConfig, access: BlockAccess) -> list[nn.Module]:
     """Routers that train in full; none unless they are asked for."""
     if config.router_lr_scale is None:
@@ -172,8 +191,8 @@ def _routers(model: nn.Module, config: LoSiAConfig, access: BlockAccess) -> list
             f"router_lr_scale={config.router_lr_scale}, but {type(model).__name__} has no router that is known. Leave "
             "router_lr_scale out, or name what is to train in modules_to_save."
         )
-    saved = set(saved_modules(model, config))
-    both = [name for name in found if name in saved]
+    saved = saved_modules(model, config)
+    both = [name for name in found if any(f"{name}.".startswith(f"{one}.") or one.startswith(f"{name}.") for one in saved)]
     if both:
         raise ConfigError(
             f"router_lr_scale={config.router_lr_scale} and modules_to_save both name {both[0]!r}, with rates of their own. "

@@ -58,6 +58,8 @@ def why_unusable_experts(module: Any) -> str | None:
         return "is spread over ranks already (expert parallelism): use losia_dist.load_distributed_model, which converts before"
     if "forward" in vars(module):
         return "has its forward replaced on the object (device_map and offloading hooks do that): load without device_map"
+    if not _has_known_forward(module):
+        return "computes by a forward of its own, which subnets would not follow: leave the experts out of target_modules"
     packed = [name for name, parameter in module.named_parameters() if is_packed(parameter)]
     return f"has a quantized weight ({packed[0]}): load the model unquantized" if packed else None
 
@@ -113,6 +115,15 @@ def is_of(module: Any, family: str, name: str) -> bool:
     """Whether a module is of Transformers' class of this name, in a family whose code is loaded."""
     found = getattr(sys.modules.get(f"transformers.models.{family}.modeling_{family}"), name, None)
     return found is not None and isinstance(module, found)
+
+
+def _has_known_forward(module: Any) -> bool:
+    """Whether it computes as Transformers has it: a subclass may keep all else and compute in another way.
+
+    `use_experts_implementation` puts a forward of Transformers' own in the place of the one that a class brings.
+    """
+    where: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
+    return where.startswith("transformers.")
 
 
 def _weights_of(module: Any, shape: Shape) -> list[tuple[Any, str, bool, int]]:
