@@ -61,12 +61,20 @@ def apply_to_copy(sites: Iterable[Site], apply: Callable[[], Any]) -> None:
 
 
 def check_loaded(sites: Iterable[Site], state_dict: dict[str, Any], prefix: str) -> None:
-    """The places that a state dict brings for a module's sites, before they are loaded.
+    """What a state dict brings for a module's sites, before it is loaded.
 
     Raises:
-        UnsupportedError: see `check_index`.
+        UnsupportedError: places that are none (`check_index`), or a whole weight without the subnet, whose old values would be
+            written over it.
     """
     for site in sites:
+        brings = [f"{prefix}{name}" in state_dict for name in (site.names.weight, site.names.subnet)]
+        if brings == [True, False] and not (site.awaits_weights or site.subnet.is_meta):
+            raise UnsupportedError(
+                f"this state dict has the weight of {site.name} and no subnet of it: what the model's subnet holds would be "
+                "written over what is loaded. Load weights before get_losia_model; a run goes on by load_checkpoint (under the "
+                "Trainer: LoSiATrainer)."
+            )
         for name, size in zip((site.names.row_index, site.names.col_index), site.shape, strict=True):
             if f"{prefix}{name}" in state_dict:
                 check_index(site, name, state_dict[f"{prefix}{name}"], size)

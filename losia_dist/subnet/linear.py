@@ -24,7 +24,7 @@ class SubnetLinear(nn.Linear):
     """A linear layer that trains W[R][:, C] only.
 
     Made from an existing `nn.Linear` in place (`SubnetLinear.adopt`), so that the module keeps its name, its hooks and
-    its `weight`, and an unchanged checkpoint still loads. Its tensors are described in `Site`.
+    its `weight`. Its tensors are described in `Site`.
     """
 
     weight_is_transposed = False

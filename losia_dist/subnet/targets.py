@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from losia_dist.config.losia_config import LoSiAConfig
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, some
 from losia_dist.subnet.all_linear import all_linear
 from losia_dist.subnet.expert_weights import ExpertWeight, Shape, expert_weights, parts_of, why_unusable_experts
 from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, stores_transposed, why_unusable
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.reach import unreached
+
+_logger = logging.getLogger(__name__)
 
 
 def _plain_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -79,7 +82,9 @@ def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_sh
         names = list(dict.fromkeys(first_name[id(aliases[name])] for name in linear))
         _refuse_unusable(aliases, names, bypassed)
         _refuse_unreached(model, names)
-        names += [name for name in chosen if name not in aliases]
+        fused = [name for name in chosen if name not in aliases]
+        _tell_halves(fused, experts)
+        names += fused
     if config.output_rank_factor is not None:
         if output is None or output not in aliases:
             raise ConfigError(
@@ -113,6 +118,14 @@ def _place(of_module: dict[int, int]) -> Callable[[Target], int]:
 def _linear_target(name: str, module: Any, *, is_output: bool) -> Target:
     group = name if is_output else group_of(name)
     return Target(name, module, group, is_output, name, Layout(transposed=stores_transposed(module)))
+
+
+def _tell_halves(chosen: list[str], experts: dict[str, ExpertWeight]) -> None:
+    """Say where a list means one weight of experts and not the others: "down_proj" does, beside "gate_up_proj"."""
+    owners = {id(experts[name].owner) for name in chosen}
+    frozen = [name for name, one in experts.items() if id(one.owner) in owners and name not in chosen]
+    if frozen:
+        _logger.warning("target_modules trains %s of the experts; %s stay frozen", some(chosen, 1), some(frozen, 1))
 
 
 def _expert_targets(weights: list[ExpertWeight], config: LoSiAConfig, shape: Shape) -> list[Target]:

@@ -109,6 +109,11 @@ def test_names_and_expressions_mean_experts_too(wanted):
     assert set(names(model)) == {f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)}
 
 
+def test_a_list_that_means_half_of_the_experts_is_told(caplog):
+    get_losia_model(tiny_model("mixtral"), LoSiAConfig(rank_factor=0.25, target_modules=["q_proj", "down_proj"]))
+    assert "trains model.layers.0.mlp.experts.down_proj" in caplog.text and "experts.gate_up_proj" in caplog.text
+
+
 def test_experts_that_are_not_there_are_named_with_the_nearest():
     with pytest.raises(ConfigError, match="no module is named 'experts.up_proj'. Nearest: .*gate_up_proj"):
         get_losia_model(tiny_model("mixtral"), LoSiAConfig(rank_factor=0.25, target_modules=["experts.up_proj"]))
