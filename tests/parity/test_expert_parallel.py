@@ -255,6 +255,7 @@ def train_and_move(case: Case, directory: str, path: str) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_checkpoints_of_spread_experts_resume_move_and_export(ranks, tmp_path):
     case = Case(model={"num_experts": 10}, max_grad_norm=0.3)  # five on a rank; FSDP2 alone cuts them by 3, 3, 3 and 1
     directory = save_model(case, tmp_path / "model")

@@ -38,6 +38,7 @@ FROZEN = ["InklingSharedExperts"]
 TAKEN = [name for name in CLASSES if name not in (*REFUSED, *FROZEN)]
 
 
+@pytest.mark.slow  # 25 s, most of it imports
 def test_every_decorated_class_has_a_tiny_model_or_a_reason_not_to():
     found = {one.name for one in decorated_classes()}
     assert len(found) > 50
