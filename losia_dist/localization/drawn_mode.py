@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.subnet.drawn import draw_subnets
+from losia_dist.subnet.site import Site
 
 
 class DrawnLocalization:
@@ -22,14 +21,7 @@ class DrawnLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
 
-    def accumulator(
-        self,
-        group: SlotGroup,
-        shape: tuple[int, int],
-        device: torch.device,
-        count: int = 1,
-        held: tuple[int, int] | None = None,
-    ) -> None:
+    def accumulator(self, group: SlotGroup, site: Site) -> None:
         return None
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:

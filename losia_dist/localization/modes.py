@@ -13,6 +13,7 @@ from losia_dist.localization.drawn_mode import DrawnLocalization
 from losia_dist.localization.search import Choice, greedy, keep_without_signal
 from losia_dist.localization.sharded_choice import select
 from losia_dist.localization.slots import SlotGroup, Wanted
+from losia_dist.subnet.site import Site
 
 
 class Localization(Protocol):
@@ -22,19 +23,8 @@ class Localization(Protocol):
         """Groups that localize in one slot, over all ranks."""
         ...
 
-    def accumulator(
-        self,
-        group: SlotGroup,
-        shape: tuple[int, int],
-        device: torch.device,
-        count: int = 1,
-        held: tuple[int, int] | None = None,
-    ) -> ImportanceAccumulator | None:
-        """What collects the importance of a layer of this group on this rank, or None if this rank does not.
-
-        shape: (m, n) of a matrix. count: X matrices; 1 for a linear layer. held: of experts that are spread over ranks, those
-        [start, stop) that this rank computes with.
-        """
+    def accumulator(self, group: SlotGroup, site: Site) -> ImportanceAccumulator | None:
+        """What collects the importance of a layer of this group on this rank, or None if this rank does not."""
         ...
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
@@ -55,19 +45,12 @@ class ReducedLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot
 
-    def accumulator(
-        self,
-        group: SlotGroup,
-        shape: tuple[int, int],
-        device: torch.device,
-        count: int = 1,
-        held: tuple[int, int] | None = None,
-    ) -> ImportanceAccumulator | None:
-        place: dict[str, Any] = {"collectives": self.collectives, "count": count}
-        if held is not None:
+    def accumulator(self, group: SlotGroup, site: Site) -> ImportanceAccumulator | None:
+        collectives = self.collectives
+        if site.held is not None:
             assert self.replicas is not None
-            place = {"collectives": self.replicas, "count": held[1] - held[0], "first": held[0]}
-        return ImportanceAccumulator(shape, device=device, **place, **self.settings)
+            collectives = self.replicas
+        return _accumulator_of(site, collectives, self.settings)
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         assert accumulator is not None
@@ -104,17 +87,10 @@ class RankParallelLocalization:
     def groups_per_slot(self, layers_per_slot: int) -> int:
         return layers_per_slot * self.collectives.world_size
 
-    def accumulator(
-        self,
-        group: SlotGroup,
-        shape: tuple[int, int],
-        device: torch.device,
-        count: int = 1,
-        held: tuple[int, int] | None = None,
-    ) -> ImportanceAccumulator | None:
+    def accumulator(self, group: SlotGroup, site: Site) -> ImportanceAccumulator | None:
         if self._owner(group) != self.collectives.rank:
             return None
-        return ImportanceAccumulator(shape, device=device, collectives=self.alone, count=count, **self.settings)
+        return _accumulator_of(site, self.alone, self.settings)
 
     def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
         if accumulator is not None:
@@ -132,6 +108,14 @@ class RankParallelLocalization:
 
     def _owner(self, group: SlotGroup) -> int:
         return group.place % self.collectives.world_size
+
+
+def _accumulator_of(site: Site, collectives: RowCollectives, settings: dict[str, Any]) -> ImportanceAccumulator:
+    """Of the matrices that this rank computes with."""
+    device, count = site.row_index.device, site.here.count
+    return ImportanceAccumulator(
+        site.shape, device=device, collectives=collectives, count=count, first=site.first_here, **settings
+    )
 
 
 def make_localization(

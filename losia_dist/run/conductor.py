@@ -357,8 +357,7 @@ class LoSiA:
             site.gradient_sink = None
             if site.group_name not in groups:
                 continue
-            group, device = groups[site.group_name], site.row_index.device
-            accumulator = self.localization.accumulator(group, site.shape, device, site.layout.count, site.held)
+            accumulator = self.localization.accumulator(groups[site.group_name], site)
             if accumulator is not None:
                 self._accumulators[site] = site.gradient_sink = accumulator
 

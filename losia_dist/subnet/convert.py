@@ -19,7 +19,7 @@ from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_shar
 from losia_dist.subnet.listed_experts import watch_listed
 from losia_dist.subnet.routers import mark_router
 from losia_dist.subnet.site import Site, matrix_names
-from losia_dist.subnet.targets import Target, find_targets, group_of, saved_modules
+from losia_dist.subnet.targets import Target, find_targets, in_localization_order, saved_modules
 
 
 def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_dtype: torch.dtype | None = None) -> None:
@@ -95,10 +95,7 @@ def _make_site(
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every site of a model (wrapped or not), in localization order."""
-    sites: list[Site] = [site for module in model.modules() for site in module.__dict__.get("sites", ())]
-    order = {layer: place for place, layer in enumerate(dict.fromkeys(group_of(site.name) for site in sites))}
-    # Parts of a layer's experts are groups behind the layer's own, wherever the model holds them.
-    return sorted(sites, key=lambda site: (site.is_output, order[group_of(site.name)], site.part))
+    return in_localization_order(site for module in model.modules() for site in module.__dict__.get("sites", ()))
 
 
 def group_names(sites: Sequence[Site]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from losia_dist.errors import UnsupportedError
 from losia_dist.ranks.fingerprint import loading_print
 from losia_dist.subnet.site import Site
-
-Module = TypeVar("Module", bound=nn.Module)
 
 HOW = (
     "Subnets move, so that means of their parameters (AveragedModel, EMA, SWA, means of state dicts) are means of values from "
@@ -29,62 +27,59 @@ HOW = (
 _copies: weakref.WeakKeyDictionary[Site, weakref.WeakSet[Site]] = weakref.WeakKeyDictionary()
 
 
-def deep_copy(module: Module, memo: dict[int, Any]) -> Module:
-    """A copy of a module with sites (`module.sites`), which no conductor drives, and which collects nothing."""
-    made: Any = module.__class__.__new__(module.__class__)
-    memo[id(module)] = made
-    kept = {name: value for name, value in module.__dict__.items() if name not in ("site", "sites")}
-    made.__dict__.update(copy.deepcopy(kept, memo))
-    sites: Any = module.sites
-    made.sites = [site.copy_for(made, memo) for site in sites]
-    if hasattr(module, "site"):
-        made.site = made.sites[0]
-    for site, copied in zip(sites, made.sites, strict=True):
-        if site.copied is None:
-            note_state(copied)
-        _copies.setdefault(site, weakref.WeakSet()).add(copied)
-    return made  # type: ignore[no-any-return]
+class HoldsSites(nn.Module):
+    """A module whose tensors are those of sites. A deep copy of it is driven by no conductor, and collects nothing."""
+
+    sites: list[Site]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HoldsSites:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        kept = {name: value for name, value in self.__dict__.items() if name != "sites"}
+        made.__dict__.update(copy.deepcopy(kept, memo))
+        made.sites = [site.copy_for(made, memo) for site in self.sites]
+        for site, copied in zip(self.sites, made.sites, strict=True):
+            if site.copied is None:
+                note_state(copied)
+            _copies.setdefault(site, weakref.WeakSet()).add(copied)
+        return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HoldsSites:
+        """A copy that is moved or cast is the same copy, whatever the new dtype rounds to."""
+        copied = [site for site in self.sites if site.copied is not None]
+        for site in copied:
+            check_copy(site)
+        super()._apply(fn, recurse)
+        for site in copied:
+            note_state(site)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for site in self.sites:
+            _check_loaded(site, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for site in self.sites:
+            if site.copied is not None and f"{prefix}{site.names.subnet}" in state_dict:
+                note_state(site)
 
 
-def apply_to_copy(sites: Iterable[Site], apply: Callable[[], Any]) -> None:
-    """Move or cast a module (`apply`): a copy stays the same copy, whatever the new dtype rounds to.
-
-    Raises:
-        UnsupportedError: a copy that was changed since it was made.
-    """
-    copied = [site for site in sites if site.copied is not None]
-    for site in copied:
-        check_copy(site)
-    apply()
-    for site in copied:
-        note_state(site)
-
-
-def check_loaded(sites: Iterable[Site], state_dict: dict[str, Any], prefix: str) -> None:
-    """What a state dict brings for a module's sites, before it is loaded.
+def _check_loaded(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
+    """What a state dict brings for a site, before it is loaded.
 
     Raises:
         UnsupportedError: places that are none (`check_index`), or a whole weight without the subnet, whose old values would be
             written over it.
     """
-    for site in sites:
-        brings = [f"{prefix}{name}" in state_dict for name in (site.names.weight, site.names.subnet)]
-        if brings == [True, False] and not (site.awaits_weights or site.subnet.is_meta):
-            raise UnsupportedError(
-                f"this state dict has the weight of {site.name} and no subnet of it: what the model's subnet holds would be "
-                "written over what is loaded. Load weights before get_losia_model; a run goes on by load_checkpoint (under the "
-                "Trainer: LoSiATrainer)."
-            )
-        for name, size in zip((site.names.row_index, site.names.col_index), site.shape, strict=True):
-            if f"{prefix}{name}" in state_dict:
-                check_index(site, name, state_dict[f"{prefix}{name}"], size)
-
-
-def note_loaded(sites: Iterable[Site], state_dict: dict[str, Any], prefix: str) -> None:
-    """A copy that a state dict gave another subnet is of this moment."""
-    for site in sites:
-        if site.copied is not None and f"{prefix}{site.names.subnet}" in state_dict:
-            note_state(site)
+    brings = [f"{prefix}{name}" in state_dict for name in (site.names.weight, site.names.subnet)]
+    if brings == [True, False] and not (site.awaits_weights or site.subnet.is_meta):
+        raise UnsupportedError(
+            f"this state dict has the weight of {site.name} and no subnet of it: what the model's subnet holds would be "
+            "written over what is loaded. Load weights before get_losia_model; a run goes on by load_checkpoint (under the "
+            "Trainer: LoSiATrainer)."
+        )
+    for name, size in zip((site.names.row_index, site.names.col_index), site.shape, strict=True):
+        if f"{prefix}{name}" in state_dict:
+            check_index(site, name, state_dict[f"{prefix}{name}"], size)
 
 
 def note_state(site: Site) -> None:

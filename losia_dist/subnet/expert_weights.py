@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -42,11 +41,10 @@ def expert_weights(model: nn.Module, shape: Shape) -> dict[str, ExpertWeight]:
     """
     found: dict[str, ExpertWeight] = {}
     for path, module in model.named_modules():
-        for holder, parameter, transposed, stacked in _weights_of(module, shape):
+        for holder, parameter, layout in weights_of(module):
+            if not layout.stacked and len(shape(getattr(holder, parameter))) != 3:
+                continue
             place = path if holder is module else f"{path}.{_child_name(module, holder)}"
-            weight = getattr(holder, parameter)
-            layout = Layout(transposed, None, stacked)
-            layout = replace(layout, experts=(0, layout.number_of_experts(shape(weight))))
             name = f"{place}.{parameter}"
             found[name] = ExpertWeight(name, holder, parameter, layout, module, path.rpartition(".")[0])
     return found
@@ -126,17 +124,17 @@ def _has_known_forward(module: Any) -> bool:
     return where.startswith("transformers.")
 
 
-def _weights_of(module: Any, shape: Shape) -> list[tuple[Any, str, bool, int]]:
-    """(holder, parameter, stored transposed, stacked) of what a module of experts computes with; nothing for other modules."""
+def weights_of(module: Any) -> list[tuple[Any, str, Layout]]:
+    """(holder, parameter, layout of all experts) of what a module of experts computes with; nothing for other modules."""
     if is_routed(module):
         up = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
-        transposed = bool(getattr(module, "is_transposed", False))
-        return [(module, name, transposed, 0) for name in (up, "down_proj") if len(shape(getattr(module, name))) == 3]
+        layout = Layout(bool(getattr(module, "is_transposed", False)), (0, module.num_experts))
+        return [(module, name, layout) for name in (up, "down_proj")]
     if is_of(module, "llama4", "Llama4TextExperts"):
-        return [(module, "gate_up_proj", True, 0), (module, "down_proj", True, 0)]
+        return [(module, name, Layout(True, (0, module.num_experts))) for name in ("gate_up_proj", "down_proj")]
     if is_of(module, "dbrx", "DbrxExperts"):
         count = module.num_experts
-        return [(module.mlp, name, name == "w2", count) for name in ("w1", "v1", "w2")]
+        return [(module.mlp, name, Layout(name == "w2", (0, count), count)) for name in ("w1", "v1", "w2")]
     return []
 
 

@@ -7,7 +7,6 @@ localize in parts, one of each for every part: `W_subnet_0` [X, r, c], `W_subnet
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 
 from losia_dist.ranks.fingerprint import loading_print
 from losia_dist.subnet.autocast import autocast_dtype
-from losia_dist.subnet.copied import apply_to_copy, check_copy, check_loaded, deep_copy, note_loaded
+from losia_dist.subnet.copied import HoldsSites, check_copy
 from losia_dist.subnet.dispatch import Dispatch
-from losia_dist.subnet.expert_weights import is_of
+from losia_dist.subnet.expert_weights import is_of, weights_of
 from losia_dist.subnet.experts_function import Routing, SubnetExpertsFunction
 from losia_dist.subnet.experts_operator import compiled_experts
 from losia_dist.subnet.grouped import grouped_linear
@@ -30,7 +29,7 @@ _MIXED: dict[tuple[Any, Any], Any] = {}
 _logger = logging.getLogger(__name__)
 
 
-class SubnetWeights(nn.Module):
+class SubnetWeights(HoldsSites):
     """A module with fused expert weights of which some hold subnets; `project` computes with one of them.
 
     Attributes:
@@ -38,7 +37,6 @@ class SubnetWeights(nn.Module):
         layouts: parameter -> how it stores all of its experts.
     """
 
-    sites: list[Site]
     layouts: dict[str, Layout]
 
     def project(self, x: Tensor, routing: Routing, parameter: str) -> Tensor:
@@ -65,18 +63,6 @@ class SubnetWeights(nn.Module):
             y = SubnetExpertsFunction.apply(x, routing, weight, layout, sites, *(site.subnet for site in sites))
         bias = getattr(self, f"{parameter}_bias", None)
         return y if bias is None else y + bias.to(y.dtype)[routing.owners]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SubnetWeights:
-        return deep_copy(self, memo)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetWeights:
-        apply_to_copy(self.sites, lambda: super(SubnetWeights, self)._apply(fn, recurse))
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_loaded(self.sites, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        note_loaded(self.sites, state_dict, prefix)
 
     def extra_repr(self) -> str:
         parts = [f"{site.names.subnet}={'x'.join(map(str, site.subnet.shape))}" for site in self.sites]
@@ -148,7 +134,7 @@ def add_expert_site(
     holder: Any,
     *,
     parameter: str,
-    part: int | None,
+    part: int,
     layout: Layout,
     weight_name: str,
     name: str,
@@ -165,7 +151,7 @@ def add_expert_site(
     values [X, r, c], the weight's at those places.
     """
     _adopt(owner, holder)
-    suffix = "" if part is None else f"_{part}"
+    suffix = "" if part < 0 else f"_{part}"
     names = TensorNames(parameter, *(f"{parameter}_{what}{suffix}" for what in ("subnet", "row_index", "col_index")))
     weight = getattr(holder, parameter)
     weight.requires_grad_(False)
@@ -182,7 +168,7 @@ def add_expert_site(
         asked_dtype=asked_dtype,
         names=names,
         weight_name=weight_name,
-        part=-1 if part is None else part,
+        part=part,
     )
     site.converted_print = loading_print(values)
     holder.sites.append(site)
@@ -203,15 +189,12 @@ def _adopt(owner: Any, holder: Any) -> None:
     """Turn a module of experts in place into one that computes with subnets, once."""
     if isinstance(holder, SubnetWeights):
         return
+    holder.layouts = {parameter: layout for _, parameter, layout in weights_of(owner)}
     if is_of(owner, "dbrx", "DbrxExperts"):
         owner.__class__ = _mixed(SubnetStackedExperts, type(owner))
         kind: type[SubnetWeights] = SubnetStackedWeights
-        holder.layouts = {name: Layout(name == "w2", (0, owner.num_experts), owner.num_experts) for name in ("w1", "v1", "w2")}
     else:
         kind = SubnetSortedExperts if is_of(owner, "llama4", "Llama4TextExperts") else SubnetExperts
-        transposed = kind is SubnetSortedExperts or bool(getattr(owner, "is_transposed", False))
-        named = [name for name in ("gate_up_proj", "up_proj", "down_proj") if name in owner._parameters]
-        holder.layouts = {name: Layout(transposed, (0, owner.num_experts)) for name in named}
         _say_what_computes(owner)
     holder.__class__ = _mixed(kind, type(holder))
     holder.sites = []

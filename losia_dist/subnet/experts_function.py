@@ -55,9 +55,10 @@ def experts_forward(
     layout: of all experts of the weight. subnets: of `sites`.
     """
     write_subnets(sites, weight, subnets)
-    for site in sites:
-        if site.module.training:
-            site.see_tokens(routing.counts if routing.counts is not None else count_of_each(routing.offsets))
+    if sites and sites[0].module.training:
+        counts = count_of_each(routing.offsets) if routing.counts is None else routing.counts
+        for site in sites:
+            site.see_tokens(counts)
     y = grouped_linear(x, layout.matrices(weight).to(x.dtype), routing.offsets)
     return y if routing.nobodys is None else y.masked_fill_(routing.nobodys, 0)
 

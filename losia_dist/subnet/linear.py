@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from losia_dist.ranks.fingerprint import loading_print
 from losia_dist.subnet.autocast import autocast_dtype
-from losia_dist.subnet.copied import apply_to_copy, check_copy, check_loaded, deep_copy, note_loaded
+from losia_dist.subnet.copied import HoldsSites, check_copy
 from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
 from losia_dist.subnet.kinds import stores_transposed
 from losia_dist.subnet.layout import Layout
@@ -20,7 +19,7 @@ from losia_dist.subnet.operator import compiled_embedding, compiled_linear
 from losia_dist.subnet.site import Site
 
 
-class SubnetLinear(nn.Linear):
+class SubnetLinear(HoldsSites, nn.Linear):
     """A linear layer that trains W[R][:, C] only.
 
     Made from an existing `nn.Linear` in place (`SubnetLinear.adopt`), so that the module keeps its name, its hooks and
@@ -32,8 +31,6 @@ class SubnetLinear(nn.Linear):
     subnet: nn.Parameter
     row_index: Tensor
     col_index: Tensor
-    site: Site
-    sites: list[Site]
 
     @classmethod
     def adopt(
@@ -61,7 +58,7 @@ class SubnetLinear(nn.Linear):
         linear.subnet = nn.Parameter(values)
         linear.register_buffer("row_index", rows)
         linear.register_buffer("col_index", columns)
-        site = linear.site = Site(
+        site = Site(
             linear,
             name=name,
             group_name=group_name,
@@ -74,18 +71,10 @@ class SubnetLinear(nn.Linear):
         site.converted_print = loading_print(values)
         return site
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SubnetLinear:
-        return deep_copy(self, memo)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubnetLinear:
-        """A copy that is moved or cast is the same copy, whatever the new dtype rounds to."""
-        apply_to_copy(self.sites, lambda: super(SubnetLinear, self)._apply(fn, recurse))
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_loaded(self.sites, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        note_loaded(self.sites, state_dict, prefix)
+    @property
+    def site(self) -> Site:
+        """A linear layer has one."""
+        return self.sites[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """y = x W^T + b for x [..., n]; under autocast in the autocast dtype, as a dense layer would be."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from losia_dist.subnet.expert_weights import ExpertWeight, Shape, expert_weights
 from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, stores_transposed, why_unusable
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.reach import unreached
+from losia_dist.subnet.site import Site
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Target:
     """A place that gets a subnet: a linear layer (`nn.Linear`, or `Conv1D` of Transformers), or experts of a fused weight.
 
     name: full name of the layer, or of the weight, with the part where there are several. weight_name: without the part.
-    parameter: the weight's name in the module. part: place of the part among those of the weight; None: it is all.
+    parameter: the weight's name in the module. part: place of the part among those of the weight; -1: it is all.
     """
 
     name: str
@@ -41,13 +42,16 @@ class Target:
     weight_name: str
     layout: Layout
     parameter: str = "weight"
-    part: int | None = None
+    part: int = -1
     owner: Any = None
 
     @property
     def weight(self) -> nn.Parameter:
         """As it is stored."""
         return getattr(self.module, self.parameter)  # type: ignore[no-any-return]
+
+
+Placed = TypeVar("Placed", Target, Site)
 
 
 def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_shape) -> list[Target]:
@@ -100,19 +104,19 @@ def find_targets(model: nn.Module, config: LoSiAConfig, shape: Shape = _plain_sh
         )
     targets = [_linear_target(name, aliases[name], is_output=name == output) for name in names if name in aliases]
     targets += _expert_targets([experts[name] for name in names if name in experts], config, shape)
-    # A group is re-localized as a whole, so its layers stand together; sorting is stable and keeps the model's order.
-    place = {name: place for place, name in enumerate(dict(model.named_modules()))}
-    of_module = {id(module): place[name] for name, module in model.named_modules()}
-    layers = {
-        layer: at for at, layer in enumerate(dict.fromkeys(group_of(t.name) for t in sorted(targets, key=_place(of_module))))
-    }
-    return sorted(
-        targets, key=lambda t: (t.is_output, layers[group_of(t.name)], -1 if t.part is None else t.part, _place(of_module)(t))
-    )
+    place = {id(module): place for place, module in enumerate(model.modules())}
+    return in_localization_order(sorted(targets, key=lambda target: place[id(target.module)]))
 
 
-def _place(of_module: dict[int, int]) -> Callable[[Target], int]:
-    return lambda target: of_module[id(target.module)]
+def in_localization_order(found: Iterable[Placed]) -> list[Placed]:
+    """Targets, or sites, of a model in its order -> in that in which groups localize.
+
+    Decoder layers as they come, the parts of a layer's experts as groups behind its own, wherever the model holds them, the
+    output layer last. A group is re-localized as a whole, so its layers stand together.
+    """
+    found = list(found)
+    layers = {layer: place for place, layer in enumerate(dict.fromkeys(group_of(one.name) for one in found))}
+    return sorted(found, key=lambda one: (one.is_output, layers[group_of(one.name)], one.part))
 
 
 def _linear_target(name: str, module: Any, *, is_output: bool) -> Target:
@@ -142,7 +146,7 @@ def _expert_targets(weights: list[ExpertWeight], config: LoSiAConfig, shape: Sha
         asked = None if config.located is None else config.experts_per_slot
         parts = parts_of(one.layout.count, elements[id(one.owner)], asked)
         for place, (start, stop) in enumerate(parts):
-            group, name, part = group_of(one.name), one.name, None
+            group, name, part = group_of(one.name), one.name, -1
             if len(parts) > 1:
                 group, name, part = f"{group}.experts[{start}:{stop}]", f"{one.name}[{start}:{stop}]", place
             layout = replace(one.layout, experts=(start, stop))

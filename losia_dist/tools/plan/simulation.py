@@ -121,7 +121,7 @@ def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, lis
     localizing = [site for site in sites if site.group_name in names]
     for site in localizing:
         place = SlotGroup(site.group_name, 0)  # with reduction="by_rank" rank 0, which this is, works at its own groups
-        site.gradient_sink = localization.accumulator(place, site.shape, torch.device("cpu"), site.layout.count)
+        site.gradient_sink = localization.accumulator(place, site)
     return localization, localizing
 
 
