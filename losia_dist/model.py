@@ -11,6 +11,7 @@ from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import convert, find_sites
+from losia_dist.subnet.packed_linear import adopt_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,7 +40,12 @@ def get_losia_model(model: Model, config: LoSiAConfig, subnet_dtype: torch.dtype
     """
     if find_sites(model):
         raise ConfigError("the model already has subnets: get_losia_model is called once per model.")
-    convert(model, config, resolve_parameters(model), subnet_dtype)
+    undo = adopt_quantized(model, config.retired, config.seed)
+    try:
+        convert(model, config, resolve_parameters(model), subnet_dtype)
+    except BaseException:
+        undo()
+        raise
     checkpointing = getattr(model, "is_activation_checkpointing", None)  # Transformers 5; older releases have the other
     if checkpointing is None:
         checkpointing = getattr(model, "is_gradient_checkpointing", False)

@@ -1,7 +1,8 @@
 """What a run's state is made of, engine by engine the same: out of a live run, and back into one.
 
 Names of tensors in a step's files: `state/<parameter>/<entry>`, `rows/<layer>`, `columns/<layer>`,
-`importance/<layer>/<first row>/mean` and `/deviation`, `buffer/<name>`, `value/<number>`, `random/<number>`.
+`importance/<layer>/<first row>/mean` and `/deviation`, those of `checkpoint/quantized.py`, `buffer/<name>`, `value/<number>`,
+`random/<number>`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.checkpoint import values
+from losia_dist.checkpoint.quantized import read_quantized, write_quantized
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.tensor_names import Contents
 from losia_dist.run.conductor import LoSiA
@@ -47,6 +49,7 @@ def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int) -
         if accumulator.stop > accumulator.start:
             keep(f"importance/{site.name}/{accumulator.start}/mean", accumulator.mean)
             keep(f"importance/{site.name}/{accumulator.start}/deviation", accumulator.deviation)
+    read_quantized(losia.parameters, contents.quantized, keep, rank, world_size)
     if rank == 0:
         for name, buffer in contents.buffers.items():
             keep(f"buffer/{name}", buffer)
@@ -75,6 +78,7 @@ def write_weights(losia: LoSiA, contents: Contents, reader: Reader) -> None:
     losia.parameters.reshard()
     for name, parameter in contents.weights.items():
         losia.parameters.write_whole(parameter, reader.weight(name, with_subnet=False))
+    write_quantized(losia.parameters, contents.quantized, reader)
     for name, buffer in contents.buffers.items():
         buffer.copy_(reader.tensor(f"buffer/{name}"))
 

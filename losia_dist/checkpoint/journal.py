@@ -61,7 +61,8 @@ def watch(losia: LoSiA, listeners: Callable[[], list[Moved]]) -> None:
 
     def retire(site: Site, values: Tensor) -> None:
         for moved in listeners():
-            moved.add(site)
+            if site.packed is None:  # what it leaves is not in the weight
+                moved.add(site)
 
     losia.on_retire.append(retire)
 

@@ -8,6 +8,7 @@ from typing import Any
 from losia_dist.checkpoint import content, layout, random_state
 from losia_dist.checkpoint.base import Chain
 from losia_dist.checkpoint.description import check_fits, check_scheduler
+from losia_dist.checkpoint.quantized import check_quantized, describe_quantized
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.session import check_parts, session_of
 from losia_dist.checkpoint.tensor_names import contents_of
@@ -74,10 +75,12 @@ def load_from(
     chosen = agreement.on_first(what, lambda: layout.find(directory, name))
     losia.parameters.reshard()
     contents = contents_of(losia)
+    quantized = describe_quantized(losia.parameters, contents.quantized)
 
     def check() -> tuple[Reader, dict[str, Any], dict[str, Any]]:
         reader = Reader(chosen)
         reader.check_files(agreement.rank, agreement.world_size)
+        check_quantized(quantized, reader.manifest.get("quantized", {}), reader.path)
         check_fits(losia, contents, reader, agreement.world_size)
         if not skip_scheduler:
             check_scheduler(scheduler, reader)

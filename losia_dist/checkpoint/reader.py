@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -90,6 +91,13 @@ class Reader:
             value = self.model_copy(f"{site}.subnet")
             found.append((self.tensor(f"rows/{site}"), self.tensor(f"columns/{site}"), value))
         return found  # type: ignore[return-value]
+
+    def numbered(self, prefix: str) -> Iterator[tuple[int, str, Tensor]]:
+        """(number, part, tensor) of every tensor of the step's own that is called `<prefix><number>/<part>`."""
+        for name in self._places:
+            if name.startswith(prefix):
+                number, _, part = name[len(prefix) :].partition("/")
+                yield int(number), part, self.tensor(name)
 
     def model_copy(self, name: str) -> Tensor:
         """A trained parameter as the model computes with it: its saved value in the parameter's dtype, [r, c] of a subnet."""

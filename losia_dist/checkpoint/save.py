@@ -19,6 +19,7 @@ from losia_dist.checkpoint import atomic_files, content, layout, random_state, v
 from losia_dist.checkpoint.base import Chain, write_base
 from losia_dist.checkpoint.description import describe_model, describe_parts
 from losia_dist.checkpoint.journal import Moved, read_blocks
+from losia_dist.checkpoint.quantized import describe_quantized
 from losia_dist.checkpoint.reader import state_file
 from losia_dist.checkpoint.session import Session, check_parts, session_of
 from losia_dist.checkpoint.tensor_names import Contents, contents_of
@@ -128,6 +129,7 @@ def save_as(
             "versions": {"losia_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "losia_config": losia.config.to_dict(),
             **describe_parts(losia, contents),
+            "quantized": describe_quantized(losia.parameters, contents.quantized),
             "values": plain,
         },
         keep_last=keep_last,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.convert import find_sites
+from losia_dist.subnet.packed import packed_modules
 from losia_dist.subnet.site import Site
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -24,6 +25,7 @@ class Contents:
         buffers: persistent buffers but the subnets' indices.
         sites: name of a site -> the site; that of a linear layer is the layer's.
         weight_of: name of a site -> the name of its weight.
+        quantized: name of a layer -> the module, of those whose weight is stored as codes; that is in no other list.
         aliases: further names of a shared parameter or buffer -> the first one.
     """
 
@@ -32,6 +34,7 @@ class Contents:
     buffers: dict[str, Tensor]
     sites: dict[str, Site]
     weight_of: dict[str, str]
+    quantized: dict[str, nn.Module]
     aliases: dict[str, str]
 
 
@@ -44,6 +47,8 @@ def contents_of(losia: LoSiA) -> Contents:
     trained: dict[str, nn.Parameter] = {name: sites[name.removesuffix(".subnet")].subnet for name in subnets.values()}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
+    quantized = {plain_name(name): module for name, module in packed_modules(model).items()}
+    codes = {id(module.weight) for module in quantized.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = plain_name(name)
         if id(parameter) in subnets:
@@ -52,10 +57,12 @@ def contents_of(losia: LoSiA) -> Contents:
             aliases[name] = first[id(parameter)]
             continue
         first[id(parameter)] = name
+        if id(parameter) in codes:
+            continue
         (trained if parameter.requires_grad else weights)[name] = parameter
     buffers = _persistent_buffers(model)
     weight_of = {name: first[id(site.weight)] for name, site in sites.items()}
-    return Contents(weights, trained, buffers, sites, weight_of, aliases)
+    return Contents(weights, trained, buffers, sites, weight_of, quantized, aliases)
 
 
 def plain_entries(model: nn.Module) -> list[tuple[str, Tensor]]:

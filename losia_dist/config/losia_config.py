@@ -24,6 +24,7 @@ from losia_dist.config.selection import (
 from losia_dist.errors import ConfigError
 
 CONFIG_NAME = "losia_config.json"
+RETIRED = ("nf4", "int8", "bf16", "stochastic")
 PACKAGED = resources.files("losia_dist") / "config" / "presets"  # files that go by their names
 
 
@@ -64,6 +65,9 @@ class LoSiAConfig:
         rewarm_steps: steps over which a re-localized group's learning rate rises again; None: the period; 0: off.
         reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
             False keeps the old step count, as the authors' code does.
+        retired: over a quantized base, how what a subnet changed is kept once it has moved on, beside the codes: "nf4" (0.53
+            bytes a value), "int8" (1.0) or "bf16" (2.0); "stochastic" rounds it into the codes at random, which takes no memory
+            and adds noise with each move. None: "nf4" over bitsandbytes' forms, "int8" over FP8.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
@@ -83,6 +87,7 @@ class LoSiAConfig:
     router_lr_scale: float | None = None
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
+    retired: str | None = None
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoSiAConfig:
@@ -109,6 +114,8 @@ class LoSiAConfig:
         for name in ("train_norms", "train_embeddings", "reset_bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
+        if self.retired is not None and self.retired not in RETIRED:
+            raise ConfigError(f"retired={self.retired!r}: {', '.join(RETIRED)}, or null.")
         self._check_full_lr_scale()
         self._check_experts()
         self._check_outlier_limit()

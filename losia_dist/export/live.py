@@ -98,7 +98,7 @@ def save_whole_model(
     access, agreement = access or resolve_parameters(plain), agreement or Agreement.of_all()
     named = dict(plain_entries(plain))
     named = _stored_once(plain, named) if hasattr(plain, "save_pretrained") else named
-    entries = {name: atomic_files.Entry(tensor.dtype, _shape(access, tensor)) for name, tensor in named.items()}
+    entries = {name: atomic_files.Entry(_dtype(access, tensor), _shape(access, tensor)) for name, tensor in named.items()}
     state: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
@@ -179,6 +179,10 @@ def _read(access: ParameterAccess, tensor: Tensor) -> Tensor:
 
 def _shape(access: ParameterAccess, tensor: Tensor) -> tuple[int, ...]:
     return access.shape(tensor) if isinstance(tensor, nn.Parameter) else tuple(tensor.shape)
+
+
+def _dtype(access: ParameterAccess, tensor: Tensor) -> torch.dtype:
+    return access.dtype(tensor) if isinstance(tensor, nn.Parameter) else tensor.dtype
 
 
 def _drop_quantization_note(path: Path) -> None:

@@ -321,8 +321,7 @@ class LoSiA:
         self.check_latest_step()
         self.parameters.reshard()
         check_intact(self.model, self.sites, self.parameters, trains=False)
-        for site in self.sites:
-            self.placement.write_back(site)
+        self.placement.write_all_back()
 
     def detach(self) -> None:
         """Take the conductor off the model and the optimizer; the subnets' values stay where they are.

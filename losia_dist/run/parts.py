@@ -33,5 +33,6 @@ def localization_of(parts: RunParts, config: LoSiAConfig, agreement: Agreement) 
     """Who localizes what in this run; called by all ranks, which make process groups where experts are spread over them."""
     group, is_spread = replica_group(parts.sites, agreement)
     replicas = RowCollectives(group, parts.collectives.world_size) if is_spread else None
-    resident = parts.parameters.weight_is_resident
+    # A quantized weight is made dense for a moment.
+    resident = parts.parameters.weight_is_resident and all(site.packed is None for site in parts.sites)
     return make_localization(config, parts.collectives, weight_is_resident=resident, replicas=replicas)

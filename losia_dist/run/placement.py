@@ -46,6 +46,12 @@ class Placement:
         write_back(self.parameters, site, site.row_index, site.col_index, values)
         return values
 
+    def write_all_back(self) -> None:
+        """`write_back` of every subnet. Codes stay as they are: whoever reads a quantized weight whole reads the subnet in it."""
+        for site in self.sites:
+            if site.packed is None:
+                self.write_back(site)
+
     def wanted(self, site: Site, step: int, outliers: Mapping[str, Sequence[int]]) -> Wanted:
         """What is asked for where the layer is to get another subnet after `step` optimizer steps.
 

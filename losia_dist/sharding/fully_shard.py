@@ -23,6 +23,7 @@ from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.expert_parallel import check_parallelism, is_spread, is_whole_expert
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.subnet.layout import Places
+from losia_dist.subnet.packed import as_integers
 
 
 class FullyShardParameters:
@@ -58,7 +59,15 @@ class FullyShardParameters:
 
     @torch.no_grad()
     def read_block(self, weight: Any, places: Places) -> Tensor:
-        local, mine, inside = _find(weight, places)
+        return self._read(weight, places, local_part(weight))
+
+    @torch.no_grad()
+    def read_bits(self, weight: Any, places: Places) -> Tensor:
+        return self._read(weight, places, as_integers(local_part(weight)).to(torch.int64))
+
+    def _read(self, weight: Any, places: Places, local: Tensor) -> Tensor:
+        """local: what stands for this rank's block."""
+        mine, inside = _find(weight, places)
         if local.numel():
             values = torch.where(inside, local[mine], torch.zeros((), dtype=local.dtype, device=local.device))
         else:
@@ -71,7 +80,17 @@ class FullyShardParameters:
 
     @torch.no_grad()
     def write_block(self, weight: Any, places: Places, values: Tensor) -> None:
-        local, mine, inside = _find(weight, places)
+        self._write(weight, places, local_part(weight), values)
+
+    @torch.no_grad()
+    def write_bits(self, weight: Any, places: Places, bits: Tensor) -> None:
+        self._write(weight, places, as_integers(local_part(weight)), bits)
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return parameter.dtype
+
+    def _write(self, weight: Any, places: Places, local: Tensor, values: Tensor) -> None:
+        mine, inside = _find(weight, places)
         if local.numel():
             chosen = torch.where(inside)
             here = tuple(place.expand_as(inside)[chosen] for place in mine)
@@ -168,19 +187,18 @@ def own_range(tensor: Tensor) -> tuple[Tensor, int]:
     return local, offset[0] * tensor.stride(0)
 
 
-def _find(weight: DTensor, places: Places) -> tuple[Tensor, Places, Tensor]:
-    """The local block, the places in it, and which of the elements it holds: bool, of the shape that the places broadcast to.
+def _find(weight: DTensor, places: Places) -> tuple[Places, Tensor]:
+    """The places in the local block, and which of the elements it holds: bool, of the shape that the places broadcast to.
 
     Places of elements that other ranks hold are clamped into the block; no host synchronisation.
     """
-    local = local_part(weight)
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
     mine, held = [], []
     for index, size, start in zip(places, shape, offset, strict=True):
-        index = index.to(local.device) - start
+        index = index.to(local_part(weight).device) - start
         held.append((index >= 0) & (index < size))
         mine.append(index.clamp(0, max(size - 1, 0)))
-    return local, tuple(mine), functools.reduce(torch.logical_and, held)
+    return tuple(mine), functools.reduce(torch.logical_and, held)
 
 
 def _refuse_unsharded(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,6 +41,19 @@ class ParameterAccess(Protocol):
 
     def write_block(self, weight: Tensor, places: Places, values: Tensor) -> None:
         """weight[places] = values [r, c] or [X, r, c], cast to the weight's dtype; each rank writes what it keeps."""
+        ...
+
+    def read_bits(self, weight: Tensor, places: Places) -> Tensor:
+        """The bits of the stored elements in these places, an int64 number each, on every rank: what a quantized weight's codes
+        are read by. The lowest bits of a number are the element's."""
+        ...
+
+    def write_bits(self, weight: Tensor, places: Places, bits: Tensor) -> None:
+        """Set the bits of stored elements; int64, equal on every rank. Each rank writes what it keeps."""
+        ...
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of a parameter's values: its own, unless it is a quantized weight."""
         ...
 
     def read_whole(self, parameter: Tensor) -> Tensor:

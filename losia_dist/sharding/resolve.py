@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 
 from losia_dist.errors import ConfigError, UnsupportedError, some
 from losia_dist.sharding.interface import ParameterAccess, StateAccess
+from losia_dist.sharding.packed_access import PackedAccess
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.sharding.whole import WholeParameters
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import GROUP_KEY
+from losia_dist.subnet.packed import packed_modules
 
 
 def resolve_parameters(model: nn.Module) -> ParameterAccess:
@@ -24,6 +26,11 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
     Raises:
         UnsupportedError: the model is sharded in a way that LoSiA cannot reach, or not sharded though that was asked for.
     """
+    access = _engine_access(model)
+    return access if not packed_modules(model) else PackedAccess(model, access)
+
+
+def _engine_access(model: nn.Module) -> ParameterAccess:
     parameters = list(model.parameters())
     if any(hasattr(p, "ds_id") for p in parameters):
         from losia_dist.sharding.zero3 import Zero3Parameters

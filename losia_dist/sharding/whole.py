@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.subnet.layout import Places
+from losia_dist.subnet.packed import as_integers
 
 
 class WholeParameters:
@@ -31,6 +32,18 @@ class WholeParameters:
     @torch.no_grad()
     def write_block(self, weight: Tensor, places: Places, values: Tensor) -> None:
         weight.data[places] = values.to(weight.dtype)
+
+    @torch.no_grad()
+    def read_bits(self, weight: Tensor, places: Places) -> Tensor:
+        return as_integers(weight.data)[places].to(torch.int64)
+
+    @torch.no_grad()
+    def write_bits(self, weight: Tensor, places: Places, bits: Tensor) -> None:
+        stored = as_integers(weight.data)
+        stored[places] = bits.to(stored.dtype)
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return parameter.dtype
 
     def read_whole(self, parameter: Tensor) -> Tensor:
         return parameter.detach().clone()

@@ -16,6 +16,7 @@ from losia_dist.errors import UnsupportedError
 from losia_dist.ranks import compat
 from losia_dist.sharding.leaf_modules import refuse_leaf_modules, refuse_listed_experts
 from losia_dist.subnet.layout import Places
+from losia_dist.subnet.packed import as_integers
 
 
 class Zero3Parameters:
@@ -66,7 +67,15 @@ class Zero3Parameters:
 
     @torch.no_grad()
     def read_block(self, weight: Any, places: Places) -> Tensor:
-        shard, start, stop = self._shard(weight)
+        return self._read(weight, places, weight.ds_tensor.data)
+
+    @torch.no_grad()
+    def read_bits(self, weight: Any, places: Places) -> Tensor:
+        return self._read(weight, places, as_integers(weight.ds_tensor.data).to(torch.int64))
+
+    def _read(self, weight: Any, places: Places, shard: Tensor) -> Tensor:
+        """shard: what stands for this rank's flat shard."""
+        _, start, stop = self._shard(weight)
         position = self._positions(weight, places).to(shard.device)
         mine = (position >= start) & (position < stop)
         local = (position - start).clamp_(0, max(stop - start - 1, 0))
@@ -80,12 +89,22 @@ class Zero3Parameters:
 
     @torch.no_grad()
     def write_block(self, weight: Any, places: Places, values: Tensor) -> None:
-        shard, start, stop = self._shard(weight)
+        self._write(weight, places, weight.ds_tensor.data, weight.data, values)
+
+    @torch.no_grad()
+    def write_bits(self, weight: Any, places: Places, bits: Tensor) -> None:
+        self._write(weight, places, as_integers(weight.ds_tensor.data), as_integers(weight.data), bits)
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        return parameter.dtype
+
+    def _write(self, weight: Any, places: Places, shard: Tensor, whole: Tensor, values: Tensor) -> None:
+        _, start, stop = self._shard(weight)
         position = self._positions(weight, places).to(shard.device)
         mine = (position >= start) & (position < stop)
         shard[position[mine] - start] = values.to(shard.device, shard.dtype)[mine]
         if self._is_gathered(weight):  # a small weight that the engine keeps whole beside its shards
-            weight.data[places] = values.to(weight.dtype)
+            whole[places] = values.to(whole.dtype)
 
     @torch.no_grad()
     def read_whole(self, parameter: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from losia_dist.subnet.layout import Layout, Places
@@ -14,6 +15,10 @@ class BlockAccess(Protocol):
 
     def shape(self, parameter: Tensor) -> tuple[int, ...]:
         """Shape of the whole parameter as it is stored."""
+        ...
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of a parameter's values."""
         ...
 
     def read_block(self, weight: Tensor, places: Places) -> Tensor:

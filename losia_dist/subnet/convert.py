@@ -36,7 +36,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     trained_in_full = _trained_in_full(model, config, targets)
     routers = _routers(model, config, access)
     for target in targets:
-        _check_dtype(target, subnet_dtype)
+        _check_dtype(target, access.dtype(target.weight), subnet_dtype)
     frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -129,8 +129,8 @@ def _subnet_shape(target: Target, shape: tuple[int, int], config: LoSiAConfig) -
     return rows, columns
 
 
-def _check_dtype(target: Target, subnet_dtype: torch.dtype | None) -> None:
-    dtype = target.weight.dtype
+def _check_dtype(target: Target, dtype: torch.dtype, subnet_dtype: torch.dtype | None) -> None:
+    """dtype: of the weight's values."""
     if subnet_dtype is None:
         return
     if not subnet_dtype.is_floating_point or torch.promote_types(dtype, subnet_dtype) != subnet_dtype:

@@ -25,9 +25,7 @@ def subnet_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, s
     """y = x W^T + b with the subnet's present values in W; x [..., n] -> [..., m], in the dtype of x."""
     if site.input_sink is not None:
         site.input_sink(x, 0)
-    matrix = site.as_rows(weight)
-    if site.must_write(weight, subnet):
-        write_subnet(matrix, subnet, site.rows, site.columns)
+    matrix = site.present(weight, subnet, x.dtype, again=False)
     return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -46,18 +44,18 @@ def subnet_backward(
 
     kept: all of x [..., n] if there is a sink to take the full gradient (the layer localizes), else x[..., C].
     """
-    rows, columns = site.rows, site.columns
-    matrix = site.as_rows(weight)
-    grad_x = grad_subnet = None
-    if not site.weight_is_resident and (needs_x or sink is not None):
-        write_subnet(matrix, subnet, rows, columns)  # dx reads the weight, and so does the sink
+    grad_x = grad_subnet = matrix = None
+    if needs_x or sink is not None:  # dx reads the weight, and so does the sink
+        matrix = site.present(weight, subnet, grad_y.dtype, again=True)
     if needs_x:
+        assert matrix is not None
         grad_x = grad_y @ matrix.to(grad_y.dtype)
     if needs_subnet:
         flat_grad, flat_kept = grad_y.reshape(-1, grad_y.shape[-1]), kept.reshape(-1, kept.shape[-1])
         if sink is None:
-            grad_subnet = subnet_gradient(flat_grad, flat_kept, rows)
+            grad_subnet = subnet_gradient(flat_grad, flat_kept, site.rows)
         else:
+            assert matrix is not None
             grad_subnet = _give_up(flat_grad.t() @ flat_kept, site, matrix, sink)
         grad_subnet = grad_subnet.to(subnet.dtype)
         site.in_mid_step = True

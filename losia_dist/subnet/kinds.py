@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from losia_dist.subnet.packed import packed_of
+
 _UNQUANTIZED = "Load the model unquantized"
 
 
@@ -32,6 +34,8 @@ class Unusable(NamedTuple):
 
 def why_unusable(module: Any) -> Unusable | None:
     """Why a linear layer cannot hold a subnet, or None if it can."""
+    if packed_of(module) is not None:
+        return None
     plain = nn.Linear if isinstance(module, nn.Linear) else _conv1d_class()
     if type(module).forward is not getattr(plain, "forward", None):
         return Unusable(

@@ -16,6 +16,7 @@ from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFuncti
 from losia_dist.subnet.kinds import stores_transposed
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.operator import compiled_embedding, compiled_linear
+from losia_dist.subnet.packed_linear import PackedLinear
 from losia_dist.subnet.site import Site
 
 
@@ -110,7 +111,7 @@ def _subnet_class(module: nn.Module) -> type[SubnetLinear]:
     if stores_transposed(module):
         return SubnetConv1D
     kind: Any = type(module)
-    return SubnetLinear if kind is nn.Linear else _with_methods_of(kind)
+    return SubnetLinear if kind in (nn.Linear, PackedLinear) else _with_methods_of(kind)
 
 
 @cache

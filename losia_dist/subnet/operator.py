@@ -50,7 +50,7 @@ def next_ticket() -> int:
 
 @torch.library.custom_op("losia_dist::subnet_linear", mutates_args=())
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor, m: int, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, x[..., C] for backward (empty if C takes all columns), and a ticket for all of x while the layer localizes."""
     site = find_site(row_index)
@@ -63,22 +63,17 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor) -> Any:
-    m, n = _whole_shape(x, weight)
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor, m: int, n: int
+) -> Any:
     columns = col_index.shape[0]
     kept = x.new_empty(0) if columns == n else x.new_empty(*x.shape[:-1], columns)
     return x.new_empty(*x.shape[:-1], m), kept, torch.empty((), dtype=torch.int64, device="cpu")
 
 
-def _whole_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    first, second = weight.shape
-    n = x.shape[-1]
-    return (first, second) if second == n else (second, first)
-
-
 @torch.library.custom_op("losia_dist::subnet_linear_backward", mutates_args=())
 def _linear_backward(
-    grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, needs_x: bool
+    grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, n: int, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
     site, number = find_site(row_index), int(ticket)  # on the CPU: no device is waited for
     sink = site.gradient_sink
@@ -95,18 +90,16 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(
-    grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, needs_x: bool
+    grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, n: int, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    first, second = weight.shape
-    n = second if first == grad_y.shape[-1] else first
     grad_x = grad_y.new_empty(*grad_y.shape[:-1], n) if needs_x else grad_y.new_empty(0)
     return grad_x, torch.empty_like(subnet, memory_format=torch.contiguous_format)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, subnet, row_index, col_index = inputs
+    x, weight, bias, subnet, row_index, col_index, _, ctx.n = inputs
     _, kept, ticket = output
-    takes_all = col_index.shape[0] == _whole_shape(x, weight)[1]
+    takes_all = col_index.shape[0] == ctx.n
     ctx.save_for_backward(x if takes_all else kept, ticket, weight, subnet, row_index)
     ctx.has_bias = bias is not None
 
@@ -114,9 +107,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _linear_gradients(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     kept, ticket, weight, subnet, row_index = ctx.saved_tensors
     needs_x, _, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_subnet = _linear_backward(grad_y.contiguous(), kept, ticket, weight, subnet, row_index, needs_x)
+    grad_x, grad_subnet = _linear_backward(grad_y.contiguous(), kept, ticket, weight, subnet, row_index, ctx.n, needs_x)
     grad_bias = grad_y.flatten(0, -2).sum(0) if ctx.has_bias and needs_bias else None
-    return grad_x if needs_x else None, None, grad_bias, grad_subnet, None, None
+    return grad_x if needs_x else None, None, grad_bias, grad_subnet, None, None, None, None
 
 
 _linear.register_autograd(_linear_gradients, setup_context=_linear_setup)
@@ -124,7 +117,8 @@ _linear.register_autograd(_linear_gradients, setup_context=_linear_setup)
 
 def compiled_linear(layer: Any, x: Tensor) -> Tensor:
     """`SubnetLinearFunction` of a `SubnetLinear`, for a graph: x [..., n] -> [..., m]."""
-    y, _, _ = _linear(x, layer.weight, layer.bias, layer.subnet, layer.row_index, layer.col_index)
+    shape = layer.out_features, layer.in_features
+    y, _, _ = _linear(x, layer.weight, layer.bias, layer.subnet, layer.row_index, layer.col_index, *shape)
     return y
 
 

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from losia_dist.subnet.blocks import write_subnet
 from losia_dist.subnet.layout import Layout
+from losia_dist.subnet.packed import packed_of
 
 # Called in backward with the full gradient of this micro-batch and the whole weight: [m, n] both, or [X, m, n] of experts. A
 # sink with `one_at_a_time` gets each expert's [m, n] by itself, and its place among the X.
@@ -85,6 +87,7 @@ class Site:
         self.module, self.names, self.layout = module, names, layout
         self.name, self.group_name, self.is_output = name, group_name, is_output
         self.shape, self.asked_dtype, self.part = shape, asked_dtype, part
+        self.packed = packed_of(module)  # what a quantized weight stores; None: the weight holds its values
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)
@@ -182,6 +185,24 @@ class Site:
     def as_rows(self, weight: Tensor) -> Tensor:
         """The matrices of the whole weight with output neurons first, [m, n] or [X, m, n]: itself, or a view."""
         return self.layout.matrices(weight)
+
+    def present(self, weight: Tensor, subnet: Tensor, dtype: torch.dtype, *, again: bool) -> Tensor:
+        """The matrices with the subnet's present values, output neurons first: [m, n] or [X, m, n].
+
+        The weight's own memory, in its dtype; of a quantized weight a new tensor of `dtype`.
+
+        Args:
+            weight, subnet: whole, as they are stored.
+            again: backward asks, after forward did.
+        """
+        if self.packed is not None:
+            matrix = self.as_rows(self.packed.dense(weight, dtype))
+            write_subnet(matrix, subnet, self.rows, self.columns)
+            return matrix
+        matrix = self.as_rows(weight)
+        if not self.weight_is_resident if again else self.must_write(weight, subnet):
+            write_subnet(matrix, subnet, self.rows, self.columns)
+        return matrix
 
     def must_write(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether the weight may lack the subnet's present values; the caller then writes them.

@@ -1,0 +1,99 @@
+"""A quantized base in a checkpoint: not its codes, which any run loads again, but their print, and what subnets left beside
+them.
+
+Names of tensors: `overlay/<layer>/<number>/rows`, `/columns` (where they are not all), `/codes` and `/scales`; where subnets
+are rounded into the codes instead (retired="stochastic"), the codes themselves, `codes/<layer>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losia_dist.checkpoint.reader import Reader
+from losia_dist.checkpoint.safetensors_io import dtype_name
+from losia_dist.errors import CheckpointError
+from losia_dist.sharding.packed_access import PackedAccess
+from losia_dist.subnet.overlay import Left
+from losia_dist.subnet.packed import packed_of
+
+
+def describe_quantized(access: Any, quantized: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Kind, shape, dtype of the values, print of the codes, by layer; called by all ranks, which gather each weight once."""
+    return {} if not quantized else {name: _describe(access, module) for name, module in quantized.items()}
+
+
+def _describe(access: PackedAccess, module: Any) -> dict[str, Any]:
+    packed = packed_of(module)
+    assert packed is not None
+    entry = {"shape": list(packed.shape), "dtype": dtype_name(packed.dtype), "print": access.print_of(module)}
+    return {**packed.describe(), **entry, "retired": packed.retired, "moves": packed.moves}
+
+
+def read_quantized(
+    access: Any, quantized: Mapping[str, nn.Module], keep: Callable[[str, Tensor], None], rank: int, world_size: int
+) -> None:
+    """Give `keep` this rank's share of what subnets left. Called by all ranks."""
+    for place, (name, module) in enumerate(quantized.items()):
+        packed, mine = packed_of(module), place % world_size == rank
+        assert packed is not None
+        if packed.overlay is None:
+            if packed.moves:
+                codes = access.read_codes(module.weight)
+                if mine:
+                    keep(f"codes/{name}", codes.reshape(-1).view(torch.uint8))
+            continue
+        for number, left in enumerate(packed.overlay.left if mine else ()):
+            for part, tensor in left._asdict().items():
+                if tensor is not None:
+                    keep(f"overlay/{name}/{number}/{part}", tensor)
+
+
+def write_quantized(access: Any, quantized: Mapping[str, nn.Module], reader: Reader) -> None:
+    """Put it back, each rank what it keeps. Called by all ranks, after `check_quantized`."""
+    for name, module in quantized.items():
+        packed, weight = packed_of(module), module.weight
+        assert packed is not None and isinstance(weight, Tensor)
+        packed.moves = reader.manifest["quantized"][name]["moves"]
+        if packed.overlay is not None:
+            packed.overlay.left = [Left(**parts) for parts in overlay_of(reader, name)]
+        elif packed.moves:
+            codes = reader.tensor(f"codes/{name}").view(packed.storage)
+            access.write_codes(weight, codes)
+
+
+def overlay_of(reader: Reader, layer: str) -> list[dict[str, Any]]:
+    """What subnets left in a layer, in order: fields of `Left`, on the CPU."""
+    found: dict[int, dict[str, Any]] = {}
+    for number, part, tensor in reader.numbered(f"overlay/{layer}/"):
+        found.setdefault(number, {"rows": None, "columns": None})[part] = tensor
+    return [found[number] for number in sorted(found)]
+
+
+def check_quantized(here: dict[str, Any], saved: dict[str, Any], path: Any) -> None:
+    """Refuse a base whose codes are not those that the checkpoint was made over.
+
+    Args:
+        here: from `describe_quantized`, of the live run. saved: that of the checkpoint's manifest.
+
+    Raises:
+        CheckpointError: the first layer that differs.
+    """
+    for name in sorted({*here, *saved}):
+        one, other = saved.get(name), here.get(name)
+        if one is None or other is None:
+            raise CheckpointError(
+                f"{name} is quantized in {'this run' if one is None else path}, and not in the other of the two: "
+                "load the base model as for the saved run."
+            )
+        for key in [key for key in one if key not in ("moves", "print")]:
+            if one[key] != other.get(key):
+                raise CheckpointError(f"{path} has {name} with {key} {one[key]}, and this run has {other.get(key)}.")
+        if one["print"] != other["print"]:
+            raise CheckpointError(
+                f"the codes of {name} are not those that {path} was made over: another version of the base model, or one "
+                "quantized with other settings or another release. Load the same base; what subnets left is relative to it."
+            )

@@ -1,0 +1,152 @@
+"""`Overlay`: what subnets left in a quantized weight, beside its codes, as small differences in few bits each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from losia_dist.errors import ConfigError
+from losia_dist.subnet.blocks import take_subnet, write_subnet
+
+RETIRED = ("nf4", "int8", "bf16")
+_BLOCK = 64  # values that share a scale, in NF4
+
+
+class Left(NamedTuple):
+    """What one subnet left: differences [r, c] to what was there before it, as codes and scales.
+
+    rows int64 [r] and columns int64 [c]; None: all of them.
+    """
+
+    rows: Tensor | None
+    columns: Tensor | None
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
+
+
+class Overlay:
+    """The differences between a weight and its codes' values, in the order in which subnets left them.
+
+    Args:
+        shape: (m, n) of the weight.
+        form: how a difference is stored: "nf4" (0.53 bytes), "int8" with a scale a row, or "bf16".
+    """
+
+    def __init__(self, shape: tuple[int, int], form: str) -> None:
+        self.shape, self.form = shape, form
+        self.left: list[Left] = []
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes, in bytes, on every rank."""
+        return sum(one.nbytes for one in self.left)
+
+    def add(self, rows: Tensor, columns: Tensor, difference: Tensor) -> None:
+        """Keep a difference [r, c], fp32. Differences that take more than one of the whole weight would become that one."""
+        m, n = self.shape
+        all_rows, all_columns = rows.numel() == m, columns.numel() == n
+        codes, scales = _ENCODE[self.form](difference)
+        self.left.append(Left(None if all_rows else rows.clone(), None if all_columns else columns.clone(), codes, scales))
+        if len(self.left) > 1 and self.nbytes > _whole_size(self.form, m, n):
+            whole = self.add_to(torch.zeros(m, n, dtype=torch.float32, device=difference.device))
+            self.left = [Left(None, None, *_ENCODE[self.form](whole))]
+
+    def add_to(self, matrix: Tensor) -> Tensor:
+        """matrix [m, n] += all differences, in place; returns it."""
+        for one in self.left:
+            rows, columns = (None if index is None else index.to(matrix.device) for index in (one.rows, one.columns))
+            difference = self._decode(one, matrix)
+            if rows is not None and columns is None:
+                matrix.index_add_(0, rows, difference)
+            elif rows is None and columns is not None:
+                matrix.index_add_(1, columns, difference)
+            else:
+                write_subnet(matrix, take_subnet(matrix, rows, columns) + difference, rows, columns)
+        return matrix
+
+    def add_to_block(self, block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """What `add_to` would make of matrix[R][:, C], given as block [r, c], in place. rows and columns are sorted."""
+        for one in self.left:
+            difference = self._decode(one, block)
+            found = [_find(index, wanted) for index, wanted in ((one.rows, rows), (one.columns, columns))]
+            for dimension, (place, _) in enumerate(found):
+                difference = difference.index_select(dimension, place)
+            inside = found[0][1].unsqueeze(1) & found[1][1].unsqueeze(0)
+            block += difference.masked_fill_(~inside, 0)
+        return block
+
+    def _decode(self, one: Left, like: Tensor) -> Tensor:
+        m, n = self.shape
+        shape = (m if one.rows is None else one.rows.numel(), n if one.columns is None else one.columns.numel())
+        return _DECODE[self.form](one.codes.to(like.device), one.scales.to(like.device), shape, like.dtype)
+
+
+def check_form(form: str) -> None:
+    """Raises: ConfigError: what this form needs is not installed."""
+    if form == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "retired='nf4' needs bitsandbytes: pip install bitsandbytes, or set retired: int8 (twice the memory)."
+            ) from error
+
+
+def _find(index: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each wanted number stands in a sorted index (None: every number at its own place), and whether it does."""
+    if index is None:
+        return wanted, torch.ones_like(wanted, dtype=torch.bool)
+    index = index.to(wanted.device)
+    place = torch.searchsorted(index, wanted).clamp_(max=index.numel() - 1)
+    return place, index[place] == wanted
+
+
+def _encode_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit(values.contiguous(), _BLOCK, "nf4", torch.uint8)
+    return codes.view(-1), scales.to(torch.bfloat16)
+
+
+def _decode_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    op = torch.ops.bitsandbytes.dequantize_4bit
+    return op(codes.unsqueeze(1), scales.to(torch.float32), _BLOCK, "nf4", list(shape), dtype)  # type: ignore[no-any-return]
+
+
+def _encode_int8(values: Tensor) -> tuple[Tensor, Tensor]:
+    scales = values.abs().amax(1, keepdim=True) / 127
+    return (values / scales.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scales
+
+
+def _decode_int8(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return (codes * scales).to(dtype)
+
+
+def _encode_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.to(torch.bfloat16), values.new_empty(0)
+
+
+def _decode_bf16(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype)
+
+
+_ENCODE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "nf4": _encode_nf4,
+    "int8": _encode_int8,
+    "bf16": _encode_bf16,
+}
+_DECODE: dict[str, Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Tensor]] = {
+    "nf4": _decode_nf4,
+    "int8": _decode_int8,
+    "bf16": _decode_bf16,
+}
+
+
+def _whole_size(form: str, m: int, n: int) -> float:
+    """Bytes of one difference of a whole weight."""
+    return {"nf4": m * n * (0.5 + 2 / _BLOCK), "int8": m * n + 4 * m, "bf16": 2 * m * n}[form]

@@ -1,0 +1,182 @@
+"""The forms of quantized linear layers that can hold subnets: bitsandbytes' NF4, FP4 and LLM.int8, Transformers' block FP8."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losia_dist.errors import UnsupportedError
+from losia_dist.subnet.packed import PackedWeight
+
+_FP8 = torch.float8_e4m3fn
+
+
+class FourBit(PackedWeight):
+    """NF4 or FP4 of bitsandbytes: two codes a byte, the first in the high half, a scale for each block of values.
+
+    The bytes may be stored as a wider dtype (`bnb_4bit_quant_storage`), and the scales may be quantized themselves.
+    """
+
+    codes_per_byte = 2
+
+    def __init__(self, state: Any, storage: torch.dtype, retired: str) -> None:
+        super().__init__(tuple(state.shape), state.dtype, storage, retired)
+        self.kind, self._state = state.quant_type, state
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "blocksize": self._state.blocksize, "double": bool(self._state.nested)}
+
+    def scales(self) -> list[Tensor]:
+        state = self._state
+        return [state.absmax] if not state.nested else [state.absmax, state.state2.absmax, state.offset.reshape(1)]
+
+    def _absmax(self, device: torch.device) -> Tensor:
+        """fp32, one scale for each block."""
+        state = self._state
+        if state.absmax.device != device:
+            state.to(device)
+        if not state.nested:
+            return state.absmax.to(torch.float32)
+        from bitsandbytes.functional import dequantize_blockwise
+
+        return (dequantize_blockwise(state.absmax, state.state2) + state.offset).to(torch.float32)
+
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        op, state = torch.ops.bitsandbytes.dequantize_4bit, self._state
+        bytes_ = codes.reshape(-1).view(torch.uint8).unsqueeze(1)
+        return op(bytes_, self._absmax(codes.device), state.blocksize, self.kind, list(self.shape), dtype)  # type: ignore[no-any-return]
+
+    def elements_at(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat // self.per_element, torch.zeros_like(flat)
+
+    def with_code(self, bits: Tensor, flat: Tensor, code: Tensor) -> Tensor:
+        shift = self._shift(flat)
+        return (bits & ~(15 << shift)) | (code << shift)
+
+    def _code(self, bits: Tensor, flat: Tensor) -> Tensor:
+        return (bits >> self._shift(flat)) & 15
+
+    def _shift(self, flat: Tensor) -> Tensor:
+        """By how many bits the code of a place lies above the lowest bit of its element."""
+        return (flat // 2) % self.storage.itemsize * 8 + 4 * (1 - flat % 2)
+
+    def _levels(self, device: torch.device) -> Tensor:
+        return self._state.code.to(device, torch.float32)  # type: ignore[no-any-return]
+
+    def _scale_at(self, flat: Tensor) -> Tensor:
+        return self._absmax(flat.device)[flat // self._state.blocksize]
+
+
+class EightBit(PackedWeight):
+    """Codes of a byte, one a value [m, n], and scales for rows (LLM.int8) or for blocks (FP8)."""
+
+    def __init__(
+        self, kind: str, codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype, retired: str
+    ) -> None:
+        """scale: fp32 [m / block rows, n / block columns], rounded up; a value is its code times its block's scale."""
+        super().__init__((codes.shape[0], codes.shape[1]), dtype, codes.dtype, retired)
+        self.kind, self._scale, self._block = kind, scale, block
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "block": list(self._block)}
+
+    def scales(self) -> list[Tensor]:
+        return [self._scale]
+
+    def _on(self, device: torch.device) -> Tensor:
+        self._scale = self._scale.to(device)
+        return self._scale
+
+    def _decode_all(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        (m, n), (rows, columns), scale = self.shape, self._block, self._on(codes.device)
+        if rows == 1 and columns == n:
+            return torch.mul(codes, scale, out=torch.empty(m, n, dtype=dtype, device=codes.device))
+        values = codes.to(dtype)  # exact: FP8 has fewer digits than any
+        if m % rows == 0 and n % columns == 0:
+            values.view(m // rows, rows, n // columns, columns).mul_(scale[:, None, :, None])
+            return values
+        return values.mul_(scale.repeat_interleave(rows, 0)[:m].repeat_interleave(columns, 1)[:, :n])
+
+    def with_code(self, bits: Tensor, flat: Tensor, code: Tensor) -> Tensor:
+        return code
+
+    def _code(self, bits: Tensor, flat: Tensor) -> Tensor:
+        return bits & 255
+
+    def _levels(self, device: torch.device) -> Tensor:
+        return torch.arange(256, dtype=torch.uint8, device=device).view(self.storage).to(torch.float32)
+
+    def _scale_at(self, flat: Tensor) -> Tensor:
+        n, (rows, columns) = self.shape[1], self._block
+        return self._on(flat.device)[flat // n // rows, flat % n // columns]
+
+
+def pack(module: nn.Module, retired: str | None, dtype: torch.dtype) -> tuple[PackedWeight, Tensor] | None:
+    """What a quantized linear layer stores, and the tensor that holds its codes; None if it is none of a known kind.
+
+    The module stays as it is.
+
+    Args:
+        retired: form of what subnets leave (`LoSiAConfig.retired`); None: "nf4" over bitsandbytes, "int8" over FP8.
+        dtype: of the model's other weights; values have it where the codes do not tell.
+
+    Raises:
+        UnsupportedError: a known kind in a state that cannot be read.
+    """
+    kind = type(module).__name__
+    if _is(module, "bitsandbytes.nn.modules", "Linear4bit"):
+        return _four_bit(module, retired or "nf4")
+    if _is(module, "bitsandbytes.nn.modules", "Linear8bitLt"):
+        return _int8(module, retired or "nf4", dtype)
+    if kind == "FP8Linear" and _is(module, "transformers.integrations.finegrained_fp8", "FP8Linear"):
+        return _fp8(module, retired or "int8", dtype)
+    return None
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether `pack` reads this kind of quantized linear layer."""
+    return type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt", "FP8Linear")
+
+
+def _is(module: nn.Module, where: str, name: str) -> bool:
+    kind = getattr(sys.modules.get(where), name, None)
+    return kind is not None and isinstance(module, kind)
+
+
+def _four_bit(module: Any, retired: str) -> tuple[PackedWeight, Tensor]:
+    weight = module.weight
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if state is None:
+        raise UnsupportedError(
+            "a bitsandbytes layer in 4 bits has no codes yet: bitsandbytes makes them when the model is moved to its device. "
+            "Load it with from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True)), or move it first."
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UnsupportedError(
+            "an evaluation has laid the codes of a bitsandbytes layer out anew for this processor, and rounded its scales: "
+            "load the model again, and call get_losia_model before the first forward pass."
+        )
+    return FourBit(state, weight.dtype, retired), weight.detach()
+
+
+def _int8(module: Any, retired: str, dtype: torch.dtype) -> tuple[PackedWeight, Tensor]:
+    if module.state.has_fp16_weights:
+        raise UnsupportedError("Linear8bitLt with has_fp16_weights=True keeps no codes: load the model with load_in_8bit=True.")
+    codes = module.weight.CB if module.weight.CB is not None else module.state.CB
+    scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    if codes is None or scale is None:
+        raise UnsupportedError("a Linear8bitLt has no codes yet: move the model to its device before get_losia_model.")
+    scale = scale.detach().to(torch.float32).unsqueeze(1) / 127
+    return EightBit("int8", codes, scale, (1, codes.shape[1]), dtype, retired), codes.detach()
+
+
+def _fp8(module: Any, retired: str, dtype: torch.dtype) -> tuple[PackedWeight, Tensor]:
+    codes, scale = module.weight.detach(), module.weight_scale_inv.detach()
+    if codes.dtype != _FP8:
+        raise UnsupportedError(f"an FP8Linear holds {codes.dtype}: only float8_e4m3fn can hold subnets. Load it dequantized.")
+    block = tuple(module.block_size or codes.shape)
+    scale = scale.to(torch.float32).reshape(-(-codes.shape[0] // block[0]), -1)
+    return EightBit("fp8", codes, scale, block, dtype, retired), codes
