@@ -24,7 +24,7 @@ from losia_dist.config.selection import (
 from losia_dist.errors import ConfigError
 
 CONFIG_NAME = "losia_config.json"
-RETIRED = ("nf4", "int8", "bf16", "stochastic")
+RETIRED = ("nf4", "int8", "bf16", "fp32", "stochastic")
 PACKAGED = resources.files("losia_dist") / "config" / "presets"  # files that go by their names
 
 
@@ -66,8 +66,8 @@ class LoSiAConfig:
         reset_bias_correction: when a layer's subnet moves, restart Adam's bias correction with its moments (correct, default);
             False keeps the old step count, as the authors' code does.
         retired: over a quantized base, how what a subnet changed is kept once it has moved on, beside the codes: "nf4" (0.53
-            bytes a value), "int8" (1.0) or "bf16" (2.0); "stochastic" rounds it into the codes at random, which takes no memory
-            and adds noise with each move. None: "nf4" over bitsandbytes' forms, "int8" over FP8.
+            bytes a value), "int8" (1), "bf16" (2) or "fp32" (4); "stochastic" rounds it into the codes at random, which takes
+            no memory and adds noise with each move. None: "nf4" over bitsandbytes' forms, "int8" over FP8.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 

@@ -47,7 +47,7 @@ class Placement:
         return values
 
     def write_all_back(self) -> None:
-        """`write_back` of every subnet. Codes stay as they are: whoever reads a quantized weight whole reads the subnet in it."""
+        """`write_back` of every subnet; codes stay: whoever reads a quantized weight whole reads the subnet in it."""
         for site in self.sites:
             if site.packed is None:
                 self.write_back(site)

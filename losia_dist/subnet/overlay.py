@@ -11,7 +11,6 @@ from torch import Tensor
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.blocks import take_subnet, write_subnet
 
-RETIRED = ("nf4", "int8", "bf16")
 _BLOCK = 64  # values that share a scale, in NF4
 
 
@@ -36,7 +35,7 @@ class Overlay:
 
     Args:
         shape: (m, n) of the weight.
-        form: how a difference is stored: "nf4" (0.53 bytes), "int8" with a scale a row, or "bf16".
+        form: how a difference is stored: "nf4" (0.53 bytes), "int8" with a scale a row, "bf16" or "fp32".
     """
 
     def __init__(self, shape: tuple[int, int], form: str) -> None:
@@ -99,6 +98,16 @@ def check_form(form: str) -> None:
             ) from error
 
 
+def dequantize_4bit(
+    packed: Tensor, scales: Tensor, block: int, kind: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Values [m, n] of bitsandbytes' codes: packed uint8 [m n / 2, 1], scales fp32 of blocks of successive values."""
+    # In one row: where rows are no multiple of the block, bitsandbytes' CPU kernel takes other blocks than it made
+    # (findings/bitsandbytes_cpu_rows_and_blocks.sh).
+    flat = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, block, kind, [shape[0] * shape[1]], dtype)
+    return flat.view(shape)  # type: ignore[no-any-return]
+
+
 def _find(index: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where each wanted number stands in a sorted index (None: every number at its own place), and whether it does."""
     if index is None:
@@ -114,8 +123,7 @@ def _encode_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    op = torch.ops.bitsandbytes.dequantize_4bit
-    return op(codes.unsqueeze(1), scales.to(torch.float32), _BLOCK, "nf4", list(shape), dtype)  # type: ignore[no-any-return]
+    return dequantize_4bit(codes.unsqueeze(1), scales.to(torch.float32), _BLOCK, "nf4", shape, dtype)
 
 
 def _encode_int8(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,26 +135,24 @@ def _decode_int8(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: t
     return (codes * scales).to(dtype)
 
 
-def _encode_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
-    return values.to(torch.bfloat16), values.new_empty(0)
-
-
-def _decode_bf16(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _decode_float(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
 _ENCODE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "nf4": _encode_nf4,
     "int8": _encode_int8,
-    "bf16": _encode_bf16,
+    "bf16": lambda values: (values.to(torch.bfloat16), values.new_empty(0)),
+    "fp32": lambda values: (values, values.new_empty(0)),
 }
 _DECODE: dict[str, Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Tensor]] = {
     "nf4": _decode_nf4,
     "int8": _decode_int8,
-    "bf16": _decode_bf16,
+    "bf16": _decode_float,
+    "fp32": _decode_float,
 }
 
 
 def _whole_size(form: str, m: int, n: int) -> float:
     """Bytes of one difference of a whole weight."""
-    return {"nf4": m * n * (0.5 + 2 / _BLOCK), "int8": m * n + 4 * m, "bf16": 2 * m * n}[form]
+    return {"nf4": m * n * (0.5 + 2 / _BLOCK), "int8": m * n + 4 * m, "bf16": 2 * m * n, "fp32": 4 * m * n}[form]

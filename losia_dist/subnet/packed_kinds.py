@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
+from losia_dist.subnet.overlay import dequantize_4bit
 from losia_dist.subnet.packed import PackedWeight
 
 _FP8 = torch.float8_e4m3fn
@@ -45,9 +46,8 @@ class FourBit(PackedWeight):
         return (dequantize_blockwise(state.absmax, state.state2) + state.offset).to(torch.float32)
 
     def _decode_all(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        op, state = torch.ops.bitsandbytes.dequantize_4bit, self._state
-        bytes_ = codes.reshape(-1).view(torch.uint8).unsqueeze(1)
-        return op(bytes_, self._absmax(codes.device), state.blocksize, self.kind, list(self.shape), dtype)  # type: ignore[no-any-return]
+        packed = codes.reshape(-1).view(torch.uint8).unsqueeze(1)
+        return dequantize_4bit(packed, self._absmax(codes.device), self._state.blocksize, self.kind, self.shape, dtype)
 
     def elements_at(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat // self.per_element, torch.zeros_like(flat)

@@ -21,6 +21,7 @@ from tests.reference.dense import DenseLoSiA, DenseWithOptimizer
 from tests.support.expected import converted_targets, mixture_targets
 from tests.support.families import MIXTURES, decoder_layers, tiny_model
 from tests.support.models import batches, tiny_llama
+from tests.support.quantized import dequantized, quantize
 
 RATE, VOCABULARY, QUIET = 1e-3, 96, 96
 
@@ -43,6 +44,7 @@ class Run:
     optimizer: str = ""  # of torch.optim; none: LoSiAAdamW, whose arithmetic the reference has
     quiet: tuple[tuple[int, int], ...] = ()  # (step, micro-batch) whose loss, and so all gradients, are exactly zero
     silenced: str | None = None  # a weight that starts at zero
+    quantized: str = ""  # the form of tests.support.quantized that the decoder's layers have; the reference has their values
     calibration: int = 0  # micro-batches over all ranks that start="importance" locates the first subnets from
 
 
@@ -89,7 +91,12 @@ def build(run: Run) -> torch.nn.Module:
         model.get_parameter(run.silenced).data.zero_()
     if run.quiet:
         _let_quiet_labels_weigh_nothing(model)
-    return model
+    return quantize(model, run.quantized) if run.quantized else model
+
+
+def build_plain(run: Run) -> torch.nn.Module:
+    """The same model with ordinary weights."""
+    return dequantized(build(run)) if run.quantized else build(run)
 
 
 def _let_quiet_labels_weigh_nothing(model: torch.nn.Module) -> None:
@@ -119,8 +126,9 @@ def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
     config = LoSiAConfig(**run.config)
     located = config.located or Located()
     is_mixture = run.family in MIXTURES and config.target_modules == "all-linear"
-    targets = mixture_targets(build(run), run.config) if is_mixture else converted_targets(build(run), config)
-    model = build(run)
+    plain = replace(config, retired=None)  # of the model that the reference has
+    targets = mixture_targets(build(run), run.config) if is_mixture else converted_targets(build_plain(run), plain)
+    model = build_plain(run)
     kind = DenseLoSiA if not run.optimizer else partial(DenseWithOptimizer, optimizer_of(run))
     dense = kind(
         model,

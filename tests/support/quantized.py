@@ -1,0 +1,99 @@
+"""Models with quantized linear layers, and the plain models that their codes stand for, by the quantizers' own libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def quantize(model: nn.Module, form: str) -> nn.Module:
+    """Quantize every linear layer of the decoder, in place. form: "nf4", "fp4", "int8" or "fp8"; behind a colon the storage.
+
+    "nf4:bfloat16:double" quantizes the scales too.
+    """
+    kind, *rest = form.split(":")
+    storage = getattr(torch, rest[0]) if rest and rest[0] != "double" else torch.uint8
+    for name, linear in list(_linears(model)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _quantized(linear, kind, storage, double="double" in rest))
+    return model
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A model that `quantize` made, with ordinary linear layers of the values that its codes stand for."""
+    for name, layer in list(model.named_modules()):
+        if type(layer).__name__ not in ("Linear4bit", "Linear8bitLt", "FP8Linear"):
+            continue
+        values = _values(layer)
+        plain = nn.Linear(values.shape[1], values.shape[0], bias=layer.bias is not None)
+        plain.weight.data = values.float().clone()
+        if layer.bias is not None:
+            plain.bias.data = layer.bias.data.float().clone()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    return model
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and ".layers." in name]
+
+
+def _quantized(linear: nn.Linear, kind: str, storage: torch.dtype, *, double: bool) -> nn.Module:
+    import bitsandbytes as bnb
+
+    m, n = linear.weight.shape
+    has_bias = linear.bias is not None
+    if kind in ("nf4", "fp4"):
+        made: Any = bnb.nn.Linear4bit(
+            n, m, bias=has_bias, quant_type=kind, quant_storage=storage, compute_dtype=torch.float32, compress_statistics=double
+        )
+        settings = {"quant_type": kind, "quant_storage": storage, "compress_statistics": double}
+        made.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, module=made, **settings).to("cpu")
+    elif kind == "int8":
+        made = bnb.nn.Linear8bitLt(n, m, bias=has_bias, has_fp16_weights=False)
+        made.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    else:
+        from transformers.integrations.finegrained_fp8 import FP8Linear
+
+        block = (16, 8)
+        made = FP8Linear(n, m, block_size=block, has_bias=has_bias)
+        scale = torch.zeros(-(-m // block[0]), -(-n // block[1]))
+        codes = torch.empty(m, n)
+        for i in range(scale.shape[0]):
+            for j in range(scale.shape[1]):
+                part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+                scale[i, j] = linear.weight.data[part].abs().max() / 448
+                codes[part] = linear.weight.data[part] / scale[i, j]
+        made.weight = nn.Parameter(codes.to(torch.float8_e4m3fn), requires_grad=False)
+        made.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+    if has_bias:
+        made.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
+    return made
+
+
+def _four_bits(stored: Tensor, state: Any) -> Tensor:
+    """By hand: in rows that are no multiple of the block bitsandbytes' CPU kernel takes wrong scales."""
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    halves = stored.reshape(-1).view(torch.uint8).long()
+    codes = torch.stack((halves >> 4, halves & 15), 1).view(-1)
+    values = [state.code[code] * scales[place // state.blocksize] for place, code in enumerate(codes.tolist())]
+    return torch.stack(values)[: state.shape.numel()].view(state.shape)
+
+
+def _values(layer: Any) -> Tensor:
+    if type(layer).__name__ == "Linear4bit":
+        return _four_bits(layer.weight.data, layer.weight.quant_state)
+    if type(layer).__name__ == "Linear8bitLt":
+        return layer.weight.CB.float() * layer.weight.SCB[:, None] / 127
+    rows, columns = layer.block_size
+    values = layer.weight.data.float()
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            values[i, j] *= layer.weight_scale_inv.data[i // rows, j // columns]
+    return values
