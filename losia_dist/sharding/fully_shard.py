@@ -23,7 +23,7 @@ from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.expert_parallel import check_parallelism, is_spread, is_whole_expert
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.subnet.layout import Places
-from losia_dist.subnet.packed import as_integers
+from losia_dist.subnet.packed import as_integers, packed_modules, packed_of
 
 
 class FullyShardParameters:
@@ -44,6 +44,7 @@ class FullyShardParameters:
         self.reshard()
         check_parallelism(getattr(getattr(model, "config", None), "distributed_config", None))
         _refuse_unsharded(model)
+        _refuse_codes(model, self._units)
 
     def reshard(self) -> None:
         # An evaluation leaves units that do not reshard after forward gathered: their modules hold plain tensors, which
@@ -199,6 +200,23 @@ def _find(weight: DTensor, places: Places) -> tuple[Places, Tensor]:
         held.append((index >= 0) & (index < size))
         mine.append(index.clamp(0, max(size - 1, 0)))
     return tuple(mine), functools.reduce(torch.logical_and, held)
+
+
+def _refuse_codes(model: nn.Module, units: list[Any]) -> None:
+    """Codes of a quantized weight that are left out of sharding, or would be cast whenever they are gathered."""
+    layers = packed_modules(model)
+    for name, layer in layers.items():
+        if not isinstance(layer.weight, DTensor):
+            raise UnsupportedError(
+                f"{name} is quantized and not sharded, while other layers are: every rank would hold all of it. Accelerate leaves "
+                "out codes that are stored as whole numbers: load the model with bnb_4bit_quant_storage=torch.bfloat16."
+            )
+    for unit in units:
+        group = unit._get_fsdp_state()._fsdp_param_group
+        for one in [] if group is None else group.fsdp_params:
+            packed, dtype = packed_of(one._module_info.module), one.mp_policy.param_dtype
+            if packed is not None and one._module_info.param_name == "weight" and dtype not in (None, packed.storage):
+                packed.check_storage(torch.empty(0, dtype=dtype))
 
 
 def _refuse_unsharded(model: nn.Module) -> None:

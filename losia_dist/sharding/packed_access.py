@@ -22,12 +22,17 @@ class PackedAccess:
     Args:
         model: after the engine took it.
         engine: access to the parameters as they are stored.
+
+    Raises:
+        UnsupportedError: the engine has cast codes.
     """
 
     def __init__(self, model: nn.Module, engine: ParameterAccess) -> None:
         self.engine = engine
         self.weight_is_resident = engine.weight_is_resident
         self._modules = list(packed_modules(model).values())
+        for module in self._modules:
+            module.packed.check_storage(module.weight)
 
     def reshard(self) -> None:
         self.engine.reshard()

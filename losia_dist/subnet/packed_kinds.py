@@ -71,14 +71,23 @@ class FourBit(PackedWeight):
 
 
 class EightBit(PackedWeight):
-    """Codes of a byte, one a value [m, n], and scales for rows (LLM.int8) or for blocks (FP8)."""
+    """Codes of a byte, one a value [m, n], and scales for rows (LLM.int8) or for blocks (FP8).
+
+    They are stored as uint8, whatever they are: engines and collectives know of that.
+
+    Args:
+        kind: "int8" or "fp8".
+        codes: [m, n], int8 or float8.
+        scale: fp32 [m / block rows, n / block columns], rounded up; a value is its code times its block's scale.
+        block: rows and columns of one.
+        dtype, retired: as for `PackedWeight`.
+    """
 
     def __init__(
         self, kind: str, codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype, retired: str
     ) -> None:
-        """scale: fp32 [m / block rows, n / block columns], rounded up; a value is its code times its block's scale."""
-        super().__init__((codes.shape[0], codes.shape[1]), dtype, codes.dtype, retired)
-        self.kind, self._scale, self._block = kind, scale, block
+        super().__init__((codes.shape[0], codes.shape[1]), dtype, torch.uint8, retired)
+        self.kind, self._of, self._scale, self._block = kind, codes.dtype, scale, block
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "block": list(self._block)}
@@ -91,7 +100,7 @@ class EightBit(PackedWeight):
         return self._scale
 
     def _decode_all(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        (m, n), (rows, columns), scale = self.shape, self._block, self._on(codes.device)
+        (m, n), (rows, columns), scale, codes = self.shape, self._block, self._on(codes.device), codes.view(self._of)
         if rows == 1 and columns == n:
             return torch.mul(codes, scale, out=torch.empty(m, n, dtype=dtype, device=codes.device))
         values = codes.to(dtype)  # exact: FP8 has fewer digits than any
@@ -107,7 +116,7 @@ class EightBit(PackedWeight):
         return bits & 255
 
     def _levels(self, device: torch.device) -> Tensor:
-        return torch.arange(256, dtype=torch.uint8, device=device).view(self.storage).to(torch.float32)
+        return torch.arange(256, dtype=torch.uint8, device=device).view(self._of).to(torch.float32)
 
     def _scale_at(self, flat: Tensor) -> Tensor:
         n, (rows, columns) = self.shape[1], self._block
@@ -170,7 +179,7 @@ def _int8(module: Any, retired: str, dtype: torch.dtype) -> tuple[PackedWeight, 
     if codes is None or scale is None:
         raise UnsupportedError("a Linear8bitLt has no codes yet: move the model to its device before get_losia_model.")
     scale = scale.detach().to(torch.float32).unsqueeze(1) / 127
-    return EightBit("int8", codes, scale, (1, codes.shape[1]), dtype, retired), codes.detach()
+    return EightBit("int8", codes, scale, (1, codes.shape[1]), dtype, retired), codes.detach().view(torch.uint8)
 
 
 def _fp8(module: Any, retired: str, dtype: torch.dtype) -> tuple[PackedWeight, Tensor]:
@@ -179,4 +188,4 @@ def _fp8(module: Any, retired: str, dtype: torch.dtype) -> tuple[PackedWeight, T
         raise UnsupportedError(f"an FP8Linear holds {codes.dtype}: only float8_e4m3fn can hold subnets. Load it dequantized.")
     block = tuple(module.block_size or codes.shape)
     scale = scale.to(torch.float32).reshape(-(-codes.shape[0] // block[0]), -1)
-    return EightBit("fp8", codes, scale, block, dtype, retired), codes
+    return EightBit("fp8", codes, scale, block, dtype, retired), codes.view(torch.uint8)
