@@ -18,7 +18,7 @@ QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval
 LOSIA_FLAGS = --losia --losia_config short --learning_rate 2e-3
 FULL_FLAGS = --learning_rate 5e-5
 
-.PHONY: venv quickstart quickstart-full test test-full lint format clean
+.PHONY: venv quickstart quickstart-4bit quickstart-full test test-full lint format clean
 
 venv: $(VENV)/.ready
 
@@ -35,6 +35,12 @@ quickstart: venv
 	$(RUN) python launch/prepare_quickstart.py --output quickstart
 	$(RUN) deepspeed --num_accelerators $(RANKS) launch/train.py $(LOSIA_FLAGS) --deepspeed configs/deepspeed/zero2.json \
 		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-losia
+
+# The same run over a base in 4 bits.
+quickstart-4bit: venv
+	$(RUN) python launch/prepare_quickstart.py --output quickstart
+	$(RUN) deepspeed --num_accelerators $(RANKS) launch/train.py $(LOSIA_FLAGS) --quantization nf4 --deepspeed configs/deepspeed/zero2.json \
+		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-4bit
 
 # The same run without --losia: every weight trains, for comparison.
 quickstart-full: venv

@@ -20,7 +20,10 @@ from losia_dist.errors import CheckpointError
 from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.groups import GROUP_KEY
 
-_FREE_TO_DIFFER = ("seed", "start")  # they decide about a run's first subnets only; where all are drawn, the seed about all
+_FREE_TO_DIFFER = (
+    "seed",
+    "start",
+)  # they decide about a run's first subnets only; the seed about all where all are drawn, or rounding is
 
 
 def describe_model(model: Any, contents: Contents) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # an earlier version's form is not the user's to change here
         here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, str(path)))
-    free = () if config.located is None else _FREE_TO_DIFFER
+    free = () if config.located is None or config.retired == "stochastic" else _FREE_TO_DIFFER
     for name in [*here, *there]:
         if here.get(name) != there.get(name) and name not in free:
             raise CheckpointError(

@@ -21,6 +21,7 @@ from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.recipe.choice import EngineChoice
 from losia_dist.recipe.environment import Process
+from losia_dist.recipe.quantization import quantization_arguments
 from losia_dist.recipe.weights.empty import check_buffers, parameters_on_meta
 from losia_dist.recipe.weights.model_files import ReadWhole, find_weights
 from losia_dist.recipe.weights.renaming import keep_precision
@@ -83,7 +84,8 @@ def load_model(
 ) -> tuple[Any, StreamedWeights | None, list[str]]:
     """The model; where its values are read from, if it is on the meta device on every rank; and what is to be said of it.
 
-    Where each rank keeps a part of every weight, no rank reads more than its part, if the files allow it. Each rank by itself.
+    Where each rank keeps a part of every weight, no rank reads more than its part, if the files allow it. A quantized model is
+    read whole by each rank, in its codes, a weight at a time. Each rank by itself.
 
     Raises:
         ConfigError: the model cannot be loaded, or some parameter of it is in no file.
@@ -96,7 +98,12 @@ def load_model(
         arguments["attn_implementation"] = options.attn_implementation
     weights, notes = None, []
     try:
+        stored = AutoConfig.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+        quantized = quantization_arguments(options.quantization, stored, choice, process) if options.losia else {}
+        arguments |= quantized
         try:
+            if quantized:
+                raise ReadWhole
             if not choice.cuts_weights or process.world_size == 1:
                 raise ReadWhole
             model, weights = _in_parts(options.model, arguments, choice)
@@ -106,7 +113,7 @@ def load_model(
             if reason.args:
                 reader = "rank 0 reads" if choice.sharding is not None else "every rank reads"
                 notes.append(f"{options.model} {reason}: {reader} all of it into memory")
-            if choice.sharding is not None and process.rank != 0:
+            if choice.sharding is not None and process.rank != 0 and not quantized:
                 model = _without_weights(options.model, arguments)
             else:
                 model = _whole(options.model, arguments)

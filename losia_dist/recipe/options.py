@@ -13,6 +13,7 @@ from losia_dist.data.dataset import OVERLONG
 from losia_dist.data.forms import FORMS
 from losia_dist.errors import ConfigError
 from losia_dist.recipe.config_arguments import add_config_arguments
+from losia_dist.recipe.quantization import QUANTIZATIONS
 
 PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
@@ -58,6 +59,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="read --train_file from front to back and keep its tokens alone, for what is larger than the disk (off)",
     )
     model.add_argument("--packing", action="store_true", help="fill rows of max_length with several records")
+    model.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="with --losia: keep the frozen weights in 4 or 8 bits (bitsandbytes' nf4, fp4, int8; fp8 on a GPU)",
+    )
     model.add_argument("--attn_implementation", help="attention of Transformers, for example sdpa or flash_attention_2")
     model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")
     add_config_arguments(parser)
@@ -210,6 +216,8 @@ def parse_columns(given: list[str] | None) -> dict[str, str] | None:
 def _rules(o: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     """Options that do not go together: whether they are given so, and what is said then."""
     yield o.losia_config and not o.losia, "--losia_config has no effect without --losia; add --losia, or leave it out."
+    text = f"--quantization {o.quantization} works with --losia only: codes cannot train in full. Add --losia, or leave it out."
+    yield o.quantization and not o.losia, text
     text = "--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out."
     yield o.loss_chunk is not None and o.loss != "chunked", text
     uncached = o.data_cache == "off"

@@ -208,8 +208,8 @@ def _refuse_codes(model: nn.Module, units: list[Any]) -> None:
     for name, layer in layers.items():
         if not isinstance(layer.weight, DTensor):
             raise UnsupportedError(
-                f"{name} is quantized and not sharded, while other layers are: every rank would hold all of it. Accelerate leaves "
-                "out codes that are stored as whole numbers: load the model with bnb_4bit_quant_storage=torch.bfloat16."
+                f"{name} is quantized and not sharded, while other layers are: every rank would hold all of it. Accelerate "
+                "leaves out codes that are stored as whole numbers: load the model with bnb_4bit_quant_storage=torch.bfloat16."
             )
     for unit in units:
         group = unit._get_fsdp_state()._fsdp_param_group

@@ -55,21 +55,27 @@ def _quantized(linear: nn.Linear, kind: str, storage: torch.dtype, *, double: bo
         made = bnb.nn.Linear8bitLt(n, m, bias=has_bias, has_fp16_weights=False)
         made.weight = bnb.nn.Int8Params(linear.weight.data.half(), requires_grad=False, has_fp16_weights=False).to("cpu")
     else:
-        from transformers.integrations.finegrained_fp8 import FP8Linear
-
-        block = (16, 8)
-        made = FP8Linear(n, m, block_size=block, has_bias=has_bias)
-        scale = torch.zeros(-(-m // block[0]), -(-n // block[1]))
-        codes = torch.empty(m, n)
-        for i in range(scale.shape[0]):
-            for j in range(scale.shape[1]):
-                part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
-                scale[i, j] = linear.weight.data[part].abs().max() / 448
-                codes[part] = linear.weight.data[part] / scale[i, j]
-        made.weight = nn.Parameter(codes.to(torch.float8_e4m3fn), requires_grad=False)
-        made.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
+        made = fp8_linear(linear)
     if has_bias:
         made.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
+    return made
+
+
+def fp8_linear(linear: nn.Linear) -> Any:
+    """Transformers' linear layer of FP8 with a scale for each block of 16 x 8."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear
+
+    (m, n), block = linear.weight.shape, (16, 8)
+    made: Any = FP8Linear(n, m, block_size=block, has_bias=linear.bias is not None)
+    scale = torch.zeros(-(-m // block[0]), -(-n // block[1]))
+    codes = torch.empty(m, n)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            scale[i, j] = linear.weight.data[part].abs().max() / 448
+            codes[part] = linear.weight.data[part] / scale[i, j]
+    made.weight = nn.Parameter(codes.to(torch.float8_e4m3fn), requires_grad=False)
+    made.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
     return made
 
 

@@ -39,7 +39,7 @@ def start(engine: str, run: Run, *, other_weights: bool = False) -> tuple[LoSiA,
     if other_weights:
         torch.manual_seed(5)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in (p for p in model.parameters() if p.is_floating_point()):  # no codes
                 parameter.add_(torch.randn_like(parameter) / 10)
     loop = _deepspeed_loop if engine.startswith("zero") else _plain_loop
     return loop(engine, model, config, run)

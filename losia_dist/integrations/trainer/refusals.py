@@ -95,8 +95,11 @@ def _refuse_model(arguments: dict[str, Any], losia_config: LoSiAConfig, uses_trl
             "a PEFT adapter and LoSiA cannot train one model together: pass the base model (model.merge_and_unload() keeps "
             "what an adapter has learned), and no peft_config."
         )
-    if getattr(model, "is_quantized", False) or arguments.get("quantization_config") is not None:
-        raise UnsupportedError("a quantized model has no weights that a subnet could be written into: load it in bf16.")
+    if arguments.get("quantization_config") is not None:
+        raise UnsupportedError(
+            "quantization_config is for a model that the trainer loads with an adapter: load the model with it yourself "
+            "(from_pretrained(..., quantization_config=...)), and pass the model."
+        )
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise UnsupportedError(
             "the model was sharded while loading (distributed_config), which a Trainer does not resume: load it without, and "

@@ -42,7 +42,7 @@ class LoSiATrainerMixin:
 
     Works in one process, under DDP, DeepSpeed (stages 0 to 3) and FSDP2; all ranks make and use it alike.
 
-    - The model is converted after the trainer's own `__init__`, unless it has subnets already.
+    - The model is converted after the trainer's own `__init__`, unless it has subnets already; a quantized model before.
     - Optimizer: `optim="adamw_torch"` and "adamw_torch_fused" (the default) mean `LoSiAAdamW`, one group per decoder layer,
       with learning_rate, adam_beta1, adam_beta2, adam_epsilon (the paper's is 1e-6) and weight_decay of the arguments;
       other `optim` values are refused. `optimizers=(optimizer, scheduler)` built from `losia_parameter_groups(model, ...)`
@@ -89,6 +89,8 @@ class LoSiATrainerMixin:
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         bound.apply_defaults()
         refuse_arguments(type(self), bound.arguments, losia_config)
+        if getattr(bound.arguments.get("model"), "is_quantized", False):
+            get_losia_model(bound.arguments["model"], losia_config)  # trainers refuse quantized models without adapters
         super().__init__(*args, **kwargs)
         refuse_engine(self)
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
