@@ -1,9 +1,9 @@
 """python -m benchmarks.quantized: what training over a base in 4 bits keeps of a run's gain, by how subnets leave it.
 
-The GSM8K task of benchmarks.quality, 60 steps of SmolLM2-135M. Subnets of the preset `short` are drawn anew in all layers every
-ten steps, the last time after the last step, so that all that was learned has been left by its subnet when it is measured.
-"exact" keeps it in fp32, "nearest" rounds it to the nearest code, as merging an adapter into a quantized base does. QLoRA has as
-many parameters. Runs are appended to --runs as they finish, and are not made again.
+The GSM8K task of benchmarks.quality, 60 steps of four problems, SmolLM2-135M. Subnets of the preset `short` are drawn anew in
+all layers every ten steps, the last time after the last step, so that all that was learned has been left by its subnet when
+it is measured. "exact" keeps it in fp32, "nearest" rounds it to the nearest code, as merging an adapter into a quantized base
+does. QLoRA has as many parameters. Runs are appended to --runs as they finish, and are not made again.
 """
 
 from __future__ import annotations
