@@ -17,8 +17,7 @@ from typing import Any
 from benchmarks.common import header, table, write_json
 from losia_dist import LoSiAConfig
 from losia_dist.tools.plan.memory import plan_memory
-from losia_dist.tools.plan.mixtures import MIXTURES
-from losia_dist.tools.plan.shapes import find_shape
+from losia_dist.tools.plan.shapes import MIXTURES, find_shape
 from losia_dist.tools.plan.workload import GB, Cluster, Workload
 
 METHODS: dict[str, dict[str, Any]] = {

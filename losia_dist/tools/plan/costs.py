@@ -67,7 +67,7 @@ def _method_products(workload: Workload, tokens: int) -> tuple[float, float]:
     """
     added = trained = 0.0
     rank, config = workload.lora_rank, workload.config
-    for count, layer in workload.shape.kinds():
+    for count, layer in workload.shape.kinds:
         for m, n, experts, taken, _ in layer.weights:
             if workload.method == "losia":
                 kept = subnet_size(m, config.row_factor) * subnet_size(n, config.column_factor)
@@ -134,7 +134,7 @@ def plan_warm_start(workload: Workload) -> dict[str, Any] | None:
     columns_alone = forward_only or config.row_factor == 1.0
     rows_alone = config.column_factor == 1.0 and not columns_alone
     passes = 1 if columns_alone or rows_alone else 2
-    weights = [(count * w.experts, w.m, w.n) for count, layer in shape.kinds() for w in layer.weights]
+    weights = [(count * w.experts, w.m, w.n) for count, layer in shape.kinds for w in layer.weights]
     sums = _SUM * sum(count * (m * (not columns_alone) + n * (not rows_alone)) for count, m, n in weights)
     single = replace(workload, accumulation=1)
     compute = plan_compute(single)

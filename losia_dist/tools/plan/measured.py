@@ -1,9 +1,10 @@
-"""Activations of one decoder layer of any kind, measured on fake tensors: one forward and one backward of the fullest layer."""
+"""Activations of one decoder layer, measured on fake tensors: one forward and one backward of the fullest layer, in bf16."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,26 +15,33 @@ from torch.utils._pytree import tree_leaves
 
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.tools.plan.meta_model import meta_model
-from losia_dist.tools.plan.mixtures import decoder_of
+from losia_dist.tools.plan.model_shape import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 
 class Measured(NamedTuple):
     """Bytes. shared: of what all layers share (masks, positions). saved: what backward of the layer reads, but its input.
 
-    beyond: what backward takes beyond that at its fullest, with gradients of what trains. at_gradients: the same where each
-    full gradient of a localizing weight has been formed, without those.
+    beyond: what backward takes beyond that at its fullest, with gradients of what trains: until the first full gradient of a
+    localizing weight is formed, from there to the second, and so on, those gradients left out.
     """
 
     shared: int
     saved: int
-    beyond: int
-    at_gradients: list[int]
+    beyond: list[int]
 
 
-def measure(workload: Workload, localizing: bool) -> Measured:
-    """One forward and backward of the fullest decoder layer, in which as many groups localize as do in a layer at most."""
-    kinds = workload.shape.kinds()
+def layer_activations(workload: Workload, localizing: bool = False) -> Measured:
+    """Of the fullest decoder layer, in which as many groups localize as do in a layer at most. Measured once for each use."""
+    key = (workload.method, workload.micro_batch, workload.sequence, workload.lora_rank, repr(workload.config), localizing)
+    measured = workload.shape.measured
+    if key not in measured:
+        measured[key] = _measure(workload, localizing)
+    return measured[key]
+
+
+def _measure(workload: Workload, localizing: bool) -> Measured:
+    kinds = workload.shape.kinds
     fullest = max(range(len(kinds)), key=lambda place: kinds[place][1].parameters)
     before = sum(count for count, _ in kinds[:fullest])
     with warnings.catch_warnings():
@@ -48,8 +56,9 @@ def measure(workload: Workload, localizing: bool) -> Measured:
                 model.to_empty(device="cpu")
                 return _one_layer(decoder, layer, workload, localizing, live)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            shape: Any = workload.shape
-            raise shape.unplannable(f"a decoder layer does not run on fake tensors ({str(error).splitlines()[0]})") from error
+            raise workload.shape.unplannable(
+                f"a decoder layer does not run on fake tensors ({str(error).splitlines()[0]})"
+            ) from error
 
 
 def _one_layer(decoder: Any, layer: Any, workload: Workload, localizing: bool, live: _Live) -> Measured:
@@ -66,34 +75,41 @@ def _one_layer(decoder: Any, layer: Any, workload: Workload, localizing: bool, l
     with torch.no_grad():
         decoder(inputs_embeds=x, use_cache=False)
     hook.remove()
-    at_gradients: list[int] = []
+    formed: list[int] = []
     sites = find_sites(layer) if workload.method == "losia" and localizing else []
     names = group_names(sites)[::-1][: workload.localizing_groups]
     for site in sites:
         if site.group_name in names:
-            site.gradient_sink = lambda gradient, weight: at_gradients.append(live.now - gradient.nbytes)
+            site.gradient_sink = lambda gradient, weight: formed.append(live.leave_out(gradient))
     before = live.now
     y = layer(x.requires_grad_(), *given["inputs"], **given["options"])
     y = y[0] if isinstance(y, tuple) else y
     forward = live.now - before
-    live.most = 0
+    started = len(live.history)
     y.backward(torch.empty_like(y))
-    beyond = [at - before - forward for at in (live.most, *at_gradients)]
-    return Measured(given["shared"], forward - y.nbytes, beyond[0], beyond[1:])
+    parts = pairwise([started, *formed, len(live.history)])
+    return Measured(given["shared"], forward - y.nbytes, [max(live.history[a:b]) - before - forward for a, b in parts])
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations have made and that are still there, now and at most."""
+    """Bytes of the storages that operations have made and that are still there: now, and after each operation so far."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = 0
+        self.history: list[int] = []
         self.known: dict[int, Any] = {}
 
     def forget(self) -> None:
         """Count nothing of what is there."""
-        self.now = self.most = 0
-        self.known = {key: (reference, 0) for key, (reference, _) in self.known.items()}
+        self.now = 0
+        self.known = {key: (reference, 0, place) for key, (reference, _, place) in self.known.items()}
+
+    def leave_out(self, tensor: Tensor) -> int:
+        """Count nothing of a tensor so far; returns the place in `history` where it was made."""
+        _, size, made = self.known[tensor.untyped_storage()._cdata]
+        self.history[made:] = [held - size for held in self.history[made:]]
+        return int(made)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -101,14 +117,14 @@ class _Live(TorchDispatchMode):
             for tensor in tree_leaves(tensors):
                 if isinstance(tensor, Tensor):
                     self._note(tensor.untyped_storage(), counts)
-        self.most = max(self.most, self.now)
+        self.history.append(self.now)
         return found
 
     def _note(self, storage: Any, counts: bool) -> None:
         key = storage._cdata
         if key not in self.known:
             size = storage.nbytes() if counts else 0
-            self.known[key] = (weakref.ref(storage, lambda _: self._let_go(key)), size)
+            self.known[key] = (weakref.ref(storage, lambda _: self._let_go(key)), size, len(self.history))
             self.now += size
 
     def _let_go(self, key: int) -> None:

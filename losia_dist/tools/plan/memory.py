@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import prod
 
 from losia_dist.formulas import subnet_size
-from losia_dist.tools.plan import activations
 from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
-from losia_dist.tools.plan.model_shape import FAMILIES, Layer
+from losia_dist.tools.plan.measured import layer_activations
+from losia_dist.tools.plan.model_shape import Layer
 from losia_dist.tools.plan.workload import Workload
 
 # DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
@@ -86,7 +86,7 @@ def sizes(workload: Workload, padded: bool = False) -> _Sizes:
     """
     shape, config = workload.shape, workload.config
     block = workload.shards if padded and workload.engine in ("fsdp2", "hsdp") else 1
-    kinds = [(count, *_of_layer(workload, layer, block)) for count, layer in shape.kinds()]
+    kinds = [(count, *_of_layer(workload, layer, block)) for count, layer in shape.kinds]
     _, weights, trained = max(kinds, key=lambda kind: kind[1])
     found = _Sizes(weights, shape.outer_parameters, 0, 0, trained, shape.outer_parameters)
     found.lacking_weights = sum(count * (weights - other) for count, other, _ in kinds)
@@ -94,7 +94,7 @@ def sizes(workload: Workload, padded: bool = False) -> _Sizes:
     if workload.method != "full":
         found.layer_added, found.outer_trained = trained, 0
     if workload.method == "losia":
-        places = [(count * w.experts, w) for count, layer in shape.kinds() for w in layer.weights]
+        places = [(count * w.experts, w) for count, layer in shape.kinds for w in layer.weights]
         found.indices = sum(count * sum(_subnet(workload, w.m, w.n)) for count, w in places)
         if config.output_rank_factor is not None:
             rows = subnet_size(shape.vocabulary, config.output_rank_factor)
@@ -154,7 +154,7 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
         "masters": FP32 * trained // shards,
         "moments": 2 * FP32 * trained // shards,
         "importance": 2 * FP32 * found.localizing // (1 if parallel else ranks),
-        "activations": activations.shared_bytes(workload),
+        "activations": layer_activations(workload).shared,
         "reserve": workload.cluster.reserve,
     }
     if workload.engine == "zero2":
@@ -167,15 +167,26 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
 def _locating(workload: Workload, loss: dict[str, int]) -> dict[str, int]:
     """The loss of a calibration batch: every layer keeps what localizing asks for, and no gradient is there yet."""
     layers = workload.shape.layers
-    saved = _layer_activations(workload, layers, layers) + activations.head_bytes(workload)
+    saved = _saved(workload, layers, layers) + _of_head(workload)
     return {**loss, "activations": saved, "importance": 0, "gradients": 0}
 
 
-def _layer_activations(workload: Workload, layers: int, localizing: int) -> int:
+def _input(workload: Workload) -> int:
+    """Of one decoder layer: what stays of it where its inside is recomputed."""
+    return BF16 * workload.tokens * workload.shape.hidden
+
+
+def _of_head(workload: Workload) -> int:
+    """What the last norm (in fp32) and the output layer keep."""
+    return (FP32 + BF16) * workload.tokens * workload.shape.hidden
+
+
+def _saved(workload: Workload, layers: int, localizing: int) -> int:
     """Saved of `layers` decoder layers whose backward is still to come, `localizing` of them with whole inputs."""
     if workload.checkpointing:
-        return layers * activations.checkpoint_bytes(workload)
-    return (layers - localizing) * activations.saved_bytes(workload) + localizing * activations.saved_bytes(workload, True)
+        return layers * _input(workload)
+    whole = layer_activations(workload, True).saved if localizing else 0
+    return (layers - localizing) * layer_activations(workload).saved + localizing * whole
 
 
 def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int]]:
@@ -195,32 +206,30 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
         # What was gathered for the layer before is let go when the next layer's weights are copied out of it.
         "forward of layer 1": {
             "gathered": live if zero3 else 2 * (outer + unit),
-            "activations": activations.checkpoint_bytes(workload),
+            "activations": _input(workload),
             **earlier,
         },
         "forward": {
             "gathered": gathered[3 if layers > 1 else 2],
-            "activations": _layer_activations(workload, layers if workload.checkpointing else layers - 1, 0),
+            "activations": _saved(workload, layers if workload.checkpointing else layers - 1, 0),
             **earlier,
         },
         "loss": {"gathered": gathered[1], **earlier, **_loss(workload)},
     }
     head = BF16 * workload.shape.vocabulary * workload.shape.hidden if workload.method == "full" else found.outer_trained * BF16
-    measured = workload.shape.family not in FAMILIES  # with the layer's gradients
-    largest = max(w.elements for w in workload.shape.fullest.weights) if workload.method == "full" and not measured else 0
     for done in range(layers):  # layers whose backward is over; the one at work comes next
         left = layers - done
         reduced = max(before, BF16 * min(whole, done * found.layer_trained) // shards)
         sending = FP32 * found.layer_trained if done else 0
         waiting = gathered[2 if left > 1 else 1]
-        common = {"gathered": waiting, "gradients": reduced + sending + head + BF16 * largest}
+        common = {"gathered": waiting, "gradients": reduced + sending + head}
         moments |= {name: {**common, **taken} for name, taken in _backward(workload, done).items()}
         rest = left if workload.checkpointing else left - 1
         moments[f"reduction of layer {left}"] = {
             "gathered": waiting - (0 if zero3 else unit),
             "gradients": reduced + head + (BF16 + FP32) * found.layer_trained + FP32 * found.layer_trained // shards,
             "importance": in_flight(workload, passes, min(done + 1, localizing)),
-            "activations": _layer_activations(workload, rest, 0) + activations.checkpoint_bytes(workload),
+            "activations": _saved(workload, rest, 0) + _input(workload),
         }
     moments["reduction outside the layers"] = {
         "gradients": BF16 * whole // shards + (BF16 + FP32) * found.outer_trained + BF16 * found.outer_trained // shards,
@@ -249,27 +258,27 @@ def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int
 def _loss(workload: Workload) -> dict[str, int]:
     """What the loss's backward finds of activations, on every engine."""
     layers = workload.shape.layers
-    saved = _layer_activations(workload, layers, len(workload.localizing))
-    return {"activations": saved + activations.head_bytes(workload), "logits": activations.logits_bytes(workload)}
+    saved = _saved(workload, layers, len(workload.localizing))
+    logits = 3 * FP32 * workload.tokens * workload.shape.vocabulary  # log-probabilities, their gradient, the logits' gradient
+    return {"activations": saved + _of_head(workload), "logits": logits}
 
 
 def _backward(workload: Workload, done: int) -> dict[str, dict[str, int]]:
     """Moments of one layer's backward on every engine, after those of `done` layers.
 
-    A localizing layer has others: where its full gradients are there.
+    A localizing layer has one for each number of full gradients that are there.
     """
     left = workload.shape.layers - done
     localizing = len(workload.localizing)
     localizes = done < localizing
-    saved = activations.saved_bytes(workload, localizes)
-    saved += _layer_activations(workload, left if workload.checkpointing else left - 1, max(0, localizing - done - 1))
-    inside = activations.moments_of_backward(workload, localizes)
+    inside = layer_activations(workload, localizes)
+    saved = inside.saved + _saved(workload, left if workload.checkpointing else left - 1, max(0, localizing - done - 1))
     return {
-        f"{name} of layer {left}": {
+        f"backward of layer {left}" + (f", full gradients formed: {formed}" if formed else ""): {
             "importance": in_flight(workload, workload.accumulation, min(done, localizing), formed),
-            "activations": saved + used,
+            "activations": saved + beyond,
         }
-        for name, (formed, used) in inside.items()
+        for formed, beyond in enumerate(inside.beyond)
     }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from losia_dist.model import get_losia_model
-from losia_dist.tools.plan.mixtures import decoder_of
+from losia_dist.tools.plan.model_shape import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 

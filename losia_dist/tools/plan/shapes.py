@@ -1,17 +1,17 @@
-"""Sizes of decoder models: built in, or read from a Transformers configuration. No weights are touched.
-
-Dense models by formulas; mixtures of experts as Transformers builds them (`tools.plan.mixtures`).
-"""
+"""Shapes of decoder models: built in, or read from a Transformers configuration. No weights are touched."""
 
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from losia_dist.errors import ConfigError
-from losia_dist.tools.plan.mixtures import MIXTURES, MixtureShape, built_in_mixture, says_experts
-from losia_dist.tools.plan.model_shape import FAMILIES, SETTINGS, ModelShape
+from losia_dist.tools.plan.model_shape import SETTINGS, ModelShape, says_experts
+
+# Transformers' model types of dense decoders that are planned: attention with q, k, v, o and an MLP with gate, up, down.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # name: family, layers, H, I, heads, key-value heads, head size, vocabulary, context, tied. From the published files.
 _BUILT_IN = {
@@ -44,6 +44,17 @@ _BUILT_IN = {
     "smollm2-135m": ("llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, True),
 }
 BUILT_IN = {name: ModelShape(name, *sizes) for name, sizes in _BUILT_IN.items()}
+# Mixtures of experts: the same, and instead of "tied" what else differs from Transformers' defaults of the type.
+MIXTURES: dict[str, tuple[Any, ...]] = {
+    "qwen3-30b-a3b": ("qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, 40960, {"moe_intermediate_size": 768}),
+    "qwen3-235b-a22b": ("qwen3_moe", 94, 4096, 12288, 64, 4, 128, 151936, 40960, {"moe_intermediate_size": 1536}),
+    "gpt-oss-20b": ("gpt_oss", 24, 2880, 2880, 64, 8, 64, 201088, 131072, {"num_local_experts": 32}),
+    "gpt-oss-120b": ("gpt_oss", 36, 2880, 2880, 64, 8, 64, 201088, 131072, {"num_local_experts": 128}),
+    "deepseek-v3": ("deepseek_v3", 61, 7168, 18432, 128, 128, 64, 129280, 163840, {"qk_rope_head_dim": 64}),
+    "mixtral-8x7b": ("mixtral", 32, 4096, 14336, 32, 8, 128, 32000, 32768, {}),
+    "mixtral-8x22b": ("mixtral", 56, 6144, 16384, 48, 8, 128, 32768, 65536, {}),
+    "glm-4.5-air": ("glm4_moe", 46, 4096, 10944, 96, 8, 128, 151552, 131072, {"attention_bias": True}),
+}
 
 
 def find_shape(name: str) -> ModelShape:
@@ -55,7 +66,7 @@ def find_shape(name: str) -> ModelShape:
     if name.lower() in BUILT_IN:
         return BUILT_IN[name.lower()]
     if name.lower() in MIXTURES:
-        return built_in_mixture(name.lower())
+        return _mixture(name.lower())
     path = Path(name)
     if path.exists() or "/" in name:
         return shape_of(_read(name, path), name)
@@ -67,13 +78,24 @@ def find_shape(name: str) -> ModelShape:
     )
 
 
+@cache
+def _mixture(name: str) -> ModelShape:
+    """The shape of one of MIXTURES."""
+    from transformers import AutoConfig
+
+    family, *sizes, more = MIXTURES[name]
+    named = dict(zip(SETTINGS, sizes, strict=True))
+    settings = AutoConfig.for_model(family, **{SETTINGS[field]: size for field, size in named.items()}, **more)
+    return ModelShape(name, family, **named, tied=False, settings=settings)
+
+
 def shape_of(settings: Any, name: str) -> ModelShape:
     """The shape in a Transformers configuration of one of FAMILIES, or of a mixture of experts.
 
     Raises:
         ConfigError: another architecture, sizes that are missing, or experts that cannot hold subnets.
     """
-    family, kind = getattr(settings, "model_type", None), ModelShape
+    family = getattr(settings, "model_type", None)
     if family not in FAMILIES:
         settings = settings.get_text_config()
         if not says_experts(settings):
@@ -81,9 +103,9 @@ def shape_of(settings: Any, name: str) -> ModelShape:
                 f"--model {name} is a {family!r} model; plans cover the dense decoders {', '.join(FAMILIES)}, and mixtures of "
                 "experts. Take the built-in shape that is nearest to it."
             )
-        family, kind = settings.model_type, MixtureShape
+        family = settings.model_type
     sizes: dict[str, Any] = {field: getattr(settings, name, None) for field, name in SETTINGS.items()}
-    if kind is not ModelShape:
+    if family not in FAMILIES:
         sizes["intermediate"] = sizes["intermediate"] or 1  # of dense layers, where there are such
     sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
     sizes["head_size"] = sizes["head_size"] or settings.hidden_size // settings.num_attention_heads
@@ -91,8 +113,8 @@ def shape_of(settings: Any, name: str) -> ModelShape:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ConfigError(f"--model {name}: its configuration says {option}: {size!r}; a whole number above 0 is needed.")
     tied = bool(getattr(settings, "tie_word_embeddings", False))
-    shape = kind(name, family, **sizes, tied=tied, settings=settings, source=name)
-    shape.kinds()  # what Transformers or this package cannot build is refused here
+    shape = ModelShape(name, family, **sizes, tied=tied, settings=settings, source=name)
+    _ = shape.kinds  # what Transformers or this package cannot build is refused here
     return shape
 
 

@@ -32,7 +32,7 @@ from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
 from losia_dist.subnet.site import Site
 from losia_dist.tools.plan.meta_model import meta_model
-from losia_dist.tools.plan.mixtures import decoder_of
+from losia_dist.tools.plan.model_shape import decoder_of
 from losia_dist.tools.plan.workload import Workload
 
 

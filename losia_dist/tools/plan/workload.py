@@ -152,7 +152,7 @@ class Workload:
             raise ConfigError(
                 "layers_per_slot='auto' follows from the length of the run: give --steps, or a number (--layers-per-slot)."
             )
-        for name, (m, n) in self.shape.linears().items():
+        for m, n, *_, name in self.shape.fullest.weights:
             if not (subnet_size(m, config.row_factor) and subnet_size(n, config.column_factor)):
                 raise ConfigError(
                     f"--rank-factor {config.rank_factor} leaves {name} ({m} x {n}) of {self.shape.name} no row or column: at "
@@ -191,7 +191,7 @@ class Workload:
         first; weights of a layer stand in the model's order.
         """
         left, found = self.localizing_groups, []
-        for count, layer in reversed(self.shape.kinds()):
+        for count, layer in reversed(self.shape.kinds):
             groups = self.groups_of(layer)
             for _ in range(count):
                 if left > 0:
@@ -224,5 +224,5 @@ class Workload:
     @property
     def groups(self) -> int:
         """L: groups that localize in turn."""
-        layers = sum(count * len(self.groups_of(layer)) for count, layer in self.shape.kinds())
+        layers = sum(count * len(self.groups_of(layer)) for count, layer in self.shape.kinds)
         return layers + (self.config.output_rank_factor is not None)
