@@ -110,6 +110,13 @@ def forget_sequences() -> None:
         groups.mpu = None
 
 
+def keep_records_apart(model: nn.Module, are_packed: bool) -> None:
+    """Say whether rows of batches hold several records, before the first of them is seen."""
+    for module in model.modules():
+        if module in _SHARED:
+            _SHARED[module].keeps_records = are_packed
+
+
 @contextlib.contextmanager
 def whole_sequences(model: nn.Module) -> Iterator[None]:
     """In here each rank computes sequences of its own, as for generating: without any exchange."""
