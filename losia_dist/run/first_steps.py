@@ -46,7 +46,10 @@ class FirstSteps:
             self._engagement = None
         if self._drift and self._drift.verify():
             self._drift = None
-        self._gradients.verify()
+        if self._drift is None:
+            self._gradients.verify()
+        else:  # nothing has changed yet: whether gradients are reduced at all is told first, and better
+            self._gradients.forget()
 
     def moved(self, sites: list[Site]) -> None:
         """These layers got other subnets."""
