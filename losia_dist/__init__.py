@@ -49,16 +49,20 @@ __all__ = [
     "print_trainable_parameters",
     "save_checkpoint",
     "save_delta",
+    "sequence_loss",
+    "split_sequence",
     "use_chunked_loss",
     "wait_for_saving",
 ]
 
-# Imported when they are asked for: they import Transformers, and all but the last Accelerate, which is optional.
+# Imported when they are asked for: they import Transformers, and some of them Accelerate, which is optional.
 _WHEN_ASKED_FOR = {
     "LoSiACallback": "losia_dist.integrations.trainer.callback",
     "LoSiATrainer": "losia_dist.integrations.trainer.trainer",
     "LoSiATrainerMixin": "losia_dist.integrations.trainer.trainer",
     "carry_state": "losia_dist.integrations.accelerate.carried_state",
+    "sequence_loss": "losia_dist.loss.sequence_loss",
+    "split_sequence": "losia_dist.data.sequence",
     "use_chunked_loss": "losia_dist.loss.without_logits",
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +31,23 @@ class ImportanceSums:
         shape: (m, n) of a whole matrix. count: X matrices, each of which comes by itself; 1 for a linear layer.
         kind: of importance, as in `LoSiAConfig.importance`.
         parts: gradients that make up one micro-batch's: 2 where the embedding shares the weight.
+        sequence: over the ranks that share each sequence; a gradient is the mean over them, of which each takes its rows.
     """
 
     one_at_a_time = True  # experts: so that one's full gradient is all there is
 
     def __init__(
-        self, query: Query, shape: tuple[int, int], *, kind: str, device: torch.device, parts: int = 1, count: int = 1
+        self,
+        query: Query,
+        shape: tuple[int, int],
+        *,
+        kind: str,
+        device: torch.device,
+        parts: int = 1,
+        count: int = 1,
+        sequence: RowCollectives | None = None,
     ) -> None:
+        self.sequence = sequence or RowCollectives(None)
         self.query, self.kind, self.parts = query, kind, parts
         self.masks = [None if rows is None else _masks(rows, shape[0]) for rows in query.within_rows]
         self.rows = torch.zeros(len(query.within_columns), count, shape[0], dtype=torch.float64, device=device)
@@ -58,11 +69,14 @@ class ImportanceSums:
             gradient, weight = gradient + other, kept
         self._earlier = []
         self.note_call()
+        first, stop = self.sequence.rows_of(gradient.shape[0])
+        gradient = self.sequence.reduce_scatter_rows(gradient).wait()
         # A band of rows at a time: the fp32 copy of a bf16 gradient stays small.
         band = max(1, (1 << 24) // gradient.shape[1])
-        for start in range(0, gradient.shape[0], band):
-            part = slice(start, start + band)
-            self._add(place, part, importance_(gradient[part].to(torch.float32), weight[part], self.kind))
+        for start in range(first, stop, band):
+            part = slice(start, min(start + band, stop))
+            mine = gradient[start - first : part.stop - first].to(torch.float32)
+            self._add(place, part, importance_(mine, weight[part], self.kind))
 
     def _add(self, place: int, part: slice, importance: Tensor) -> None:
         if any(columns is None for columns in self.query.within_columns):
@@ -99,13 +113,21 @@ class Located:
 
 
 @torch.no_grad()
-def locate(searches: list[Located], run_pass: Callable[[], None], collectives: RowCollectives, *, kind: str) -> int:
+def locate(
+    searches: list[Located],
+    run_pass: Callable[[], None],
+    collectives: RowCollectives,
+    *,
+    kind: str,
+    sequence: RowCollectives | None = None,
+) -> int:
     """Run every search to its end; called by all ranks, with equal choices on each. Returns how many passes it took.
 
     Args:
         searches: in the same order on every rank.
         run_pass: runs forward and backward over this rank's micro-batches once.
         kind: of importance.
+        sequence: over the ranks that share each sequence with this one.
 
     Raises:
         ConfigError: a layer that no gradient reached in a pass, on any rank. Same on every rank.
@@ -118,7 +140,14 @@ def locate(searches: list[Located], run_pass: Callable[[], None], collectives: R
         for one in open_searches:
             assert one.query is not None
             device, count = one.site.row_index.device, one.site.layout.count
-            sinks.append(ImportanceSums(one.query, one.shape, kind=kind, device=device, parts=one.parts, count=count))
+            settings: dict[str, Any] = {
+                "kind": kind,
+                "device": device,
+                "parts": one.parts,
+                "count": count,
+                "sequence": sequence,
+            }
+            sinks.append(ImportanceSums(one.query, one.shape, **settings))
             one.site.gradient_sink = sinks[-1]
         try:
             run_pass()

@@ -77,18 +77,22 @@ class RankParallelLocalization:
     """Each rank localizes groups of its own from its own batches: no gradient is communicated, only the chosen indices.
 
     With N ranks, N times as many groups are re-localized per slot at the same work per rank; the score is not sharded (one
-    rank holds all rows of its layers), and rests on 1/N of the data.
+    rank holds all rows of its layers), and rests on 1/N of the data. Where ranks share sequences, each of the N is such a
+    group of neighbouring ranks: they average a gradient among themselves, and share the score's rows.
+
+    sequence: over the ranks that share each sequence with this one.
     """
 
-    def __init__(self, collectives: RowCollectives, **settings: Any) -> None:
+    def __init__(self, collectives: RowCollectives, sequence: RowCollectives | None = None, **settings: Any) -> None:
         self.collectives, self.settings = collectives, settings
-        self.alone = RowCollectives(None)
+        self.alone = sequence or RowCollectives(None)
+        self.owners = collectives.world_size // self.alone.world_size
 
     def groups_per_slot(self, layers_per_slot: int) -> int:
-        return layers_per_slot * self.collectives.world_size
+        return layers_per_slot * self.owners
 
     def accumulator(self, group: SlotGroup, site: Site) -> ImportanceAccumulator | None:
-        if self._owner(group) != self.collectives.rank:
+        if self._owner(group) != self.collectives.rank // self.alone.world_size:
             return None
         return _accumulator_of(site, self.alone, self.settings)
 
@@ -100,14 +104,15 @@ class RankParallelLocalization:
         else:
             numbers = wanted.count * (sum(wanted.kept) + 2)
             packed = torch.empty(numbers, dtype=torch.float64, device=wanted.device)
-        packed = self.collectives.broadcast(packed, self._owner(group))  # float64 holds every index exactly
+        speaker = self._owner(group) * self.alone.world_size
+        packed = self.collectives.broadcast(packed, speaker)  # float64 holds every index exactly
         X, (r, c), each = wanted.count, wanted.kept, wanted.present[0].shape[:-1]
         rows, columns, inside, total = packed.split([X * r, X * c, X, X])
         indices = rows.to(torch.int64).view(*each, r), columns.to(torch.int64).view(*each, c)
         return Choice(*indices, inside.view(each), total.view(each))
 
     def _owner(self, group: SlotGroup) -> int:
-        return group.place % self.collectives.world_size
+        return group.place % self.owners
 
 
 def _accumulator_of(site: Site, collectives: RowCollectives, settings: dict[str, Any]) -> ImportanceAccumulator:
@@ -119,16 +124,22 @@ def _accumulator_of(site: Site, collectives: RowCollectives, settings: dict[str,
 
 
 def make_localization(
-    config: LoSiAConfig, collectives: RowCollectives, *, weight_is_resident: bool, replicas: RowCollectives | None = None
+    config: LoSiAConfig,
+    collectives: RowCollectives,
+    *,
+    weight_is_resident: bool,
+    replicas: RowCollectives | None = None,
+    sequence: RowCollectives | None = None,
 ) -> Localization:
     """What the configuration asks for, over the ranks of the collectives.
 
     replicas: as `ReducedLocalization` takes it; there is no such form of reduction="by_rank".
+    sequence: as `RankParallelLocalization` takes it; importance that all ranks take together is of the mean over all of them.
     """
     located = config.located
     if located is None:
         return DrawnLocalization(config.seed)
     settings: Any = {"importance": located.importance, "betas": located.betas, "weight_is_resident": weight_is_resident}
     if config.by_rank:
-        return RankParallelLocalization(collectives, **settings)
+        return RankParallelLocalization(collectives, sequence, **settings)
     return ReducedLocalization(collectives, replicas, **settings)

@@ -7,10 +7,8 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from losia_dist.data import count_targets
-from losia_dist.recipe.engines import Batch, Engine
+from losia_dist.recipe.engines import Engine
 
 
 def locate_first_subnets(run: Engine, loader: Any) -> str:
@@ -25,11 +23,6 @@ def locate_first_subnets(run: Engine, loader: Any) -> str:
     with torch.random.fork_rng(devices=[]):  # the order of the training data stays what it is without calibration
         mine = list(itertools.islice(loader, run.losia.config.calibration_batches))
     mine = [{name: value.to(run.device) for name, value in batch.items()} for batch in mine]
-    passes = run.losia.locate(mine, _mean_loss)
+    passes = run.losia.locate(mine, run.calibration_loss)
     did = "located" if run.losia.config.located is not None else "drawn without outliers"
     return f"subnets {did} from {len(mine)} batches a rank, in {passes} pass(es), {time.perf_counter() - began:.0f} s"
-
-
-def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    loss: Tensor = model(**batch, use_cache=False, num_items_in_batch=max(1, count_targets(batch))).loss
-    return loss

@@ -16,6 +16,7 @@ class EngineChoice:
     """deepspeed: complete settings, or None. sharding: FSDP2's, or None; both None: one process or DDP.
 
     offload, layer_classes: of FSDP2. precision: "bf16" or "fp32". checkpointing: "off", "non-reentrant" or "reentrant".
+    sequence_ranks: neighbouring ranks that compute each sequence together.
     """
 
     deepspeed: dict[str, Any] | None
@@ -24,6 +25,7 @@ class EngineChoice:
     layer_classes: tuple[str, ...]
     precision: str
     checkpointing: str
+    sequence_ranks: int = 1
 
     @property
     def cuts_weights(self) -> bool:
@@ -61,7 +63,14 @@ def choose_engine(options: argparse.Namespace, process: Process) -> EngineChoice
     if sharding is not None:
         sharding.check(process.world_size)
     source = options.deepspeed or launch.deepspeed
-    settings = None if source is None else _deepspeed_settings(source, options, process, precision)
+    asked = options.sequence_parallel if options.sequence_parallel > 1 else None
+    together = _agree("--sequence_parallel", asked, "parallelism_config_sp_size", launch.sequence_ranks) or 1
+    if together > 1 and (source is None or process.world_size % together):
+        raise ConfigError(
+            f"--sequence_parallel {together}: each sequence is computed by that many of the {process.world_size} ranks, under "
+            "DeepSpeed. Give --deepspeed, and a divisor of the number of ranks."
+        )
+    settings = None if source is None else _deepspeed_settings(source, options, process, precision, together)
     if precision is None:
         in_bf16 = process.device.type == "cuda" if settings is None else settings["bf16"]["enabled"]
         precision = "bf16" if in_bf16 else "fp32"
@@ -72,6 +81,7 @@ def choose_engine(options: argparse.Namespace, process: Process) -> EngineChoice
         layer_classes=(options.shard_layers,) if options.shard_layers else launch.layer_classes,
         precision=precision,
         checkpointing=checkpointing or "off",
+        sequence_ranks=together,
     )
 
 
@@ -85,7 +95,7 @@ def _agree(option: str, given: Any, setting: str, launched: Any) -> Any:
 
 
 def _deepspeed_settings(
-    source: str | dict[str, Any], options: argparse.Namespace, process: Process, precision: str | None
+    source: str | dict[str, Any], options: argparse.Namespace, process: Process, precision: str | None, together: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration with the options filled in; an entry that contradicts an option is refused."""
     from losia_dist.sharding.deepspeed_config import read_deepspeed_config, refuse_unsupported
@@ -101,14 +111,17 @@ def _deepspeed_settings(
         raise ConfigError(
             f'"scheduler" in {where}: the schedule is set by --warmup_ratio and --min_lr_ratio; remove it from the file.'
         )
-    whole = options.micro_batch * options.gradient_accumulation * process.world_size
+    data_ranks = process.world_size // together
+    whole = options.micro_batch * options.gradient_accumulation * data_ranks
     for name, option, value in (
         ("train_micro_batch_size_per_gpu", "--micro_batch", options.micro_batch),
         ("gradient_accumulation_steps", "--gradient_accumulation", options.gradient_accumulation),
-        ("train_batch_size", f"--micro_batch x --gradient_accumulation x {process.world_size} ranks =", whole),
+        ("train_batch_size", f"--micro_batch x --gradient_accumulation x {data_ranks} ranks =", whole),
         ("gradient_clipping", "--max_grad_norm", options.max_grad_norm),
     ):
         _fill(settings, name, option, value, where)
+    if together > 1 or "sequence_parallel_size" in settings:
+        _fill(settings, "sequence_parallel_size", "--sequence_parallel", together, where)
     if "optimizer" in settings:
         parameters = settings["optimizer"].setdefault("params", {})
         if options.learning_rate is not None:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist.data import count_targets
+from losia_dist.data.sequence import split_sequence
+from losia_dist.loss.sequence_loss import sum_over_sequence
 from losia_dist.run.conductor import LoSiA
+from losia_dist.sharding.sequence_parallel import SequenceRanks
 
 Batch = dict[str, Tensor]
 
@@ -24,9 +27,11 @@ class Engine:
         losia: its conductor; None in full fine-tuning.
         grad_norm: of the latest step, before clipping.
         is_sharded: forward passes communicate, so that all ranks must make equally many.
+        sequence_ranks: ranks that compute each sequence together, from the same batches.
     """
 
     grad_norm: Tensor | None = None
+    sequence_ranks = 1
 
     def __init__(
         self, name: str, wrapped: Any, model: Any, optimizer: Any, scheduler: Any, losia: LoSiA | None, device: torch.device
@@ -44,6 +49,15 @@ class Engine:
         """Sum of the losses of the target tokens of a batch (on the CPU)."""
         model = self.model if isinstance(self.wrapped, DistributedDataParallel) else self.wrapped
         return model(**_on(batch, self.device), use_cache=False, num_items_in_batch=1).loss
+
+    def calibration_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of a batch (on the device), for locating subnets; the model is unwrapped from DDP."""
+        loss: Tensor = model(**batch, use_cache=False, num_items_in_batch=max(1, count_targets(batch))).loss
+        return loss
+
+    def whole_sequences(self) -> contextlib.AbstractContextManager[None]:
+        """In here the model computes sequences of each rank's own, as for generating."""
+        return contextlib.nullcontext()
 
     def learning_rate(self) -> float:
         """The scheduled learning rate (rewarming of single groups not included)."""
@@ -104,13 +118,18 @@ class DeepSpeedRun(Engine):
         parts = (engine, engine.module, engine.optimizer, engine.lr_scheduler, losia, engine.device)
         super().__init__(f"deepspeed-zero{stage}", *parts)
         self.is_sharded = stage == 3
+        self._sequence = SequenceRanks() if losia is None else losia.sequence
+        self.sequence_ranks = self._sequence.size
+        if self.sequence_ranks > 1:
+            self.name += f", {self.sequence_ranks} ranks a sequence"
 
     def train_step(self, batches: list[Batch]) -> Tensor:
         self.wrapped.train()
         total = torch.zeros((), device=self.device)
         targets = _targets_per_part(batches, self.device)
         for batch in batches:
-            loss = self.wrapped(**_on(batch, self.device), use_cache=False, num_items_in_batch=targets).loss
+            part = self.wrapped(**_on(self._part(batch), self.device), use_cache=False, num_items_in_batch=targets).loss
+            loss = sum_over_sequence(part, self._sequence.group)
             self.wrapped.backward(loss)  # divides by the number of micro-batches
             self.wrapped.step()
             total += loss.detach() / len(batches)
@@ -118,13 +137,37 @@ class DeepSpeedRun(Engine):
         self.grad_norm = norm if norm is None or isinstance(norm, Tensor) else torch.tensor(norm)
         return total
 
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses of this rank's part of a batch."""
+        return super().evaluate(self._part(batch))
+
+    def calibration_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        targets = max(1, count_targets(batch))
+        part: Tensor = model(**self._part(batch), use_cache=False, num_items_in_batch=targets).loss
+        return sum_over_sequence(part, self._sequence.group)
+
+    def whole_sequences(self) -> contextlib.AbstractContextManager[None]:
+        if self.sequence_ranks == 1:
+            return contextlib.nullcontext()
+        from losia_dist.integrations.deepspeed.ulysses import whole_sequences
+
+        return whole_sequences(self.model)
+
+    def _part(self, batch: Batch) -> Batch:
+        """This rank's part of its group's sequences. What fills them up counts for nothing."""
+        if self.sequence_ranks == 1:
+            return batch
+        place = dist.get_rank(self._sequence.group)
+        return split_sequence(batch, rank=place, size=self.sequence_ranks, pad_token_id=0)
+
 
 def _on(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _targets_per_part(batches: list[Batch], device: torch.device) -> Tensor:
-    """Target tokens of the global batch over its parts (micro-batches of all ranks), a float32 scalar.
+    """Target tokens of the global batch over its parts (micro-batches of all ranks), a float32 scalar. Ranks that compute
+    sequences together each count all of them, and are as many parts: which comes to the same.
 
     Engines average the gradient over the parts. With each part's summed loss divided by this, that average is the gradient
     of the mean over all tokens, however unevenly the tokens fall on the parts.

@@ -20,7 +20,7 @@ def held_out_loss(run: Engine, loader: Iterable[dict[str, Tensor]]) -> float:
     run.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=run.device)
     for batch in loader:
-        totals[1] += count_targets(batch)
+        totals[1] += count_targets(batch) / run.sequence_ranks
         totals[0] += run.evaluate(batch).double()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
@@ -41,14 +41,15 @@ def sample_answers(run: Engine, dataset: Any, tokenizer: Any, count: int, max_to
         if start == 0:
             continue
         inputs = prompt.unsqueeze(0).to(run.device)
-        output = run.model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            synced_gpus=run.is_sharded,  # a rank that ends early goes on calling the model, whose shards the others gather
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+        with run.whole_sequences():
+            output = run.model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                synced_gpus=run.is_sharded,  # a rank that ends early goes on calling the model, whose shards the others gather
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )
         texts = (prompt, output[0, start:].cpu(), target)
         question, answer, expected = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts)
         answers.append({"prompt": question, "answer": answer, "expected": expected})

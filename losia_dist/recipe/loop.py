@@ -85,7 +85,7 @@ def train_steps(
             localizing = run.losia.localizing if run.losia is not None and run.losia.config.located is not None else None
             rate = run.learning_rate()
             loss_sum += run.train_step(micro_batches)
-            tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * _world_size()
+            tokens += sum(batch["input_ids"].numel() for batch in micro_batches) * _world_size() // run.sequence_ranks
             values: dict[str, Any] = {}
             if step % options.logging_steps == 0 or step == steps:
                 # Here, and where a checkpoint is saved, the host waits for the device; nowhere else.

@@ -19,7 +19,7 @@ PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
 _COUNTS = "micro_batch gradient_accumulation logging_steps sample_tokens max_steps loss_chunk data_workers keep_last"
 _MAY_BE_0 = "eval_steps samples seed weight_decay max_grad_norm save_steps"
-_LEAST = {**dict.fromkeys(_COUNTS.split(), 1), **dict.fromkeys(_MAY_BE_0.split(), 0)}
+_LEAST = {"sequence_parallel": 1, **dict.fromkeys(_COUNTS.split(), 1), **dict.fromkeys(_MAY_BE_0.split(), 0)}
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -76,6 +76,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     engine.add_argument("--offload", action="store_true", help="with --sharding: keep shards and their state on the CPU")
     engine.add_argument(
         "--shard_layers", metavar="CLASS", help="with --sharding: class of the layers (default: decoder layers)"
+    )
+    engine.add_argument(
+        "--sequence_parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --losia and --deepspeed: N neighbouring ranks compute each sequence together, for long ones (1)",
     )
     engine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 if the DeepSpeed file says so or on a GPU")
     engine.add_argument("--gradient_checkpointing", choices=CHECKPOINTING, help="recompute activations in backward (off)")
@@ -240,6 +247,13 @@ def _rules(o: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     for name in ("offload", "shard_layers"):
         text = f"--{name} belongs to --sharding; with DeepSpeed, offloading stands in its own file."
         yield getattr(o, name) and not o.sharding, text
+    together = o.sequence_parallel > 1
+    text = f"--sequence_parallel {o.sequence_parallel} works with --losia only: add it, or leave --sequence_parallel out."
+    yield together and not o.losia, text
+    text = f"--sequence_parallel {o.sequence_parallel} is DeepSpeed's: give --deepspeed, and not --sharding."
+    yield together and o.sharding, text
+    text = f"--max_length {o.max_length} is not divided by --sequence_parallel {o.sequence_parallel}, which cuts packed rows."
+    yield together and o.packing and o.max_length % o.sequence_parallel, text
     given = {"--keep_last": o.keep_last is not None, "--async_save": o.async_save, "--resume auto": o.resume == "auto"}
     for name, there in given.items():
         yield there and not o.save_steps, f"{name} has no effect without --save_steps: add it, or leave {name} out."

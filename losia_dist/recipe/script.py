@@ -68,7 +68,9 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     agreement.same("the options", _comparable(options))
     agreement.same("the LoSiA configuration", config.to_dict() if config else {})
     agreement.same("the engine's settings", asdict(choice))
-    ranks: dict[str, Any] = {"rank": process.rank, "world_size": process.world_size}
+    # Those of one sequence read the same data.
+    data_ranks = process.world_size // choice.sequence_ranks
+    ranks: dict[str, Any] = {"rank": process.rank // choice.sequence_ranks, "world_size": data_ranks}
     output = OutputDirectory(options)
     checkpoints = Checkpoints(options, output, agreement)
     checkpoints.choose()
@@ -96,7 +98,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     where = {**ranks, "flatten": loaded.flatten}
     loader = make_loader(data.train, data.tokenizer, options.micro_batch, seed=options.seed, **where)
     followed = {"template_date": data.template_date, **data.fingerprint()}
-    checkpoints.check(describe(options, choice.precision, followed, len(data.train), steps, process.world_size))
+    checkpoints.check(describe(options, choice.precision, followed, len(data.train), steps, data_ranks))
     run = _start(loaded.model, config, choice, options, process, steps, loaded.weights, agreement)
     subnets = SubnetLog(run.losia) if run.losia is not None and process.rank == 0 else None
     begun, source = checkpoints.load(run), checkpoints.source
@@ -109,6 +111,7 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         "engine": run.name,
         "precision": choice.precision,
         "ranks": process.world_size,
+        **({"ranks_per_sequence": choice.sequence_ranks} if choice.sequence_ranks > 1 else {}),
         "steps": steps,
         "trainable_parameters": count_trainable(run.model),
         "data": str(data.train.report()),
@@ -211,6 +214,10 @@ def _start(
                 lr_scheduler=schedule,
                 total_steps=steps,
             )
+            if choice.sequence_ranks > 1:
+                from losia_dist.integrations.deepspeed.ulysses import keep_records_apart
+
+                keep_records_apart(model, options.packing)
             return DeepSpeedRun(engine, engine.losia)
         engine, *_ = integration.initialize_dense(model, choice.deepspeed, make_optimizer(model), schedule)
         return DeepSpeedRun(engine, None)

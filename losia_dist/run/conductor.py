@@ -26,7 +26,6 @@ from losia_dist.ranks.agreement import Agreement, own_group
 from losia_dist.ranks.watch.liveness import join_watch
 from losia_dist.ranks.watch.liveness import settings as liveness_settings
 from losia_dist.run.checks import (
-    EngagementCheck,
     check_choices,
     check_relocalized,
     check_same_subnets,
@@ -34,15 +33,17 @@ from losia_dist.run.checks import (
     refuse_unusable,
     subnet_prints,
 )
-from losia_dist.run.drift import DriftCheck
 from losia_dist.run.expert_load import ExpertLoad
 from losia_dist.run.finite import FiniteCheck
-from losia_dist.run.first_subnets import find_outliers, locate_all
+from losia_dist.run.first_steps import FirstSteps
+from losia_dist.run.first_subnets import check_batches, find_outliers, locate_all
 from losia_dist.run.masters import FirstMove, check_masters
 from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
+from losia_dist.run.sequence_checks import SequenceChecks, refuse_experts
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
+from losia_dist.sharding.sequence_parallel import SequenceRanks
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.copied import copies_changed
 from losia_dist.subnet.groups import ROUTERS
@@ -93,8 +94,11 @@ class LoSiA:
         agreement = Agreement(group, is_own=True)
         agreement.same("the LoSiA configuration", {**config.to_dict(), "total_steps": total_steps, "watch": watch})
         self.collectives = RowCollectives(group)
-        groups = len(group_names(self.sites))
-        self.config = config = resolve_layers_per_slot(config, total_steps, groups, self.collectives.world_size)
+        # Those that compute each sequence together, under DeepSpeed's Ulysses; from here on their gradients are averaged.
+        self.sequence = SequenceRanks.of(model, optimizer, agreement)
+        refuse_experts(self.sites, config, self.sequence)
+        groups, data_ranks = len(group_names(self.sites)), self.collectives.world_size // self.sequence.size
+        self.config = config = resolve_layers_per_slot(config, total_steps, groups, data_ranks)
         agreement.same("the model", {site.name: list(site.subnet.shape) for site in self.sites})
         agreement.same("the environment", {**liveness_settings(), **removed_variables()})
         refuse_removed_variables()
@@ -106,7 +110,8 @@ class LoSiA:
         check_intact(model, self.sites, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
         self.state = resolve_state(model, optimizer)
-        self.parts = RunParts(self.sites, self.parameters, self.state, self.collectives)
+        sharing = RowCollectives(self.sequence.group)
+        self.parts = RunParts(self.sites, self.parameters, self.state, self.collectives, sharing)
         self.placement = Placement(self.parts)
         self.expert_load = ExpertLoad(self.parts)  # how evenly tokens fall on experts, for logs
         resident = self.parameters.weight_is_resident
@@ -129,8 +134,8 @@ class LoSiA:
         check_same_subnets(self.parts)
         check_masters(self.parts)
         self._first_move = FirstMove(self.parts)
-        self._engagement: EngagementCheck | None = EngagementCheck(self.parts)
-        self._drift: DriftCheck | None = DriftCheck(self.parts)
+        self._first_steps = FirstSteps(self.parts, self.sequence)
+        self._shared = SequenceChecks(self.parts, self.sequence.engine) if self.sequence.size > 1 else None
         self._accumulators: dict[Site, ImportanceAccumulator] = {}
         # Called, on all ranks, for a group that is about to be re-localized.
         self.on_relocalize: list[Callable[[SlotGroup], None]] = []
@@ -189,10 +194,7 @@ class LoSiA:
         self._note_changes()
         self.parameters.reshard()
         self._finite.end_step(self.steps + 1, copies_changed(self.sites, thoroughly=self.clock.in_last_step))
-        if self._engagement and self._engagement.verify(self.rewarming.applied):
-            self._engagement = None
-        if self._drift and self._drift.verify():
-            self._drift = None
+        self._first_steps.verify(self.rewarming.applied)
         self._first_move.verify()
         for accumulator in self._accumulators.values():
             accumulator.end_step()
@@ -240,12 +242,7 @@ class LoSiA:
         located, limit = self.config.located, self.config.outlier_limit
         if located is None and limit is None:
             raise ConfigError("Drawn() draws subnets and locates none: leave losia.locate(...) out, or set its outlier_limit.")
-        mine = torch.tensor([len(batches)], device=self.sites[0].row_index.device)
-        counts = self.collectives.stack(mine).flatten().tolist()
-        if len(set(counts)) > 1 or not counts[0]:
-            raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
-        if self.steps or self.in_mid_step:
-            raise ConfigError(f"subnets are located before training begins; {self.steps} steps have been done.")
+        check_batches(batches, self.parts, self.steps, self.in_mid_step)
         if limit is None:
             importance = (located or Located()).importance
             choices, passes = locate_all(self.model, self.parts, importance, batches, compute_loss)
@@ -260,8 +257,7 @@ class LoSiA:
                 self.placement.cut(site, choice.rows, choice.columns)
         self._note_changes()
         check_same_subnets(self.parts)
-        self._engagement = EngagementCheck(self.parts)
-        self._drift = DriftCheck(self.parts)
+        self._first_steps = self._first_steps.anew()
         self._open_slot()
         self.located = True
         self._tell("located", self.sites, choices)
@@ -269,6 +265,7 @@ class LoSiA:
 
     def discard_step(self) -> None:
         """Forget the gradients of a step that the engine skipped; slot and weights stay where they are."""
+        self._first_steps.forget()
         for site in self.sites:
             site.in_mid_step = False
         for accumulator in self._accumulators.values():
@@ -279,7 +276,7 @@ class LoSiA:
         return {
             "clock": self.clock.state(),
             "applied": [[name, rate] for name, rate in self.rewarming.applied.items()],
-            "engaged": self._engagement is None,
+            "engaged": self._first_steps.engaged,
             "located": self.located,
             "outliers": self.outliers,
         }
@@ -294,10 +291,8 @@ class LoSiA:
         self.rewarming.restore(dict(progress["applied"]))
         self._finite.forget()
         self.located, self.outliers = progress["located"], dict(progress.get("outliers", {}))
-        for site in self.sites:
-            site.gradient_witness = None
         self._first_move = FirstMove(self.parts)
-        self._engagement = None if progress["engaged"] else EngagementCheck(self.parts)
+        self._first_steps = self._first_steps.anew(engaged=progress["engaged"])
         check_same_subnets(self.parts)
         self._open_slot()
 
@@ -330,12 +325,15 @@ class LoSiA:
         """
         self.rewarming.remove()
         self._finite.remove()
+        self._first_steps.remove()
+        if self._shared is not None:
+            self._shared.remove()
         if self._watch is not None and self._watch_hook is not None:
             self._watch_hook.remove()
             self._watch.release()
             self._watch = self._watch_hook = None
         for site in self.sites:
-            site.gradient_sink = site.gradient_witness = None
+            site.gradient_sink = None
         self._accumulators = {}
 
     def _lr_scale(self, group: str | None) -> float:
@@ -380,8 +378,7 @@ class LoSiA:
             prints.append(subnet_prints(site, left, self.placement.cut(site, choice.rows, choice.columns)))
         check_relocalized(sites, torch.stack(prints), self.collectives)
         self.state.clear(sites[0].group_name, self.config.reset_bias_correction)
-        if self._engagement is not None:
-            self._engagement.moved(sites)
+        self._first_steps.moved(sites)
         self._first_move.after(sites)
         return choices
 

@@ -23,6 +23,20 @@ Batches = Sequence[Batch]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
+def check_batches(batches: Batches, parts: RunParts, steps: int, in_mid_step: bool) -> None:
+    """Refuse calibration batches of unlike number, or too late. Called by all ranks.
+
+    Raises:
+        ConfigError: as `LoSiA.locate`. Same on every rank.
+    """
+    mine = torch.tensor([len(batches)], device=parts.sites[0].row_index.device)
+    counts = parts.collectives.stack(mine).flatten().tolist()
+    if len(set(counts)) > 1 or not counts[0]:
+        raise ConfigError(f"calibration batches per rank: {counts}; at least one is needed, equally many on every rank.")
+    if steps or in_mid_step:
+        raise ConfigError(f"subnets are located before training begins; {steps} steps have been done.")
+
+
 def locate_all(
     model: nn.Module, parts: RunParts, importance: str, batches: Batches, compute_loss: Loss | None = None
 ) -> tuple[list[Choice], int]:
@@ -52,7 +66,7 @@ def locate_all(
     model.train()  # activations are recomputed in training mode only
     try:
         with parts.parameters.without_reduction():
-            passes = locate(searches, run_pass, parts.collectives, kind=importance)
+            passes = locate(searches, run_pass, parts.collectives, kind=importance, sequence=parts.sequence)
     finally:
         model.train(was_training)
         for site, witness in zip(parts.sites, witnesses, strict=True):

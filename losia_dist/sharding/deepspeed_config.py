@@ -44,7 +44,7 @@ _REFUSED: list[tuple[str, str]] = [
     ("zero_optimization.zenflow", "ZenFlow steps parameters one by one; remove it"),
     ("zero_optimization.legacy_stage1", "DeepSpeed no longer has it; remove it"),
     ("tensor_parallel.autotp_size", "tensor parallelism cuts the weights; use ZeRO-3 instead"),
-    ("sequence_parallel_size", "sequence parallelism is not supported"),
+    ("data_parallel_size", "with sequence_parallel_size it makes a mesh without Ulysses' groups; leave it out"),
     (
         "expert_parallel.enabled",
         "AutoEP puts modules of its own in the experts' place; remove it, and use ZeRO-3 or Transformers' expert parallelism "
@@ -68,7 +68,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "zero_optimization.offload_param.device": ("cpu",),
     "zero_optimization.offload_optimizer.ratio": (1.0,),
     "tensor_parallel.autotp_size": (1,),
-    "sequence_parallel_size": (1,),
 }
 _REMOVED_KEYS = {
     "": (

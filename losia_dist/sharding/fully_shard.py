@@ -129,6 +129,9 @@ class FullyShardState:
         found = self._whole.stepped(parameter)
         return None if found is None else (local_part(found[0]), local_part(found[1]))
 
+    def without_padding(self, gradient: Tensor, parameter: Tensor) -> list[Tensor]:
+        return [gradient]
+
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return {key: whole_of(tensor) for key, tensor in self._whole.read_state(parameter).items()}
 

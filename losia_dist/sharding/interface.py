@@ -90,6 +90,11 @@ class StateAccess(Protocol):
         methods use: `run.masters` compares the two. No communication."""
         ...
 
+    def without_padding(self, gradient: Tensor, parameter: Tensor) -> list[Tensor]:
+        """Parts of this rank's gradient of one of the optimizer's own parameters, or of any vector like it, that stand for
+        elements of the model: views. The engine may leave anything in what it pads. No communication."""
+        ...
+
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """What the optimizer keeps for a parameter, whole and on every rank: for checkpoints.
 

@@ -44,6 +44,9 @@ class TorchState:
             return None
         return self.optimizer.state.get(holder, {}).get("master", holder).detach(), parameter.detach()
 
+    def without_padding(self, gradient: Tensor, parameter: Tensor) -> list[Tensor]:
+        return [gradient]
+
     def read_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         found = {"value": self.master_fragment(parameter), **self._entries(parameter)}
         tensors = {key: as_tensor(value) for key, value in found.items() if key != "master"}

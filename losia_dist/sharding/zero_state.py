@@ -80,6 +80,9 @@ class ZeroState:
                 return (part.of(master), part.of_whole(parameter.detach())) if part.count else None
         return None
 
+    def without_padding(self, gradient: Tensor, parameter: Tensor) -> list[Tensor]:
+        return [gradient]  # padded with zeros
+
     @torch.no_grad()
     def read_state(self, parameter: Any) -> dict[str, Tensor]:
         return _read_entries(self.optimizer, self._flat(parameter), lambda vector: self._whole(parameter, vector))
@@ -164,6 +167,17 @@ class Zero3State:
                     return (master.narrow(0, offset, count), model.narrow(0, offset, count)) if count else None
                 offset += shard.ds_numel
         return None
+
+    def without_padding(self, gradient: Tensor, parameter: Tensor) -> list[Tensor]:
+        zero = self._zero
+        group = next(i for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if flat is parameter)
+        found, start = [], 0
+        for held in zero.fp16_groups[group]:
+            size = held.ds_tensor.ds_numel  # of every rank's part of it, padding included
+            first = torch.distributed.get_rank(held.ds_process_group) * size
+            found.append(gradient.narrow(0, start, max(0, min(size, held.ds_numel - first))))
+            start += size
+        return [part for part in found if part.numel()]
 
     @torch.no_grad()
     def read_state(self, parameter: Any) -> dict[str, Tensor]:

@@ -137,8 +137,8 @@ def test_keys_that_nobody_reads_are_told_once_and_values_to_be_filled_in_are_let
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"mpu": object()}, "mpu=.*data parallelism alone"),
-        ({"mesh_param": (1, 2)}, "mesh_param=.*data parallelism alone"),
+        ({"mpu": object()}, "mpu=.*no sequence groups"),
+        ({"mesh_param": (1, 2)}, "mesh_param=.*sequence_parallel_size or mpu: leave it out"),
         ({"model_parameters": []}, "model_parameters=.*chosen by LoSiA"),
         ({"config_params": {}}, "config_params=.*pass config="),
         ({"args": SimpleNamespace(deepspeed_config="b.json")}, r"args.deepspeed_config \(b.json\) too"),

@@ -231,7 +231,7 @@ REFUSED = [
     *_refused("optimizer.type", "OneBitAdam", "DeepSpeed 0.19 has no such optimizer", by_deepspeed=True),
     *_refused("zero_force_ds_cpu_optimizer", True, "with LoSiAAdamW", engine="zero2-offload", by_deepspeed=True),
     *_refused("tensor_parallel.autotp_size", 2, "it cuts the weights"),
-    *_refused("sequence_parallel_size", 2, "not tested"),
+    *_refused("data_parallel_size", 2, "it makes a mesh without Ulysses' groups"),
     *_refused("expert_parallel.enabled", True, "AutoEP puts modules of its own in the experts' place"),
     *_refused("hybrid_engine.enabled", True, "not tested"),
     *_refused("compile.deepcompile", True, "not tested"),

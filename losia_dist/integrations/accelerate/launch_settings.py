@@ -20,6 +20,7 @@ class LaunchSettings:
 
     deepspeed: a DeepSpeed configuration file's path, or settings in the same form. sharding: as `--sharding`.
     layer_classes: class names of the modules to shard one by one. precision: "bf16".
+    sequence_ranks: ranks that compute each sequence together, with DeepSpeed.
     gradient_checkpointing: "non-reentrant".
     """
 
@@ -28,6 +29,7 @@ class LaunchSettings:
     offload: bool = False
     layer_classes: tuple[str, ...] = ()
     precision: str | None = None
+    sequence_ranks: int | None = None
     gradient_checkpointing: str | None = None
 
 
@@ -48,7 +50,9 @@ def read_launch_settings(world_size: int, environment: Mapping[str, str] = os.en
         )
     dtype = None if precision == "no" else precision
     if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
-        return LaunchSettings(deepspeed=_deepspeed(environment, precision), precision=dtype)
+        size = environment.get("PARALLELISM_CONFIG_SP_SIZE", "1")
+        together = None if size in ("1", "None") else int(size)
+        return LaunchSettings(deepspeed=_deepspeed(environment, precision), precision=dtype, sequence_ranks=together)
     if _is_on(environment, "ACCELERATE_USE_FSDP"):
         checkpointing = "non-reentrant" if _is_on(environment, "FSDP_ACTIVATION_CHECKPOINTING") else None
         classes = environment.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "")
@@ -85,10 +89,11 @@ def _refuse_unsupported(environment: Mapping[str, str]) -> None:
         raise UnsupportedError(f"dynamo_backend: {backend} in Accelerate's configuration is not supported; set it to 'no'.")
     for kind in ("TP", "CP", "SP"):
         size = environment.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")
-        if size not in ("1", "None"):
+        if size not in ("1", "None") and not (kind == "SP" and _is_on(environment, "ACCELERATE_USE_DEEPSPEED")):
             raise UnsupportedError(
                 f"parallelism_config_{kind.lower()}_size: {size} in Accelerate's configuration is not supported: only data "
-                "parallelism is (parallelism_config_dp_replicate_size and parallelism_config_dp_shard_size)."
+                "parallelism is (parallelism_config_dp_replicate_size and parallelism_config_dp_shard_size), and with "
+                "DeepSpeed sequence parallelism (parallelism_config_sp_size)."
             )
 
 

@@ -23,11 +23,10 @@ from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import losia_parameter_groups
 
 # Arguments of deepspeed.initialize that are passed on; the others are refused with what to do instead.
-_PASSED_ON = ("args", "training_data", "collate_fn", "distributed_port", "dist_init_required")
-_ONE_RANK_A_COPY = "LoSiA trains on data parallelism alone (ZeRO cuts the model): leave it out"
+_PASSED_ON = ("args", "training_data", "collate_fn", "distributed_port", "dist_init_required", "mpu")
+_NO_MESH = "LoSiA trains on data parallelism, and on sequence parallelism by sequence_parallel_size or mpu: leave it out"
 _REFUSED_ARGUMENTS = {
-    "mpu": _ONE_RANK_A_COPY,
-    "mesh_param": _ONE_RANK_A_COPY,
+    "mesh_param": _NO_MESH,
     "model_parameters": "it is chosen by LoSiA (one group per decoder layer): leave it out",
     "config_params": "it is an older name of config: pass config=...",
 }
@@ -58,7 +57,11 @@ def initialize(
         lr_scheduler: as for deepspeed.initialize: a scheduler, or a callable that takes the optimizer.
         total_steps: optimizer steps of the whole run, for layers_per_slot="auto".
         watch: whether ranks watch each other; see `LoSiA`.
-        kwargs: passed on to deepspeed.initialize: args, training_data, collate_fn, distributed_port, dist_init_required.
+        kwargs: passed on to deepspeed.initialize: args, training_data, collate_fn, distributed_port, dist_init_required, mpu.
+
+    With "sequence_parallel_size" in the configuration (or DeepSpeed's `mpu`) that many neighbouring ranks compute each sequence
+    together, by DeepSpeed's Ulysses. Batches are then parts of sequences (`losia_dist.split_sequence`), and the loss is that of
+    the whole (`losia_dist.sequence_loss`); "train_batch_size" counts whole sequences. See docs/long-context.md.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler).
@@ -83,13 +86,16 @@ def initialize(
             "which DeepSpeed would pass over: remove one of the two."
         )
     _check_values(settings)
+    mpu, sequence_ranks = kwargs.pop("mpu", None), settings.pop("sequence_parallel_size", 1)
+    _check_sequences(sequence_ranks, mpu, kwargs)
     _init_distributed(kwargs)
     agreement = Agreement(dist.group.WORLD, is_own=True)
     agreement.same("the LoSiA configuration", losia_config.to_dict())
-    agreement.same("the DeepSpeed configuration", settings)
+    agreement.same("the DeepSpeed configuration", {**settings, "sequence_parallel_size": sequence_ranks})
+    mpu = _share_sequences(model, sequence_ranks, mpu)
     if not find_sites(model):
         get_losia_model(model, losia_config)
-    arguments: dict[str, Any] = dict(kwargs)
+    arguments: dict[str, Any] = {**kwargs, "mpu": mpu}
     if in_config is not None:
         named = in_config.get("params", {})
         groups = losia_parameter_groups(model, lr=named.get("lr", lr), weight_decay=named.get("weight_decay", 0.0))
@@ -99,6 +105,7 @@ def initialize(
         _admit_own_optimizer(settings)
     engine, wrapped, loader, scheduler = _start(model=model, config=settings, lr_scheduler=lr_scheduler, **arguments)
     _check_stage(engine, settings)
+    _note_engine(engine)
     engine.losia = LoSiA(
         engine.module, wrapped, losia_config, process_group=engine.seq_data_parallel_group, total_steps=total_steps, watch=watch
     )
@@ -124,7 +131,7 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
     """Every argument is used or refused, and none is dropped."""
     for name, instead in _REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None:
-            kind = UnsupportedError if instead is _ONE_RANK_A_COPY else ConfigError
+            kind = UnsupportedError if instead is _NO_MESH else ConfigError
             raise kind(f"{name}={arguments[name]!r} was passed to initialize: {instead}.")
     unknown = sorted(set(arguments) - {*_PASSED_ON, *_REFUSED_ARGUMENTS})
     if unknown:
@@ -159,6 +166,41 @@ def _start(**arguments: Any) -> tuple[Any, Any, Any, Any]:
         raise UnsupportedError(f"DeepSpeed does not start with this configuration: {error}") from error
 
 
+def _check_sequences(ranks: Any, mpu: Any, arguments: dict[str, Any]) -> None:
+    """What is asked of sequence parallelism, before anything is communicated."""
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
+        raise ConfigError(f'"sequence_parallel_size": {ranks!r} in the DeepSpeed configuration: a number of ranks is needed.')
+    if ranks == 1 and mpu is None:
+        return
+    if mpu is not None and not hasattr(mpu, "get_sequence_parallel_group"):
+        raise UnsupportedError(
+            f"mpu={mpu!r} was passed to initialize: it has no sequence groups, and LoSiA trains on data parallelism and "
+            "sequence parallelism alone. Leave it out; ZeRO cuts the model."
+        )
+    if arguments.get("training_data") is not None:
+        raise UnsupportedError(
+            "training_data with sequence parallelism: DeepSpeed's loader gives every rank other records, and cuts none. Load "
+            "batches yourself, the same on all ranks of a sequence, and cut them by losia_dist.split_sequence."
+        )
+
+
+def _share_sequences(model: Any, ranks: int, mpu: Any) -> Any:
+    """DeepSpeed's mpu, with the model's attention shared; None without sequence parallelism. Called by all ranks."""
+    from losia_dist.integrations.deepspeed.ulysses import forget_sequences, share_sequences
+
+    forget_sequences()
+    if mpu is not None:
+        found = mpu.get_sequence_parallel_world_size()
+        if ranks not in (1, found):
+            raise ConfigError(
+                f'"sequence_parallel_size" is {ranks}, and the mpu that was passed has groups of {found} ranks: leave one of '
+                "the "
+                "two out."
+            )
+        ranks = found
+    return None if ranks == 1 else share_sequences(model, ranks, mpu)
+
+
 def _init_distributed(arguments: dict[str, Any]) -> None:
     """As deepspeed.initialize would, whose own call comes too late for what ranks must agree on."""
     import deepspeed
@@ -181,6 +223,12 @@ def _check_stage(engine: Any, settings: dict[str, Any]) -> None:
     got = 3 if sharded else (1 if kind == "BF16_Optimizer" else engine.zero_optimization_stage())
     if got != asked or (asked and "Zero" not in kind and kind != "BF16_Optimizer"):
         raise UnsupportedError(f"ZeRO stage {asked} was asked for, but DeepSpeed gave {kind} at stage {got}.")
+
+
+def _note_engine(engine: Any) -> None:
+    from losia_dist.sharding.handed_over import note_engine  # imports DeepSpeed
+
+    note_engine(engine)
 
 
 def _drive(engine: Any) -> None:

@@ -57,6 +57,7 @@ class LoSiACallback(TrainerCallback):
         self.losia: LoSiA | None = None
         # Set by a trainer that exports instead of saving its state dict, and resumes once the conductor is there.
         self.saves_plain_models = False
+        self.before_made: Callable[[], None] | None = None
         self.when_made: Callable[[LoSiA], None] | None = None
         # The trainer's own loss of a batch, for calibration; None: the model's.
         self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
@@ -84,6 +85,8 @@ class LoSiACallback(TrainerCallback):
         if self.losia is not None:  # train() called again
             self._stop_log()
             self.losia.detach()
+        if self.before_made is not None:
+            self.before_made()
         optimizer = kwargs["optimizer"]
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
@@ -159,6 +162,9 @@ class LoSiACallback(TrainerCallback):
         """The batches that training begins with, as many as calibration asks for; the order of the data stays what it was."""
         assert self.losia is not None
         device = self._device
+        if hasattr(loader, "sp_group"):  # DeepSpeed's, which deals one batch after the other to the ranks of a sequence
+            names = ("sp_rank", "sp_group", "sp_world_size", "device")
+            loader = type(loader)(loader.dl, **{name: getattr(loader, name) for name in names})
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             batches = list(itertools.islice(loader, self.losia.config.calibration_batches))
         if hasattr(loader, "end"):

@@ -161,10 +161,13 @@ def refuse_engine(trainer: Any) -> None:
 
 
 def _refuse_parallelism(parallelism: Any) -> None:
-    for name in ("tp_size", "cp_size", "sp_size"):
+    for name in ("tp_size", "cp_size"):
         size = getattr(parallelism, name, 1) or 1
         if size > 1:
-            raise UnsupportedError(f"parallelism_config {name}={size} is not supported with LoSiA: use FSDP2 or ZeRO-3 alone.")
+            raise UnsupportedError(
+                f"parallelism_config {name}={size} is not supported with LoSiA: use FSDP2 or ZeRO-3 alone, and for long "
+                "sequences sp_size under DeepSpeed."
+            )
 
 
 def _refuse_fsdp(trainer: Any) -> None:

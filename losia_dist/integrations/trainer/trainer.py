@@ -21,6 +21,7 @@ from losia_dist.integrations.trainer.best_model import load_plain_weights
 from losia_dist.integrations.trainer.callback import LoSiACallback
 from losia_dist.integrations.trainer.jit_checkpoint import take_over
 from losia_dist.integrations.trainer.refusals import refuse_arguments, refuse_engine
+from losia_dist.integrations.trainer.sequences import in_one_piece, prepare_sequences
 from losia_dist.integrations.trainer.trainer_checkpoint import TrainerCheckpoints, warn_of_data
 from losia_dist.integrations.trainer.trial_save import try_to_save
 from losia_dist.integrations.trainer.wrapping import (
@@ -58,6 +59,9 @@ class LoSiATrainerMixin:
     - `enable_jit_checkpoint=True`: on SIGTERM all ranks save at the end of the same step, the one in progress or the next, and
       `train` returns.
     - What only a save would fail with (generation_config, tokenizer, output_dir) is tried before the first step.
+    - `ParallelismConfig(sp_size=N, sp_backend="deepspeed")`: N ranks compute each sequence together. Batches are filled up to a
+      length that N divides, and get position_ids where they have none; evaluation is of each rank's own sequences, as
+      Accelerate's is.
     - `evaluate` and `predict` may come before `train` (one process, DDP, ZeRO-3), and `train` again: under DeepSpeed with a new
       optimizer state, elsewhere with the old one.
     - `train(resume_from_checkpoint=True)`, or a path of a `checkpoint-N`, goes on bit for bit on the same engine and ranks, to
@@ -93,12 +97,14 @@ class LoSiATrainerMixin:
             get_losia_model(bound.arguments["model"], losia_config)  # trainers refuse quantized models without adapters
         super().__init__(*args, **kwargs)
         refuse_engine(self)
+        prepare_sequences(self, losia_config)
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         Agreement(group, is_own=True).same("the LoSiA configuration", losia_config.to_dict())
         self.losia_config = losia_config
         self._engine_settings = engine_settings(self)
         self.losia_callback = LoSiACallback(losia_config)
         self.losia_callback.saves_plain_models = True
+        self.losia_callback.before_made = self._note_engine
         self.losia_callback.when_made = self._start
         self.losia_callback.compute_loss = self._calibration_loss
         self._checkpoints = TrainerCheckpoints(group)
@@ -213,6 +219,15 @@ class LoSiATrainerMixin:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._checkpoints.restore_random_state()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return in_one_piece(super()._prepare_inputs(inputs))  # type: ignore[misc]
+
+    def _note_engine(self) -> None:
+        if self.is_deepspeed_enabled:
+            from losia_dist.sharding.handed_over import note_engine
+
+            note_engine(self.model_wrapped)
 
     def _start(self, losia: LoSiA) -> None:
         refuse_unwrapped(self)
