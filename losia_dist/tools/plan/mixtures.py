@@ -7,13 +7,8 @@ from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
-from torch.nn import functional
-
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, LoSiAError
-from losia_dist.subnet.expert_weights import is_of
-from losia_dist.subnet.listed_experts import is_listed
-from losia_dist.subnet.targets import find_targets
 from losia_dist.tools.plan.model_shape import SETTINGS, Layer, ModelShape, Weight
 
 
@@ -50,6 +45,11 @@ class MixtureShape(ModelShape):
 
     @cached_property
     def _kinds(self) -> list[tuple[int, Layer]]:
+        # Here, as torch takes seconds to import and dense models need none of it.
+        from losia_dist.subnet.expert_weights import is_of
+        from losia_dist.subnet.listed_experts import is_listed
+        from losia_dist.subnet.targets import find_targets
+
         model = self.build()
         layers = decoder_of(model).layers
         held: list[list[Weight]] = [[] for _ in layers]
@@ -113,6 +113,7 @@ def _padded_attention() -> str:
 
     torch's CPU kernel takes no such values and would form all scores, which kernels of GPUs never do.
     """
+    from torch.nn import functional
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
