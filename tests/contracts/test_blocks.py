@@ -43,6 +43,7 @@ NOT_RUN = {
     r"python -m pytest": "is a test itself",
     r"python -m benchmarks|benchmarks/": "minutes to a night",
     r"python launch/prepare_quickstart.py": "needs the quickstart's packages; tests/launch has it",
+    r"python examples/to_gguf.py": "takes a tokenizer of byte-level BPE; tests/contracts/test_gguf.py has it",
     r".*--simulate": "45 s a model; tests/unit/test_planning_simulation.py has it",
 }
 SHOWN, INLINE = shown_commands(), inline_commands()
