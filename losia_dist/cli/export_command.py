@@ -22,6 +22,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIRECTORY",
         help="the model that was fine-tuned: all but its weights is copied; --delta needs it",
     )
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="send the model to the Hugging Face hub, too")
 
 
 def add_apply_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +39,14 @@ def run_export(options: argparse.Namespace) -> Path:
         LoSiAError: a checkpoint, base model or target that cannot be used.
     """
     from losia_dist.export.delta import save_delta
+    from losia_dist.export.hub import check_repository, push_model
     from losia_dist.export.live import export_model
 
     target = Path(options.target)
+    if options.push_to_hub and options.delta:
+        raise ConfigError("--push_to_hub sends a model, and --delta writes none: leave one of them out.")
+    if options.push_to_hub:
+        check_repository(options.push_to_hub)
     if options.base_model is not None:
         _check_base(options.base_model)
     if options.delta:
@@ -50,7 +56,10 @@ def run_export(options: argparse.Namespace) -> Path:
             raise ConfigError(f"{target} cannot be written: --delta writes one file, into a directory that is there.")
         return _writing(target, lambda: save_delta(options.checkpoint, target, options.base_model))
     _check_directory(target)
-    return _writing(target, lambda: export_model(options.checkpoint, target, options.base_model))
+    _writing(target, lambda: export_model(options.checkpoint, target, options.base_model))
+    if options.push_to_hub:
+        print(f"pushed: {push_model(target, options.push_to_hub)}")
+    return target
 
 
 def run_apply(options: argparse.Namespace) -> Path:

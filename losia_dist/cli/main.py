@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
+from losia_dist._version import __version__
+from losia_dist.cli.parser import REFUSED, Parser, print_error
 from losia_dist.errors import LoSiAError
 
-REFUSED = 2  # exit code
 _REMOVED = {
     "allocate": "its budgets ended at a loss of 0.8037 where one shape for all layers ended at 0.8025 "
     "(benchmarks/quality/NOTES.md). Set rank_factor; rank_pattern, written by hand, still sets layers apart.",
@@ -19,46 +20,59 @@ _REMOVED = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, from rank 0 alone; the usage is for --help."""
+class Command(NamedTuple):
+    """A subcommand: what it says of itself, and where `add_NAME_arguments` and `run_NAME` are. The module is imported when the
+    command is asked for: not every one needs torch, whose import takes seconds."""
 
-    def error(self, message: str) -> NoReturn:
-        if int(os.environ.get("RANK", 0)) == 0:
-            _print_error(f"{message} (see {self.prog} --help)")
-        sys.exit(REFUSED)
+    help: str
+    module: str
+    takes_run_file: bool = False
+
+    def add_arguments(self, name: str, parser: argparse.ArgumentParser) -> None:
+        getattr(importlib.import_module(self.module), f"add_{name}_arguments")(parser)
+
+    def run(self, name: str, options: argparse.Namespace) -> int | Path | list[Path]:
+        return getattr(importlib.import_module(self.module), f"run_{name}")(options)  # type: ignore[no-any-return]
+
+
+COMMANDS = {
+    "train": Command("fine-tune a causal language model", "losia_dist.cli.train_command", takes_run_file=True),
+    "init": Command("write a run file for a model on so many GPUs", "losia_dist.cli.init_command"),
+    "export": Command("write a checkpoint's model as a plain directory, or as a delta", "losia_dist.cli.export_command"),
+    "apply": Command("rebuild a model from its base model and a delta", "losia_dist.cli.export_command"),
+    "doctor": Command("examine this machine, or under a launcher the cluster", "losia_dist.cli.doctor_command"),
+    "plan": Command("memory, traffic and time of a run on a cluster, before it is rented", "losia_dist.cli.plan_command"),
+    "data": Command("what will be learned of a source: records, lengths, what is dropped", "losia_dist.cli.data_command"),
+    "report": Command("a page about a run, from the logs in its directory", "losia_dist.cli.report_command"),
+    "configs": Command("list or copy what comes with the package", "losia_dist.cli.configs_command"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `losia-dist`; returns the exit code."""
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    asked = words[0] if words else None
+    if asked in _REMOVED:
+        print_error(f"losia-dist {asked} was removed: {_REMOVED[asked]}")
+        return REFUSED
     parser = Parser(prog="losia-dist", description="LoSiA fine-tuning on any number of GPUs.")
-    for command in [*(sys.argv[1:] if arguments is None else arguments)][:1]:
-        if command in _REMOVED:
-            _print_error(f"losia-dist {command} was removed: {_REMOVED[command]}")
-            return REFUSED
+    parser.add_argument("--version", action="version", version=f"losia-dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    from losia_dist.cli.data_command import add_data_arguments, run_data
-    from losia_dist.cli.doctor_command import add_doctor_arguments, run_doctor
-    from losia_dist.cli.export_command import add_apply_arguments, add_export_arguments, run_apply, run_export
-    from losia_dist.cli.plan_command import add_plan_arguments, run_plan
-    from losia_dist.cli.report_command import add_report_arguments, run_report
-    from losia_dist.recipe.options import add_training_arguments
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(name, help=command.help, description=command.help)
+        if name == asked:
+            command.add_arguments(name, added)
+            words[1:] = added.expanded(words[1:]) if command.takes_run_file else words[1:]
+    return run_command(parser.parse_args(words))
 
-    table: list[tuple[str, str, Callable[[Any], object], Callable[[argparse.Namespace], int | Path | list[Path]]]] = [
-        ("train", "fine-tune a causal language model", add_training_arguments, run_training),
-        ("export", "write a checkpoint's model as a plain directory, or as a delta", add_export_arguments, run_export),
-        ("apply", "rebuild a model from its base model and a delta", add_apply_arguments, run_apply),
-        ("doctor", "examine this machine, or under a launcher the cluster", add_doctor_arguments, run_doctor),
-        ("plan", "memory, traffic and time of a run on a cluster, before it is rented", add_plan_arguments, run_plan),
-        ("data", "what will be learned of a source: records, lengths, what is dropped", add_data_arguments, run_data),
-        ("report", "a page about a run, from the logs in its directory", add_report_arguments, run_report),
-    ]
-    for name, help, add_arguments, _ in table:
-        add_arguments(commands.add_parser(name, help=help))
-    options = parser.parse_args(arguments)
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run what the options name; returns the exit code."""
+    name: str = options.command
     try:
-        done = {name: run for name, _, _, run in table}[options.command](options)
+        done: Any = COMMANDS[name].run(name, options)
     except LoSiAError as error:
-        _print_error(str(error))
+        print_error(str(error))
         return REFUSED
     if isinstance(done, int):
         return done
@@ -69,41 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of launch/train.py: `losia-dist train` without the word train."""
-    from losia_dist.recipe.options import add_training_arguments
+    from losia_dist.cli.train_command import add_train_arguments, run_train
 
     parser = Parser(description="Fine-tune a causal language model, with LoSiA (--losia) or in full.")
-    return run_training(add_training_arguments(parser).parse_args(arguments))
-
-
-def run_training(options: argparse.Namespace) -> int:
-    """Join the other ranks, train, leave; what the package refuses becomes one line, from rank 0, and exit code 2.
-
-    Returns 143 where SIGTERM ended the run and a checkpoint was saved: whatever is to follow a finished run must not.
-    """
-    from losia_dist.ranks.interruption import EXIT_CODE, Interrupted
-    from losia_dist.recipe.environment import all_stop, end_process_group, find_process, start_process_group
-    from losia_dist.recipe.script import train
-
-    process, agreement_group = find_process(), None
-    try:
-        agreement_group = start_process_group(process, options.timeout)
-        train(options, process, agreement_group)
-    except Interrupted as stop:
-        if process.rank == 0:
-            print(stop, file=sys.stderr, flush=True)
-        end_process_group()
-        return EXIT_CODE
-    except LoSiAError as error:
-        if process.rank == 0:
-            _print_error(str(error))
-        if all_stop(agreement_group):
-            end_process_group()
-        elif process.rank != 0:
-            _print_error(f"rank {process.rank}: {error}")
-        return REFUSED
-    end_process_group()
-    return 0
-
-
-def _print_error(message: str) -> None:
-    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    add_train_arguments(parser)
+    return run_train(parser.parse_args(parser.expanded(sys.argv[1:] if arguments is None else arguments)))

@@ -51,7 +51,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--simulate", action="store_true", help="measure the peak on fake tensors as well (fsdp2, hsdp)")
     output.add_argument("--compare", action="store_true", help="full fine-tuning and LoRA beside it, on the same cluster")
     output.add_argument("--json", action="store_true", help="one JSON record instead of tables")
-    output.add_argument("--output", metavar="DIRECTORY", help="write the engine's file, LoSiA's and the launch command")
+    output.add_argument("--output", metavar="DIRECTORY", help="write a run file, the engine's and the launch command")
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -79,15 +79,44 @@ def run_plan(options: argparse.Namespace) -> int:
     record["recommended"] = None if advised is None else _choice(advised)
     if options.compare:
         record["compared"] = {p.workload.method: p.record(options.steps) for p in plans[1:]}
-    written = write_launch(plans[0].workload, Path(options.output)) if options.output else []
+    to_write, said = _advised(plans[0].workload, record.get("schedule", {}), options)
+    written = write_launch(to_write, Path(options.output)) if options.output else []
     if options.json:
         print(json.dumps(record | {"written": [str(path) for path in written]}, indent=2))
         return 0
     print(describe(plans, options.steps))
     print(f"\n{_advice(plans[0], advised)}")
+    if written and said:
+        print(said)
     for path in written:
         print(f"written: {path}")
     return 0
+
+
+def advised_workload(options: argparse.Namespace) -> Any:
+    """The plan that is recommended for these options. Raises: ConfigError where nothing fits."""
+    from losia_dist.tools.plan.workload_plan import recommend
+
+    advised = recommend(_workload(options))
+    if advised is None:
+        raise ConfigError(_advice(None, None))
+    return advised
+
+
+def _advised(workload: Workload, schedule: dict[str, Any], options: argparse.Namespace) -> tuple[Workload, str]:
+    """The workload with as many layers a slot as its schedule advises, where nobody asked for a number; and what is said."""
+    from losia_dist.tools.plan.workload_plan import make_plan
+
+    count = schedule.get("recommended_layers_per_slot")
+    is_asked = options.layers_per_slot is not None or options.losia_config is not None
+    if count is None or is_asked or count <= workload.layers_per_slot:
+        return workload, ""
+    other = replace(workload, config=replace(workload.config, layers_per_slot=count))
+    plan = make_plan(other)
+    takes = f"layers_per_slot: {count}, as advised for {options.steps:,} steps: {short(plan.memory.total / GB)} GB"
+    if not plan.fits:
+        return workload, f"Not written: {takes}, which does not fit. --layers-per-slot, or a shorter --period, decides."
+    return other, f"Written with {takes}."
 
 
 def _simulated_peak(workload: Workload) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from losia_dist.config.older_form import nested, refuse_flat
-from losia_dist.config.reading import read_settings
+from losia_dist.config.reading import parse_settings, read_settings
 from losia_dist.config.removed import refuse_removed_settings, without_kept
 from losia_dist.config.selection import (
     Drawn,
@@ -245,7 +245,12 @@ class LoSiAConfig:
 
     @classmethod
     def read(cls, name: str | Path) -> LoSiAConfig:
-        """By a preset's name, or a file's path, as --losia_config takes it. Raises: ConfigError."""
+        """By a preset's name, a file's path, or the settings themselves as JSON ("{...}"), as --losia_config takes it.
+
+        Raises: ConfigError.
+        """
+        if str(name).lstrip().startswith("{"):
+            return cls.from_dict(parse_settings(str(name), "LoSiA configuration"), source="losia_config")
         is_preset = Path(name).name == str(name) and (PACKAGED / f"{name}.yaml").is_file() and not Path(name).exists()
         return cls.preset(str(name)) if is_preset else cls.from_file(name)
 

@@ -34,13 +34,22 @@ def read_settings(path: Path, what: str) -> dict[str, Any]:
         ConfigError: it cannot be read, is neither YAML nor JSON, gives a name twice, or holds something else than settings.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Reader)  # JSON is YAML
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{what} {path} cannot be read: {error.strerror or error}. Check its path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{what} {path} is not valid YAML or JSON: {error}") from error
+    return parse_settings(text, f"{what} {path}")
+
+
+def parse_settings(text: str, what: str) -> dict[str, Any]:
+    """As `read_settings`, of the text itself. Raises: ConfigError."""
+    try:
+        values = yaml.load(text, Loader=_Reader)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not valid YAML or JSON: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{what} {path} must hold 'name: value' lines, not {type(values).__name__}.")
+        raise ConfigError(f"{what} must hold 'name: value' lines, not {type(values).__name__}.")
     return values

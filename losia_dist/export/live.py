@@ -17,6 +17,7 @@ from losia_dist.checkpoint.stored_names import conversions_of
 from losia_dist.checkpoint.tensor_names import plain_entries, unwrap
 from losia_dist.errors import ConfigError
 from losia_dist.export.inference import missing_for_inference
+from losia_dist.export.model_card import facts_of_run, run_of_checkpoint, write_card
 from losia_dist.export.model_directory import Read, write_model_directory
 from losia_dist.export.offline import export_checkpoint
 from losia_dist.export.stored_form import StoredForm, StoredWeights
@@ -38,7 +39,8 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     From a checkpoint neither the model nor a GPU is needed.
 
     A token that ends a turn in the tokenizer's chat template, or its eos, that generation_config.json lacks is added to its
-    eos_token_id, with a warning. Another warning names what the directory lacks for inference: a tokenizer, a processor, code.
+    eos_token_id, with a warning. README.md becomes a model card, unless there is one of somebody else. Another warning names
+    what the directory lacks for inference: a tokenizer, a processor, code.
 
     Args:
         checkpoint_or_losia: the conductor of a live run (`LoSiA`, or `engine.losia` under DeepSpeed); or a directory that
@@ -72,10 +74,19 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
             f"export_model was given a {type(checkpoint_or_losia).__name__}: pass the conductor of a live run (LoSiA, or "
             "engine.losia), or the directory of a checkpoint."
         )
+    agreement.on_first(None, lambda: write_card(directory, *_facts(checkpoint_or_losia, base_model)))
     missing = missing_for_inference(directory) if agreement.rank == 0 else []
     if missing:
         warnings.warn(f"{directory} holds the model's weights, and for inference it lacks {'; '.join(missing)}.", stacklevel=2)
     return directory
+
+
+def _facts(source: Any, base_model: Any) -> tuple[dict[str, Any], Any]:
+    """What the model card says of a live run, or of a checkpoint's; and the model that was fine-tuned."""
+    if not isinstance(source, LoSiA):
+        return facts_of_run(run_of_checkpoint(source)), base_model
+    facts = {"losia_config": source.config.to_dict(), "steps": source.steps}
+    return facts, getattr(getattr(unwrap(source.model), "config", None), "_name_or_path", None) or base_model
 
 
 def save_whole_model(

@@ -12,6 +12,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--losia_config",
         metavar="NAME|FILE",
-        help="a preset (published, short, 7b, 13b, 70b, ...), or a YAML or JSON file with LoSiAConfig's fields (with --losia)",
+        help="a preset (published, short, 7b, 13b, 70b, ...), a YAML or JSON file with LoSiAConfig's fields, "
+        "or those as JSON (with --losia)",
     )
     return parser

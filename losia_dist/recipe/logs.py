@@ -1,49 +1,68 @@
-"""Progress bar, TensorBoard, metrics.jsonl, subnets.jsonl and summary.json of a run; rank 0 alone writes."""
+"""Progress bar, metrics.jsonl, subnets.jsonl, summary.json and trackers of a run; rank 0 alone writes."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from losia_dist.digits import short
+from losia_dist.recipe.trackers import Tracker
 from losia_dist.recipe.trajectory import Progress
 from losia_dist.run.log_files import METRICS, SUMMARY, cut_records
 from losia_dist.run.subnet_log import SubnetLog
+
+_WORDS = {
+    "held_out": "held-out loss {}",
+    "lr": "rate {}",
+    "grad_norm": "gradient norm {}",
+    "tokens_per_second": "{} tokens/s",
+    "peak_memory_gb": "peak {} GB",
+    "localizing": "locating {}",
+}
 
 
 class RunLog:
     """Collects what a run reports. On other ranks every method does nothing.
 
     Files in `directory`: metrics.jsonl (one line per log), subnets.jsonl (a line for each time a layer's subnet is set; not
-    in full fine-tuning), summary.json (at the end), tensorboard/.
+    in full fine-tuning), summary.json (at the end).
 
     Args:
         begun: where the run goes on from.
         continues: the logs in `directory` are this run's: what they hold up to there is kept. Else there are none.
+        trackers: that get the same numbers (`start_trackers`).
     """
 
-    def __init__(self, directory: Path, total_steps: int, enabled: bool, begun: Progress, continues: bool) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        total_steps: int,
+        enabled: bool,
+        begun: Progress,
+        continues: bool,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.directory, self.enabled = directory, enabled
         self.last: dict[str, Any] = {}
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # imports slowly; other ranks do not need it
-
         directory.mkdir(parents=True, exist_ok=True)
         if continues:
             _cut(directory / METRICS, begun.step, is_over=begun.step == total_steps)
         self._metrics = (directory / METRICS).open("a" if continues else "w", encoding="utf-8")
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=begun.step + 1 if continues else None)
+        self._trackers = trackers
         # In a log file every refresh would be a line; there, each record is one instead.
         self._bar = tqdm(
             total=total_steps, initial=begun.step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
-        self._total = total_steps
+        self._total, self._begun = total_steps, begun
         self._subnets: SubnetLog | None = None
         self._start = time.perf_counter() - begun.elapsed
 
@@ -58,7 +77,7 @@ class RunLog:
         return time.perf_counter() - self._start if self.enabled else 0.0
 
     def advance(self, step: int, **values: Any) -> None:
-        """Step `step` is done; with values, log them (numbers also to TensorBoard)."""
+        """Step `step` is done; with values, log them."""
         if not self.enabled:
             return
         self._bar.update(1)
@@ -71,7 +90,8 @@ class RunLog:
         """Write one line of metrics at an optimizer step.
 
         A value for each of many things (a dictionary) is a list in metrics.jsonl, whose order is the dictionary's and the
-        same in all lines; on the terminal it is left out.
+        same in all lines; trackers get its lowest, mean and highest (a large model would fill them with charts), the terminal
+        nothing.
         """
         if not self.enabled:
             return
@@ -82,17 +102,22 @@ class RunLog:
         line = {"step": step, "seconds": round(self.elapsed(), 2), **single, **lists}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
-        for name, value in single.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
-            else:
-                self._writer.add_text(name, str(value), step)
-        for name, value in many.items():
-            for part, one in value.items():
-                self._writer.add_scalar(f"{name}/{part}", one, step)
-        self._bar.set_postfix({name: _shown(value) for name, value in self.last.items()})
+        numbers = {name: value for name, value in single.items() if isinstance(value, int | float)}
+        for name, values_of in many.items():
+            numbers |= of_many(name, [*values_of.values()])
+        texts = {name: str(value) for name, value in single.items() if name not in numbers}
+        for tracker in self._trackers:
+            tracker.log(step, numbers, texts)
+        self._bar.set_postfix_str(in_words(self.last))
         if self._bar.disable:
-            self.say(f"step {step}/{self._total}: " + ", ".join(f"{name} {_shown(value)}" for name, value in single.items()))
+            self.say(f"step {step}/{self._total}: {in_words(single)}{self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        done, left = step - self._begun.step, self._total - step
+        if done < 1 or left < 1:
+            return ""
+        seconds = round((self.elapsed() - self._begun.elapsed) / done * left)
+        return f", {timedelta(seconds=seconds)} left"
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -108,7 +133,8 @@ class RunLog:
             self._subnets = None
         self._bar.close()
         self._metrics.close()
-        self._writer.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close everything and write summary.json."""
@@ -116,6 +142,17 @@ class RunLog:
             return
         self.close()
         (self.directory / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def of_many(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Three numbers for many: lowest, mean and highest."""
+    one = name.removesuffix("s")
+    return {f"lowest_{one}": min(values), f"mean_{one}": sum(values) / len(values), f"highest_{one}": max(values)}
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Values as a person reads them: loss 1.23, rate 5e-05, 1,020 tokens/s."""
+    return ", ".join(_WORDS.get(name, f"{name} {{}}").format(_shown(value)) for name, value in values.items())
 
 
 def _cut(path: Path, step: int, is_over: bool) -> None:

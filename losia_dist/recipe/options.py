@@ -14,6 +14,7 @@ from losia_dist.data.forms import FORMS
 from losia_dist.errors import ConfigError
 from losia_dist.recipe.config_arguments import add_config_arguments
 from losia_dist.recipe.quantization import QUANTIZATIONS
+from losia_dist.recipe.trackers import TRACKERS, check_trackers
 
 PRECISIONS = ("bf16", "fp32")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant")
@@ -143,7 +144,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     report.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between log lines (10)")
     report.add_argument("--samples", type=int, default=0, help="held-out prompts answered before and after training (0)")
     report.add_argument("--sample_tokens", type=int, default=128, help="longest such answer, in tokens (128)")
+    report.add_argument(
+        "--report_to",
+        nargs="+",
+        choices=[*TRACKERS, "none"],
+        default=["tensorboard"],
+        help="where numbers go besides metrics.jsonl; several are possible (tensorboard)",
+    )
     report.add_argument("--no_save", action="store_true", help="do not write the trained model")
+    report.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="send the trained model to the Hugging Face hub, into a private repository"
+    )
     # The deepspeed launcher passes it; the environment has it too.
     parser.add_argument("--local_rank", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
     return parser
@@ -204,6 +215,7 @@ def check(options: argparse.Namespace) -> LoSiAConfig | None:
         if not 0 <= getattr(options, name) <= 1:
             raise ConfigError(f"--{name} {getattr(options, name)}: a share in [0, 1] is needed.")
     parse_columns(options.columns)
+    check_trackers(options.report_to)
     for broken, text in _rules(options):
         if broken:
             raise ConfigError(text)
@@ -225,6 +237,7 @@ def _rules(o: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     yield o.losia_config and not o.losia, "--losia_config has no effect without --losia; add --losia, or leave it out."
     text = f"--quantization {o.quantization} works with --losia only: codes cannot train in full. Add --losia, or leave it out."
     yield o.quantization and not o.losia, text
+    yield o.push_to_hub and o.no_save, "--push_to_hub sends the trained model, which --no_save leaves out: give one of them."
     text = "--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out."
     yield o.loss_chunk is not None and o.loss != "chunked", text
     uncached = o.data_cache == "off"

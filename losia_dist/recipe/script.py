@@ -19,7 +19,9 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
 from losia_dist.errors import ConfigError, LoSiAError
+from losia_dist.export.hub import check_repository, push_model
 from losia_dist.export.live import export_model, save_whole_model
+from losia_dist.export.model_card import facts_of_run, write_card
 from losia_dist.model import count_trainable
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
@@ -39,6 +41,7 @@ from losia_dist.recipe.options import check
 from losia_dist.recipe.output_directory import OutputDirectory
 from losia_dist.recipe.preset import choose_preset, count_steps, learning_rate_for
 from losia_dist.recipe.run_data import choose_template_date, load_data
+from losia_dist.recipe.trackers import Tracker, start_trackers
 from losia_dist.recipe.trajectory import describe, warmup_steps
 from losia_dist.recipe.weights.empty import Where, find_holders, give_memory
 from losia_dist.recipe.weights.model_files import local_directory
@@ -77,6 +80,8 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     saved = checkpoints.source.extra["trajectory"] if checkpoints.source is not None else None
     day = agreement.on_first(None, lambda: choose_template_date(options, saved))  # ranks may start on two sides of midnight
     agreement.on_first(None, lambda: check_writable(Path(options.output_dir)))
+    if options.push_to_hub:
+        agreement.on_first(None, lambda: check_repository(options.push_to_hub))
     data = load_data(options, agreement, day)
 
     def decide() -> tuple[LoSiAConfig | None, EngineChoice, int]:
@@ -118,7 +123,11 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
         "data_from": data.origin,
     }
     agreement.on_first(None, lambda: _describe(run, config, options, process, summary))
-    log = RunLog(output.path, steps, enabled=process.rank == 0, begun=begun, continues=continues)
+    trackers: list[Tracker] = []
+    about = {**_comparable(options), "losia_config": config.to_dict() if config else None, **summary}
+    begun_at = begun.step if continues else None
+    agreement.on_first(None, lambda: trackers.extend(start_trackers(options.report_to, output.path, about, begun_at)))
+    log = RunLog(output.path, steps, process.rank == 0, begun, continues, trackers)
     log.say(
         f"{summary['method']}, {run.name}, {choice.precision}, {process.world_size} rank(s): "
         f"{summary['trainable_parameters']:,} trainable parameters, {steps} steps; {summary['data']}"
@@ -163,7 +172,10 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
             export_model(run.losia, target, **beside)
         else:
             save_whole_model(run.model, target, **beside, agreement=agreement)
+        agreement.on_first(None, lambda: write_card(target, facts_of_run(output.path)))
         agreement.on_first(f"writing to {output.path}", output.record_model)
+        if options.push_to_hub:
+            log.say(f"pushed: {agreement.on_first(None, lambda: push_model(target, options.push_to_hub))}")
     checkpoints.wait(run)
     output.release()
     if run.losia is not None:

@@ -41,6 +41,7 @@ from losia_dist.run.masters import FirstMove, check_masters
 from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
 from losia_dist.run.sequence_checks import SequenceChecks, refuse_experts
+from losia_dist.run.when_made import WHEN_MADE
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
 from losia_dist.sharding.sequence_parallel import SequenceRanks
@@ -50,8 +51,6 @@ from losia_dist.subnet.groups import ROUTERS
 from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.operator import make_findable
 from losia_dist.subnet.site import Site
-
-WHEN_MADE: list[Callable[[], None]] = []  # what integrations do in a process that gets a conductor
 
 
 class LoSiA:

@@ -15,7 +15,6 @@ from losia_dist.subnet.layout import Layout
 Shape = Callable[[Tensor], tuple[int, ...]]
 
 _ROUTER = re.compile(r"gate|.*_gate|.*router.*")
-MOST_ELEMENTS = 1 << 29  # of the full gradient that one part forms: 1 GiB in bf16
 
 
 class ExpertWeight(NamedTuple):
@@ -87,19 +86,6 @@ def router_modules(model: nn.Module, experts: dict[str, ExpertWeight], shape: Sh
         if id(module) not in owners and not inside and has_row_each and is_router(name, blocks):
             found[name] = module
     return found
-
-
-def parts_of(experts: int, elements: int, asked: int | str | None) -> list[tuple[int, int]]:
-    """Experts [start, stop) of each part that localizes by itself (docs/algorithm.md, "Experts").
-
-    experts: E. elements: numbers in one expert's matrices. asked: `experts_per_slot`; None: one part.
-    """
-    if asked is None:
-        return [(0, experts)]
-    if asked == "auto":
-        asked = -(-experts // -(-experts * elements // MOST_ELEMENTS))
-    assert isinstance(asked, int)
-    return [(start, min(experts, start + asked)) for start in range(0, experts, asked)]
 
 
 def is_routed(module: Any) -> bool:

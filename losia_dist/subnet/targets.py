@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, some
 from losia_dist.subnet.all_linear import all_linear
-from losia_dist.subnet.expert_weights import ExpertWeight, Shape, expert_weights, parts_of, why_unusable_experts
+from losia_dist.subnet.expert_parts import parts_of
+from losia_dist.subnet.expert_weights import ExpertWeight, Shape, expert_weights, why_unusable_experts
 from losia_dist.subnet.kinds import is_linear, is_quantized_substitute, stores_transposed, why_unusable
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.reach import unreached

@@ -73,7 +73,8 @@ def test_everything_of_the_base_but_weights_and_training_state_is_taken(base, tm
     if source == "checkpoint":
         save_checkpoint(tmp_path / "run", model=losia.model, optimizer=losia.state.optimizer, losia=losia)
     export_model(losia if source == "live" else tmp_path / "run", tmp_path / "model", base_model=base)
-    assert found_in(tmp_path / "model") == {*TAKEN, "config.json", "generation_config.json", WEIGHTS}
+    assert found_in(tmp_path / "model") == {*TAKEN, "config.json", "generation_config.json", "README.md", WEIGHTS}
+    assert (tmp_path / "model" / "README.md").read_text() != (base / "README.md").read_text()  # a card of its own
     assert (tmp_path / "model" / "modeling_own.py").read_text() == CODE
     assert not torch.equal(
         load_file(tmp_path / "model" / WEIGHTS)[f"{losia.sites[0].name}.weight"],
@@ -126,7 +127,7 @@ def test_over_an_older_model_its_weights_go_and_nobody_elses(tmp_path):
         (tmp_path / name).write_text("older")
     export_model(conductor(), tmp_path)
     there = {"model_ema.safetensors", "model_best.safetensors", "pytorch_model_ema.bin", "mine.txt"}
-    assert found_in(tmp_path) == {*there, "config.json", "generation_config.json", WEIGHTS}
+    assert found_in(tmp_path) == {*there, "config.json", "generation_config.json", "README.md", WEIGHTS}
 
 
 def said_of(action) -> str:

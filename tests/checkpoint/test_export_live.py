@@ -69,7 +69,12 @@ def test_every_weight_is_the_trained_one_to_the_last_bit(ranks, tmp_path, engine
     assert torch.allclose(again, logits, atol=1e-5)
     config = json.loads((Path(target) / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    assert {path.name for path in Path(target).iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in Path(target).iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "README.md",
+        "model.safetensors",
+    }
 
 
 def conductor(**model) -> LoSiA:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import losia_dist
-from losia_dist.cli.main import main
+from losia_dist.cli.main import COMMANDS, main
 
 PACKAGE = Path(losia_dist.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
@@ -41,8 +41,9 @@ def test_options_in_messages_are_options_of_the_commands_or_their_launchers(monk
         return add(self, *names, **settings)
 
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noted)
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
     get_args_parser(), launch_command_parser(), parse_args(["train.py"])
     unknown = {place: sorted(set(OPTION.findall(text)) - known - FOREIGN) for place, text in texts().items()}
     assert not {place: names for place, names in unknown.items() if names}

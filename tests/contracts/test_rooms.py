@@ -24,7 +24,7 @@ ORDER = [
     ["integrations", "data"],
     ["recipe"],
     ["cli"],
-    ["__init__"],  # the public names
+    ["__init__", "__main__"],  # the public names
 ]
 # Rooms inside a room: likewise. "*": files that lie in the room itself, and import each other.
 WITHIN = {

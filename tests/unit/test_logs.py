@@ -14,7 +14,8 @@ def test_numbers_are_printed_as_people_read_them(tmp_path, capsys):
     log = RunLog(tmp_path, 8, True, Progress(), continues=False)
     log.record(1, loss=4.3141, tokens_per_second=1020.4, lr=5e-5)
     log.close()
-    assert "step 1/8: loss 4.31, tokens_per_second 1,020, lr 5e-05" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 1/8: loss 4.31, 1,020 tokens/s, rate 5e-05, 0:00:00 left" in said
 
 
 @pytest.mark.parametrize("selection", ["greedy", "random"])

@@ -26,7 +26,7 @@ _MARK = "__losia_refuses__"
 def refuse_plain_saving() -> None:
     """From here on these methods of `accelerate.Accelerator` raise UnsupportedError for a model with subnets.
 
-    Called where a conductor is made (`conductor.WHEN_MADE`); there is nothing to do where Accelerate is not loaded.
+    Called where a conductor is made (`run/when_made.py`); there is nothing to do where Accelerate is not loaded.
     """
     accelerator = getattr(sys.modules.get("accelerate"), "Accelerator", None)
     for name, instead in _INSTEAD.items() if accelerator is not None else ():

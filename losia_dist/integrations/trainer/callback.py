@@ -125,21 +125,35 @@ class LoSiACallback(TrainerCallback):
         self.losia.consolidate()
 
     def metrics(self) -> dict[str, float]:
-        """Of the latest optimizer step, for logging: each group's true learning rate, and which group localized.
+        """Of the latest optimizer step, for logging: the groups' true learning rates, and which group localized.
 
-        "losia/learning_rate/<group>": rewarming included ("learning_rate" is the scheduler's). "losia/localizing": place of
-        the (first) localizing group in localization order, from 0; with several per slot, those that follow it too.
-        It is left out where subnets are drawn, and nothing localizes.
+        "losia/lowest_learning_rate", mean and highest: over the groups, rewarming included ("learning_rate" is the
+        scheduler's); each group's own is in `learning_rates`. "losia/localizing": place of the (first) localizing group in
+        localization order, from 0; with several per slot, those that follow it too. It is left out where subnets are drawn,
+        and nothing localizes.
         "losia/experts_trained" and "losia/experts_busiest": of a mixture of experts (`ExpertLoad.read`).
         "losia/peak_memory_gb": what this rank held at most so far, in 10^9 bytes, on its GPU or as a process on a CPU.
         """
         if self.losia is None or not self._localized:
             return {}
-        rates = {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
-        found = {**rates, **self._experts, "losia/peak_memory_gb": peak_memory(self._device) / GB}
+        rates = [*self.losia.learning_rates().values()]
+        found = {
+            "losia/lowest_learning_rate": min(rates),
+            "losia/mean_learning_rate": sum(rates) / len(rates),
+            "losia/highest_learning_rate": max(rates),
+            **self._experts,
+            "losia/peak_memory_gb": peak_memory(self._device) / GB,
+        }
         if self.losia.config.located is not None:
             found["losia/localizing"] = self.losia.clock.names.index(self._localized[0])
         return found
+
+    def learning_rates(self) -> dict[str, float]:
+        """ "losia/learning_rate/<group>" of the latest optimizer step, rewarming included. A tracker would make a chart of
+        each: they go into the Trainer's log history alone."""
+        if self.losia is None or not self._localized:
+            return {}
+        return {f"losia/learning_rate/{name}": rate for name, rate in self.losia.learning_rates().items()}
 
     def _describe(self, args: Any, state: Any) -> None:
         losia = self.losia

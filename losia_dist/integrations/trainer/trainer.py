@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim  # not in accelerate.utils of releases where DeepSpeed is missing
 from torch.optim import Optimizer
 from transformers import Trainer
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.export.live import save_whole_model
+from losia_dist.export.model_card import write_card
 from losia_dist.integrations.deepspeed.engine_checkpoint import EngineCounters
 from losia_dist.integrations.trainer.best_model import load_plain_weights
 from losia_dist.integrations.trainer.callback import LoSiACallback
@@ -53,7 +54,7 @@ class LoSiATrainerMixin:
     - `Located(start="importance")`, `Drawn(outlier_limit=...)`: the first subnets are located, or drawn, from the first
       `calibration_batches` batches of the training data, by the trainer's own loss; `layers_per_slot="auto"` follows
       `max_steps`.
-    - Logs carry each group's true learning rate and the localizing group (`LoSiACallback.metrics`).
+    - Logs carry the groups' true learning rates and the localizing group (`LoSiACallback.metrics`).
     - `save_model` and checkpoints hold a plain Transformers model. `output_dir/_losia_state` holds what resuming needs
       besides, for all checkpoints of the run (the base once); it is rotated with them.
     - `enable_jit_checkpoint=True`: on SIGTERM all ranks save at the end of the same step, the one in progress or the next, and
@@ -165,10 +166,13 @@ class LoSiATrainerMixin:
         return self.optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As `Trainer.log`, with LoSiA's entries in the logs of training steps."""
-        if "loss" in logs:
+        """As `Trainer.log`, with LoSiA's entries in the logs of training steps; each group's rate in the history alone."""
+        is_step = "loss" in logs
+        if is_step:
             logs.update(self.losia_callback.metrics())
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        if is_step and self.state.log_history:
+            self.state.log_history[-1].update(self.losia_callback.learning_rates())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model as it computes now, as a plain Transformers directory. Called on all ranks; rank 0 writes."""
@@ -180,8 +184,33 @@ class LoSiATrainerMixin:
         save_whole_model(model, directory, tokenizer=self._processor(), agreement=self._checkpoints.agreement)
         if self.args.should_save:
             torch.save(self.args, os.path.join(directory, "training_args.bin"))
+            write_card(directory, self._card_facts())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card of `save_model` in the place of the Trainer's or TRL's, which know nothing of LoSiA: before every push."""
+        if self.is_world_process_zero():  # type: ignore[attr-defined]
+            write_card(self.args.output_dir, self._card_facts())
+
+    def _card_facts(self) -> dict[str, Any]:
+        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        options = {
+            "model": getattr(self.model.config, "_name_or_path", None),
+            "learning_rate": self.args.learning_rate,
+            "micro_batch": self.args.per_device_train_batch_size,
+            "gradient_accumulation": self.args.gradient_accumulation_steps,
+            "weight_decay": self.args.weight_decay,
+            "seed": self.args.seed,
+        }
+        return {
+            "losia_config": self.losia_config.to_dict(),
+            "engine": self.accelerator.distributed_type.value,
+            "ranks": self.args.world_size,
+            "steps": self.state.global_step,
+            "options": options,
+            **({"train_loss": float(losses[-1])} if losses else {}),
+        }
 
     # Checkpoints: LoSiA's state is saved in the place of optimizer, scheduler and random states, and loaded when the conductor
     # is there; the Trainer's own loading, which knows no subnets, is left out.

@@ -1,4 +1,4 @@
-"""Files to start a planned run with: DeepSpeed's configuration, LoSiA's, and the command, as `losia-dist train` takes them."""
+"""Files to start a planned run with: a run file with LoSiA's settings in it, DeepSpeed's configuration, and the command."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 import yaml
 
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.tools.plan.workload import Workload
 
 # As in configs/deepspeed, which a test holds these to.
 _COMMON: dict[str, Any] = {"overlap_comm": True, "contiguous_gradients": True}
+_ALWAYS = ("rank_factor", "period", "layers_per_slot")  # settings that people look for
 _ZERO: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2, **_COMMON},
@@ -33,15 +35,10 @@ def write_launch(workload: Workload, directory: Path) -> list[Path]:
     Raises:
         ConfigError: LoRA, which the training script does not train, or a directory that cannot be written.
     """
-    if workload.method == "lora":
-        raise ConfigError(
-            "--output with --method lora: losia-dist trains subnets or all weights; LoRA is there to compare with."
-        )
     files: dict[str, str] = {}
     if workload.engine in _ZERO:
         files["deepspeed.json"] = json.dumps(deepspeed_settings(workload), indent=2) + "\n"
-    if workload.method == "losia":
-        files["losia.yaml"] = yaml.safe_dump(workload.config.to_dict(), sort_keys=False)
+    files["run.yaml"] = run_text(run_options(workload, directory), f"{_head(workload)} Started by launch.sh.")
     files["launch.sh"] = launch_script(workload, directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -51,6 +48,62 @@ def write_launch(workload: Workload, directory: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"--output {directory} cannot be written: {error.strerror}.") from error
     return [directory / name for name in files]
+
+
+def run_options(workload: Workload, directory: Path) -> dict[str, Any]:
+    """The options of `losia-dist train` that a plan decides, as a run file holds them.
+
+    directory: of deepspeed.json, where the engine needs it.
+
+    Raises:
+        ConfigError: LoRA.
+    """
+    if workload.method == "lora":
+        raise ConfigError(
+            "--output with --method lora: losia-dist trains subnets or all weights; LoRA is there to compare with."
+        )
+    options: dict[str, Any] = {"model": workload.shape.source} if workload.shape.source else {}
+    if workload.method == "losia":
+        options |= {"losia": True, "losia_config": _without_defaults(workload.config.to_dict())}
+    sharding = {"fsdp2": "fsdp2", "hsdp": f"hsdp:{workload.shards}"}
+    if workload.engine in sharding:
+        options["sharding"] = sharding[workload.engine]
+        options |= {"offload": True} if workload.offload == "all" else {}
+    elif workload.engine in _ZERO:
+        options["deepspeed"] = str(directory / "deepspeed.json")
+    return options | {
+        "precision": "bf16",
+        "max_length": workload.sequence,
+        "micro_batch": workload.micro_batch,
+        "gradient_accumulation": workload.accumulation,
+        "gradient_checkpointing": "non-reentrant" if workload.checkpointing else "off",
+    }
+
+
+def run_text(options: dict[str, Any], comment: str) -> str:
+    """A run file."""
+    return f"# {comment}\n" + yaml.safe_dump(options, sort_keys=False, width=120)
+
+
+def launcher(workload: Workload) -> str:
+    """The words that start `losia-dist train` on every GPU of a node; on one GPU alone none."""
+    cluster = workload.cluster
+    if cluster.gpus == 1:
+        return "losia-dist train"
+    several = cluster.nodes > 1
+    nodes = f' --nnodes {cluster.nodes} --node_rank "${{NODE_RANK:?}}" --master_addr "${{MASTER_ADDR:?}}"' if several else ""
+    return f"torchrun --nproc_per_node {cluster.gpus_per_node}{nodes} -m losia_dist train"
+
+
+def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """What says something: an empty mapping would be the published settings."""
+    default = LoSiAConfig().to_dict()
+    return {name: value for name, value in settings.items() if value != default[name] or name in _ALWAYS}
+
+
+def _head(workload: Workload) -> str:
+    cluster = workload.cluster
+    return f"{workload.shape.name}, {workload.method}, {workload.engine} on {cluster.nodes} x {cluster.gpus_per_node} GPUs."
 
 
 def deepspeed_settings(workload: Workload) -> dict[str, Any]:
@@ -66,29 +119,12 @@ def deepspeed_settings(workload: Workload) -> dict[str, Any]:
 
 
 def launch_script(workload: Workload, directory: Path) -> str:
-    """A shell script to run on every node; MODEL, TRAIN_FILE and, on several nodes, MASTER_ADDR and NODE_RANK are set by
-    the caller."""
-    cluster, here = workload.cluster, shlex.quote(str(directory))
-    several = cluster.nodes > 1
-    nodes = f' --nnodes {cluster.nodes} --node_rank "${{NODE_RANK:?}}" --master_addr "${{MASTER_ADDR:?}}"' if several else ""
-    sharding = {"ddp": "", "fsdp2": " --sharding fsdp2", "hsdp": f" --sharding hsdp:{workload.shards}"}
-    engine = sharding.get(workload.engine, f" --deepspeed {here}/deepspeed.json")
-    if workload.engine in sharding and workload.offload == "all":
-        engine += " --offload"
-    method = f" --losia --losia_config {here}/losia.yaml" if workload.method == "losia" else ""
-    model = shlex.quote(workload.shape.source) if workload.shape.source else '"${MODEL:?directory or hub name}"'
-    where = "every node, with MASTER_ADDR and its own NODE_RANK" if several else "the node"
-    options = {
-        "precision": "bf16",
-        "max_length": workload.sequence,
-        "micro_batch": workload.micro_batch,
-        "gradient_accumulation": workload.accumulation,
-        "gradient_checkpointing": "non-reentrant" if workload.checkpointing else "off",
-    }
+    """A shell script to run on every node; TRAIN_FILE, MODEL where the plan knows none and, on several nodes, MASTER_ADDR and
+    NODE_RANK are set by the caller. It needs the installed package and nothing of the repository."""
+    model = "" if workload.shape.source else ' --model "${MODEL:?directory or hub name}"'
+    where = "every node, with MASTER_ADDR and its own NODE_RANK" if workload.cluster.nodes > 1 else "the node"
     return (
-        f"#!/usr/bin/env bash\n# {workload.shape.name}, {workload.method}, {workload.engine} on {cluster.nodes} x "
-        f"{cluster.gpus_per_node} GPUs. Run on {where}, from the project's directory.\nset -euo pipefail\n"
-        f"exec torchrun --nproc_per_node {cluster.gpus_per_node}{nodes} launch/train.py{method}{engine} \\\n"
-        f'  --model {model} --train_file "${{TRAIN_FILE:?}}" --output_dir "${{OUTPUT_DIR:-runs/planned}}" \\\n'
-        f'  {" ".join(f"--{name} {value}" for name, value in options.items())} "$@"\n'
+        f"#!/usr/bin/env bash\n# {_head(workload)} Run on {where}; options that are given to it win.\nset -euo pipefail\n"
+        f"exec {launcher(workload)} {shlex.quote(str(directory / 'run.yaml'))}{model} \\\n"
+        f'  --train_file "${{TRAIN_FILE:?}}" --output_dir "${{OUTPUT_DIR:-runs/planned}}" "$@"\n'
     )

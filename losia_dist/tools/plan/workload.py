@@ -8,7 +8,7 @@ from functools import cached_property
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
-from losia_dist.subnet.expert_weights import parts_of
+from losia_dist.subnet.expert_parts import parts_of
 from losia_dist.tools.plan.model_shape import Layer, ModelShape, Weight
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
