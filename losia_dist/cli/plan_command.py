@@ -14,7 +14,7 @@ from typing import Any
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.digits import short
 from losia_dist.errors import ConfigError
-from losia_dist.tools.plan.workload import ENGINES, GB, GPUS, METHODS, OFFLOADS, Cluster, Workload
+from losia_dist.tools.plan.workload import ENGINES, GB, GPUS, METHODS, OFFLOADS, QUANTIZATIONS, Cluster, Workload
 
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--shard-ranks", type=int, help="with hsdp: ranks that share one copy of the model (a node's GPUs)")
     run.add_argument("--offload", default="none", help=f"to host memory: {', '.join(OFFLOADS)} (none)")
     run.add_argument("--method", default="losia", help=f"{', '.join(METHODS)} (losia)")
+    run.add_argument("--quantization", help=f"of the frozen weights: {', '.join(QUANTIZATIONS)} (bf16)")
     run.add_argument("--sequence-length", type=int, help="tokens of a row (2048, or the model's own limit below it)")
     run.add_argument("--micro-batch", type=int, default=1, help="rows of one GPU's forward pass (1)")
     run.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per optimizer step (1)")
@@ -73,7 +74,9 @@ def run_plan(options: argparse.Namespace) -> int:
         keeps = options.checkpointing in (None, "on" if advised.workload.checkpointing else "off")
         workload = advised.workload if keeps and options.offload in ("none", advised.workload.offload) else workload
     methods = [options.method, *(m for m in METHODS if options.compare and m != options.method)]
-    workloads = [replace(workload, method=method) for method in methods]
+    workloads = [
+        replace(workload, method=one, quantization=workload.quantization if one != "full" else None) for one in methods
+    ]
     plans = [make_plan(one, _simulated_peak(one) if options.simulate else None) for one in workloads]
     record: dict[str, Any] = plans[0].record(options.steps)
     record["recommended"] = None if advised is None else _choice(advised)
@@ -156,6 +159,7 @@ def _workload(options: argparse.Namespace) -> Workload:
         offload=options.offload,
         shard_ranks=options.shard_ranks,
         config=replace(config, layers_per_slot=1) if fits_run else config,
+        quantization=options.quantization,
         lora_rank=min(64, shape.narrowest) if options.lora_rank is None else options.lora_rank,
     )
     if not fits_run:

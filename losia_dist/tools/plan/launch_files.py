@@ -65,6 +65,8 @@ def run_options(workload: Workload, directory: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"model": workload.shape.source} if workload.shape.source else {}
     if workload.method == "losia":
         options |= {"losia": True, "losia_config": _without_defaults(workload.config.to_dict())}
+    if workload.quantization is not None:
+        options["quantization"] = workload.quantization
     sharding = {"fsdp2": "fsdp2", "hsdp": f"hsdp:{workload.shards}"}
     if workload.engine in sharding:
         options["sharding"] = sharding[workload.engine]

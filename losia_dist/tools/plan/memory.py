@@ -14,6 +14,7 @@ from losia_dist.formulas import subnet_size
 from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
 from losia_dist.tools.plan.measured import layer_activations
 from losia_dist.tools.plan.model_shape import Layer
+from losia_dist.tools.plan.quantized import dense_bytes, overlay_bytes, saved_elements, scale_bytes
 from losia_dist.tools.plan.workload import Workload
 
 # DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
@@ -22,6 +23,7 @@ REDUCE_BUCKET, MAX_LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 PARTS = {
     "weights": "weights that this GPU keeps",
     "subnet": "subnets (LoSiA) or adapters (LoRA), and their indices",
+    "overlay": "what subnets leave beside the codes of a quantized base, in one cycle",
     "gradients": "gradients of what trains, and buffers they are reduced in",
     "masters": "fp32 master values",
     "moments": "AdamW's two moments",
@@ -54,8 +56,8 @@ class Memory:
 
 @dataclass
 class _Sizes:
-    """Elements. layer_*: of the fullest decoder layer; outer_*: outside of them. added: subnets or adapters beside the weights.
-    lacking_*: what the other layers hold less than the fullest, in all.
+    """Elements, in codes as many of bf16 as take their room. layer_*: of the fullest decoder layer; outer_*: outside of them.
+    added: subnets or adapters beside the weights. lacking_*: what the other layers hold less than the fullest, in all.
     """
 
     layer_weights: int
@@ -111,6 +113,7 @@ def _of_layer(workload: Workload, layer: Layer, block: int) -> tuple[int, int]:
         return -(-count // block) * block if count > 1 else count
 
     weights = layer.parameters + sum((padded(w.experts) - w.experts) * w.m * w.n for w in layer.weights)
+    weights -= saved_elements(workload, sum(w.elements for w in layer.weights))
     if workload.method == "full":
         return weights, weights
     if workload.method == "lora":
@@ -137,6 +140,9 @@ def plan_memory(workload: Workload) -> Memory:
     moments["update"] = _update(workload, found)
     if workload.method == "losia" and workload.config.located is not None and workload.config.needs_calibration:
         moments["loss, locating first subnets"] = _locating(workload, moments["loss"])
+    for name, taken in moments.items():
+        if name.startswith(("forward", "backward")):
+            taken["activations"] += dense_bytes(workload)
     fullest = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory({name: steady.get(name, 0) + moments[fullest].get(name, 0) for name in PARTS}, fullest, host)
 
@@ -149,7 +155,8 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     over = shards if workload.shards_weights else 1
     parallel = workload.config.by_rank
     steady = {
-        "weights": BF16 * weights // over,
+        "weights": BF16 * weights // over + scale_bytes(workload),
+        "overlay": overlay_bytes(workload, layers * found.layer_trained - found.lacking_trained),
         "subnet": BF16 * added // over + INT64 * found.indices,
         "masters": FP32 * trained // shards,
         "moments": 2 * FP32 * trained // shards,
@@ -242,7 +249,7 @@ def _whole_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, int
     """Moments of an engine whose GPUs keep all weights: loss, and backward of every layer."""
     layers, passes = workload.shape.layers, workload.accumulation
     whole = BF16 * found.all_trained(layers)
-    if workload.engine == "ddp":
+    if workload.engine == "ddp" and workload.cluster.gpus > 1:
         whole *= 2  # gradients, and the buckets they are reduced in
     elif workload.engine == "zero2":
         whole //= workload.shards
@@ -291,7 +298,7 @@ def _update(workload: Workload, found: _Sizes) -> dict[str, int]:
     trained = found.all_trained(layers)
     table = workload.shape.vocabulary * workload.shape.hidden  # of the embedding, and of the output layer
     group = max(found.layer_trained, min(found.outer_trained, table))
-    copies = 2 if workload.engine == "ddp" else 1
+    copies = 2 if workload.engine == "ddp" and workload.cluster.gpus > 1 else 1
     over = 1 if workload.engine in ("ddp", "zero1") else shards
     if workload.offload != "none":
         group = 0  # the update runs on the host

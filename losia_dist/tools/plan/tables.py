@@ -45,7 +45,7 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
         f"{workload.shape.name} ({short(workload.shape.parameters / 1e9)} B parameters), {workload.engine}, {cluster.nodes} x "
         f"{cluster.gpus_per_node} GPUs of {short(cluster.memory / GB)} GB, {workload.micro_batch} x {workload.sequence} "
         f"tokens, accumulation {workload.accumulation}, checkpointing {'on' if workload.checkpointing else 'off'}, offload "
-        f"{workload.offload}"
+        f"{workload.offload}" + (f", base in {workload.quantization}" if workload.quantization else "")
     )
     memory = [
         [meaning, *(short(record["memory"][name] / GB) for record in records)]

@@ -13,6 +13,7 @@ from losia_dist.tools.plan.model_shape import Layer, ModelShape, Weight
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
 METHODS = ("losia", "full", "lora")
+QUANTIZATIONS = ("nf4", "fp4", "int8", "fp8")
 OFFLOADS = ("none", "optimizer", "all")
 _POSSIBLE = {"ddp": ("none",), "zero1": ("none", "optimizer"), "zero2": ("none", "optimizer"), "zero3": OFFLOADS}  # of ENGINES
 GB = 10**9  # as GPUs are sold, and as this package's reports count
@@ -77,7 +78,7 @@ class Workload:
     offload: what is kept in host memory: "optimizer" (masters and moments; ZeRO), "all" (shards of the weights too).
     sequence, micro_batch: tokens of a row, and rows of one forward pass of one GPU. accumulation: passes per optimizer step.
     checkpointing: activations inside decoder layers are recomputed in backward. config: LoSiA's settings.
-    lora_rank: of LoRA on all linear layers.
+    lora_rank: of LoRA on all linear layers. quantization: of frozen linear layers' weights, one of QUANTIZATIONS; None: bf16.
     """
 
     shape: ModelShape
@@ -92,6 +93,7 @@ class Workload:
     shard_ranks: int | None = None
     config: LoSiAConfig = field(default_factory=LoSiAConfig)
     lora_rank: int = 64
+    quantization: str | None = None
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -113,6 +115,7 @@ class Workload:
                 f"--sequence-length {self.sequence}: {self.shape.name} was made for 2 to {self.shape.context} tokens."
             )
         self._check_engine()
+        self._check_quantization()
         if self.method == "losia":
             self._check_losia()
         if self.method == "lora" and self.lora_rank > self.shape.narrowest:
@@ -135,6 +138,20 @@ class Workload:
         possible = _POSSIBLE.get(self.engine, ("none", "all"))
         if self.offload not in possible:
             raise ConfigError(f"--offload {self.offload} with --engine {self.engine}: possible are {', '.join(possible)}.")
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"--quantization {self.quantization}: give one of {', '.join(QUANTIZATIONS)}.")
+        if self.method == "full":
+            raise ConfigError(f"--quantization {self.quantization} with --method full: codes cannot train in full.")
+        if self.shape.has_experts:
+            raise ConfigError(
+                f"--quantization {self.quantization}: {self.shape.name} has experts in fused weights, which are not quantized."
+            )
+        if self.offload == "all":
+            raise ConfigError(f"--quantization {self.quantization} with --offload all was not tried: use none or optimizer.")
 
     def _check_losia(self) -> None:
         config = self.config

@@ -55,6 +55,7 @@ class Plan:
             "parameters": workload.shape.parameters,
             "trained_parameters": found.all_trained(workload.shape.layers),
             "method": workload.method,
+            "quantization": workload.quantization,
             "engine": workload.engine,
             "offload": workload.offload,
             "nodes": workload.cluster.nodes,
@@ -139,7 +140,8 @@ def _disk(workload: Workload) -> dict[str, int]:
     outer_indices = found.outer_added // shape.hidden + shape.hidden if found.outer_added else 0
     layer_indices = (found.indices - outer_indices) // shape.layers
     return {
-        "base_once": BF16 * shape.parameters,
+        # Of a quantized base its print alone is kept.
+        "base_once": BF16 * (shape.parameters if workload.quantization is None else shape.outer_parameters),
         "step": step_checkpoint_bytes(trained, found.indices),
         "importance_inside_a_slot": importance_checkpoint_bytes(found.localizing),
         "journal_per_layer_moved": journal_bytes(found.layer_trained, layer_indices),

@@ -1,0 +1,85 @@
+"""`losia-dist plan --quantization`: what a base in fewer bits takes, against a model that was quantized."""
+
+import json
+
+import pytest
+
+from losia_dist import Drawn, LoSiAConfig, get_losia_model
+from losia_dist.cli.main import main
+from losia_dist.errors import ConfigError
+from losia_dist.sharding.resolve import resolve_parameters
+from losia_dist.subnet.access import write_back
+from losia_dist.subnet.convert import find_sites
+from losia_dist.subnet.packed import packed_modules
+from losia_dist.tools.plan.memory import plan_memory
+from losia_dist.tools.plan.shapes import find_shape, shape_of
+from losia_dist.tools.plan.workload import GB, Cluster, Workload
+from tests.support.models import tiny_llama
+from tests.support.quantized import quantize
+
+ONE = Cluster(nodes=1, gpus_per_node=1)
+CONFIG = LoSiAConfig(rank_factor=0.125, selection=Drawn())
+
+
+@pytest.mark.parametrize("form", ["nf4:double", "int8"])
+def test_planned_weights_and_overlay_are_those_of_a_quantized_model(form):
+    model = tiny_llama(hidden_size=256, intermediate_size=512, vocab_size=128, num_attention_heads=4, num_key_value_heads=4)
+    planned = Workload(
+        shape_of(model.config, "tiny"), ONE, engine="ddp", sequence=32, config=CONFIG, quantization=form.split(":")[0]
+    )
+    quantize(model, form)
+    get_losia_model(model, CONFIG)
+    access, layers = resolve_parameters(model), packed_modules(model)
+    for site in find_sites(model):
+        write_back(access, site, site.row_index, site.col_index, site.subnet.data * 1.1)
+    codes = {id(layer.weight) for layer in layers.values()}
+    others = sum(2 * p.numel() for n, p in model.named_parameters() if id(p) not in codes and "subnet" not in n)
+    held = sum(layer.weight.nbytes + sum(s.nbytes for s in layer.packed.scales()) for layer in layers.values())
+    left = sum(one.codes.nbytes + one.scales.nbytes for layer in layers.values() for one in layer.packed.overlay.left)
+    parts = plan_memory(planned).parts
+    assert parts["weights"] == pytest.approx(others + held, rel=0.01)
+    assert parts["overlay"] == pytest.approx(left, rel=0.01)
+
+
+@pytest.mark.parametrize("model", ["llama-2-70b", "llama-3.3-70b"])
+def test_70b_in_4_bits_fits_one_gpu_of_80_gb_and_not_in_bf16(model):
+    asked = {"engine": "ddp", "sequence": 4096, "config": CONFIG}
+    shape = find_shape(model)
+    assert plan_memory(Workload(shape, ONE, quantization="nf4", **asked)).total < 80 * GB
+    assert plan_memory(Workload(shape, ONE, **asked)).total > 150 * GB
+
+
+def test_a_layer_is_gathered_in_its_codes():
+    shape, cluster = find_shape("llama-2-70b"), Cluster(nodes=1, gpus_per_node=4)
+    in_bf16, in_codes = (plan_memory(Workload(shape, cluster, config=CONFIG, quantization=form)) for form in (None, "nf4"))
+    assert in_codes.parts["gathered"] < 0.5 * in_bf16.parts["gathered"]
+    assert in_codes.parts["weights"] < 0.35 * in_bf16.parts["weights"]
+
+
+def test_the_command_shows_qlora_beside_it_and_full_fine_tuning_in_bf16(capsys):
+    line = "plan --model llama-2-7b --gpus-per-node 1 --quantization nf4 --selection random --compare --json"
+    assert main(line.split()) == 0
+    record = json.loads(capsys.readouterr().out)
+    found = {"losia": record, **record["compared"]}
+    assert [found[name]["quantization"] for name in ("losia", "lora", "full")] == ["nf4", "nf4", None]
+    assert found["full"]["memory"]["weights"] > 3 * found["lora"]["memory"]["weights"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"quantization": "nf3"}, "--quantization nf3: give one of nf4, fp4, int8, fp8"),
+        ({"quantization": "nf4", "method": "full"}, "codes cannot train in full"),
+        ({"quantization": "nf4", "model": "qwen3-30b-a3b"}, "experts in fused weights, which are not quantized"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(settings, message):
+    shape = find_shape(settings.pop("model", "llama-2-7b"))
+    with pytest.raises(ConfigError, match=message):
+        Workload(shape, ONE, engine="ddp", config=CONFIG, **settings)
+
+
+def test_a_run_file_has_it(tmp_path):
+    line = f"plan --model llama-2-7b --gpus-per-node 1 --quantization nf4 --selection random --output {tmp_path}"
+    assert main(line.split()) == 0
+    assert "quantization: nf4" in (tmp_path / "run.yaml").read_text()
