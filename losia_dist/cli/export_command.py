@@ -22,6 +22,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIRECTORY",
         help="the model that was fine-tuned: all but its weights is copied; --delta needs it",
     )
+    parser.add_argument(
+        "--onto_base",
+        action="store_true",
+        help="of a run over a quantized base: what training changed, added to the weights of --base_model, the original",
+    )
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="send the model to the Hugging Face hub, too")
 
 
@@ -55,8 +60,10 @@ def run_export(options: argparse.Namespace) -> Path:
         if target.is_dir() or not target.absolute().parent.is_dir():
             raise ConfigError(f"{target} cannot be written: --delta writes one file, into a directory that is there.")
         return _writing(target, lambda: save_delta(options.checkpoint, target, options.base_model))
+    if options.onto_base and options.base_model is None:
+        raise ConfigError("--onto_base needs --base_model DIRECTORY: the original of the base that was quantized.")
     _check_directory(target)
-    _writing(target, lambda: export_model(options.checkpoint, target, options.base_model))
+    _writing(target, lambda: export_model(options.checkpoint, target, options.base_model, onto=options.onto_base))
     if options.push_to_hub:
         print(f"pushed: {push_model(target, options.push_to_hub)}")
     return target

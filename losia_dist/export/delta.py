@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from losia_dist.checkpoint import atomic_files
+from losia_dist.checkpoint import atomic_files, layout
+from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.errors import CheckpointError
 from losia_dist.export.model_directory import ModelDirectory, write_json_files, write_model_directory
@@ -30,7 +31,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path) -> Path:
     """Write what differs between a checkpoint's model and the model it was fine-tuned from. Called by one process.
 
-    One weight is compared at a time; the delta itself is held in host memory until it is written.
+    One weight is compared at a time; the delta itself is held in host memory until it is written. Of a run over a quantized
+    base it is what training changed, onto the original weights.
 
     Args:
         checkpoint: as for `export_model`.
@@ -40,7 +42,8 @@ def save_delta(checkpoint: str | Path, file: str | Path, base_model: str | Path)
     Raises:
         CheckpointError: a checkpoint or base that cannot be read.
     """
-    weights, base, file = ExportedWeights(checkpoint), ModelDirectory(base_model), Path(file)
+    quantized = bool(Reader(layout.locate(checkpoint)).manifest.get("quantized"))
+    weights, base, file = ExportedWeights(checkpoint, base_model, onto=quantized), ModelDirectory(base_model), Path(file)
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for name, entry in weights.entries.items():

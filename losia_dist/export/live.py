@@ -20,6 +20,7 @@ from losia_dist.export.inference import missing_for_inference
 from losia_dist.export.model_card import facts_of_run, run_of_checkpoint, write_card
 from losia_dist.export.model_directory import Read, write_model_directory
 from losia_dist.export.offline import export_checkpoint
+from losia_dist.export.onto import OntoOriginal
 from losia_dist.export.stored_form import StoredForm, StoredWeights
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
@@ -28,7 +29,14 @@ from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.sharding.resolve import resolve_parameters
 
 
-def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: Any = None, tokenizer: Any = None) -> Path:
+def export_model(
+    checkpoint_or_losia: Any,
+    directory: str | Path,
+    base_model: Any = None,
+    tokenizer: Any = None,
+    *,
+    onto: bool = False,
+) -> Path:
     """Write the trained model as a plain directory (safetensors, config, tokenizer). Called by all ranks; rank 0 writes.
 
     The weights are those the model computes with now, in its own dtype, so a loaded copy gives the same logits. One weight is
@@ -50,6 +58,8 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
         base_model: directory of the model that was fine-tuned, of which everything is copied but weights and training state:
             tokenizer, processors, chat templates, `.py` files of the model's own; None: nothing is.
         tokenizer: the tokenizer or processor of the run, which is written too; it takes the place of the base's.
+        onto: of a run over a quantized base: write the weights of base_model, the original, with what training changed added to
+            them, instead of the values of their codes with it, which are what trained.
 
     Returns:
         the directory.
@@ -62,13 +72,16 @@ def export_model(checkpoint_or_losia: Any, directory: str | Path, base_model: An
     directory = Path(directory)
     if isinstance(checkpoint_or_losia, str | Path):
         agreement = Agreement.of_all()
-        agreement.on_first(None, lambda: str(export_checkpoint(checkpoint_or_losia, directory, base_model, tokenizer)))
+        agreement.on_first(None, lambda: str(export_checkpoint(checkpoint_or_losia, directory, base_model, tokenizer, onto)))
     elif isinstance(checkpoint_or_losia, LoSiA):
         losia = checkpoint_or_losia
         losia.consolidate()
         agreement = session_of(losia).agreement
         options: dict[str, Any] = {"base_model": base_model, "tokenizer": tokenizer, "agreement": agreement}
-        save_whole_model(losia.model, directory, losia.parameters, **options)
+        access = losia.parameters
+        if onto:
+            access = agreement.attempt(None, lambda: OntoOriginal(losia.model, access, base_model))
+        save_whole_model(losia.model, directory, access, **options)
     else:
         raise ConfigError(
             f"export_model was given a {type(checkpoint_or_losia).__name__}: pass the conductor of a live run (LoSiA, or "

@@ -14,24 +14,30 @@ from losia_dist.checkpoint.atomic_files import Entry
 from losia_dist.checkpoint.reader import Reader, layout_of
 from losia_dist.export.model_directory import write_json_files, write_model_directory
 from losia_dist.export.plain_class import stored_form_of
+from losia_dist.export.requantized import Requantized
 from losia_dist.export.stored_form import StoredWeights
 
 
 class ExportedWeights:
     """The weights that a checkpoint's model computes with, under the names of a plain model's files.
 
+    Args:
+        base_model, onto: of a run over a quantized base, as for `Requantized`.
+
     Raises:
         CheckpointError: files that are missing or damaged, or a model that is stored in another form than it has in memory, by
             rules that cannot be found again (`stored_form_of`).
     """
 
-    def __init__(self, checkpoint: str | Path) -> None:
+    def __init__(self, checkpoint: str | Path, base_model: str | Path | None = None, *, onto: bool = False) -> None:
         self.reader = Reader(layout.locate(checkpoint))
         self.reader.check_files(0, 1)
         base, manifest = self.reader.base, self.reader.manifest
         subnets = {f"{site}.subnet" for site in manifest["subnets"]}
         trained = {name: entry for name, entry in manifest["trained"].items() if name not in subnets}
-        held = {**base["weights"], **trained, **manifest["buffers"]}
+        self.quantized = Requantized(self.reader, base_model, onto=onto)
+        layers = {f"{layer}.weight": entry for layer, entry in self.quantized.layers.items()}
+        held = {**base["weights"], **layers, **trained, **manifest["buffers"]}
         self.entries = {name: Entry(getattr(torch, e["dtype"]), tuple(e["shape"])) for name, e in held.items()}
         self._alias: dict[str, str] = {}
         if base["config"] is None:
@@ -65,6 +71,9 @@ class ExportedWeights:
 
     def _read(self, name: str) -> Tensor:
         name = self._alias.get(name, name)
+        layer = name.removesuffix(".weight")
+        if layer in self.quantized.layers:
+            return self.quantized.read(layer)
         if name in self.reader.base["weights"]:
             return self.reader.weight(name, with_subnet=True)
         return self.reader.model_copy(name) if name in self.reader.manifest["trained"] else self.reader.tensor(f"buffer/{name}")
@@ -77,6 +86,8 @@ class ExportedWeights:
         """
         found: list[tuple[Tensor, Tensor]] = []
         name = self._alias.get(name, name)
+        if name.removesuffix(".weight") in self.quantized.layers:
+            return self.quantized.blocks(name.removesuffix(".weight"))
         for site, entry in self.reader.manifest["subnets"].items():
             if entry["weight"] == name:
                 stored = tuple(self.reader.base["weights"][name]["shape"])
@@ -88,20 +99,24 @@ class ExportedWeights:
 
 
 def export_checkpoint(
-    checkpoint: str | Path, directory: str | Path, base_model: str | Path | None = None, tokenizer: Any = None
+    checkpoint: str | Path,
+    directory: str | Path,
+    base_model: str | Path | None = None,
+    tokenizer: Any = None,
+    onto: bool = False,
 ) -> Path:
     """Write the model of a checkpoint as a plain directory. Called by one process.
 
     Args:
         checkpoint: a directory that was saved to (its newest complete checkpoint), or one step's directory in it.
         directory: made if missing; files of the same name are replaced only after all were written.
-        base_model, tokenizer: as for `export_model`.
+        base_model, tokenizer, onto: as for `export_model`.
 
     Raises:
         CheckpointError: see `ExportedWeights`; or not enough space.
         ConfigError: a write failed; the directory is as it was.
     """
-    weights = ExportedWeights(checkpoint)
+    weights = ExportedWeights(checkpoint, base_model, onto=onto)
     return write_model_directory(
         directory,
         weights.entries,

@@ -96,6 +96,14 @@ class PackedAccess:
         subnet = self.engine.read_whole(sites[0].subnet)
         return sites[0].present(stored, subnet, packed.dtype, again=True)  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def read_change(self, parameter: Tensor) -> Tensor:
+        """`read_whole` of a quantized weight less its codes' values: what training changed, [m, n] fp32, on every rank."""
+        packed = self._packed(parameter)
+        assert packed is not None
+        base = packed.decode(self.engine.read_whole(parameter), packed.dtype)
+        return self.read_whole(parameter).to(torch.float32) - base.to(torch.float32)
+
     def read_codes(self, parameter: Tensor) -> Tensor:
         """The whole stored tensor, on every rank."""
         return self.engine.read_whole(parameter)

@@ -51,9 +51,13 @@ class PackedWeight(ABC):
 
         codes: the whole stored tensor.
         """
-        self.check_storage(codes)
-        values = self._decode_all(codes, dtype)
+        values = self.decode(codes, dtype)
         return values if self.overlay is None else self.overlay.add_to(values)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of the codes alone: [m, n], new."""
+        self.check_storage(codes)
+        return self._decode_all(codes, dtype)
 
     def check_storage(self, codes: Tensor) -> None:
         """Raises: UnsupportedError: something cast the tensor that holds the codes."""

@@ -8,14 +8,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from losia_dist import Drawn, LoSiA, LoSiAAdamW, LoSiAConfig, export_model, get_losia_model, losia_parameter_groups
+from losia_dist import (
+    Drawn,
+    LoSiA,
+    LoSiAAdamW,
+    LoSiAConfig,
+    apply_delta,
+    export_model,
+    get_losia_model,
+    losia_parameter_groups,
+    save_delta,
+)
 from losia_dist.checkpoint.load import load_checkpoint
 from losia_dist.checkpoint.save import save_checkpoint
-from losia_dist.errors import CheckpointError
+from losia_dist.errors import CheckpointError, ConfigError
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
-from tests.support.quantized import quantize
+from tests.support.quantized import dequantized, quantize
 
 SIZES = {"hidden_size": 48, "intermediate_size": 80}
 CONFIG = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "train_norms": True}
@@ -120,3 +130,70 @@ def test_what_is_exported_is_what_trained(tmp_path, form):
     train(again, 5)
     train(again, 2), train(run, 2)
     assert torch.equal(again["model"](TOKENS).logits, run["model"](TOKENS).logits)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """The model that was quantized, as its makers would publish it."""
+    directory = tmp_path_factory.mktemp("original")
+    tiny_llama(**SIZES).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("retired", ["nf4", "stochastic"])
+def test_a_checkpoint_is_exported_as_the_live_run_is(tmp_path, original, retired):
+    run = made(retired=retired)
+    train(run, 5)
+    save_checkpoint(tmp_path / "run", **run)
+    for onto in (False, True):
+        export_model(tmp_path / "run", tmp_path / f"saved-{onto}", base_model=original, onto=onto)
+        if onto and retired == "stochastic":
+            with pytest.raises(ConfigError, match="whose first values this run no longer has. Save a checkpoint"):
+                export_model(run["losia"], tmp_path / "live-True", base_model=original, onto=True)
+            saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved-True", attn_implementation="eager")
+            continue
+        export_model(run["losia"], tmp_path / f"live-{onto}", base_model=original, onto=onto)
+        live, saved = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind}-{onto}", attn_implementation="eager")
+            for kind in ("live", "saved")
+        )
+        for (name, one), other in zip(live.named_parameters(), saved.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6 if onto else 0, msg=name)
+    # Onto the original, each weight differs from it as the trained one does from its codes.
+    base, plain = tiny_llama(**SIZES), dequantized(quantize(tiny_llama(**SIZES), "nf4:double"))
+    for site in run["losia"].sites:
+        trained = run["losia"].parameters.read_whole(site.weight)
+        change = saved.get_submodule(site.name).weight - base.get_submodule(site.name).weight
+        expected = trained - plain.get_submodule(site.name).weight
+        torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
+
+
+def test_a_delta_of_a_quantized_run_is_what_changed_and_leads_to_the_model_onto_its_original(tmp_path, original):
+    run = made()
+    train(run, 5)
+    save_checkpoint(tmp_path / "run", **run)
+    file = save_delta(tmp_path / "run", tmp_path / "delta.safetensors", original)
+    apply_delta(file, original, tmp_path / "applied")
+    export_model(tmp_path / "run", tmp_path / "onto", base_model=original, onto=True)
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("applied", "onto"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert file.stat().st_size < 0.6 * (original / "model.safetensors").stat().st_size
+
+
+def test_exports_that_cannot_be_made_are_refused(tmp_path, original, saved):
+    directory, run = saved
+    with pytest.raises(CheckpointError, match="of which it holds the print alone: give base_model"):
+        export_model(directory, tmp_path / "a")
+    other = tiny_llama(**SIZES)
+    other.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="codes of model.layers.0.mlp.up_proj made from .* are not those of the run"):
+        export_model(directory, tmp_path / "a", base_model=tmp_path / "other")
+    with pytest.raises(ConfigError, match="onto=True needs base_model"):
+        export_model(run["losia"], tmp_path / "a", onto=True)
+    assert not (tmp_path / "a").exists()
+    in_bytes = made("int8")
+    train(in_bytes, 3)
+    save_checkpoint(tmp_path / "bytes", **in_bytes)
+    with pytest.raises(CheckpointError, match="over a base in int8.*export from the live run"):
+        export_model(tmp_path / "bytes", tmp_path / "a", base_model=original)
