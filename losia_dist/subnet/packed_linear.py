@@ -15,7 +15,7 @@ from losia_dist.subnet.overlay import check_form
 from losia_dist.subnet.packed import PackedWeight, packed_of
 from losia_dist.subnet.packed_kinds import pack
 
-_MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
+_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 _OWN = ("quant_state", "compute_dtype", "compute_type_is_set", "quant_storage", "state", "index", "forward")
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from losia_dist import LoSiAConfig, LoSiATrainer
 from tests.support import training
 from tests.support.cases import only, slow
 from tests.support.compare import assert_same_run
 from tests.support.models import tiny_llama
-from tests.support.trainers import examples, linear_rate, masked, train_with_trainer
+from tests.support.trainers import examples, fresh_accelerate, linear_rate, masked, train_with_trainer
 from tests.support.training import Run, reference, variant
 
 PLAIN = Run(steps=20, config={"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 4})
@@ -54,6 +56,36 @@ def test_a_mixture_of_experts_equals_it_and_its_balance_is_logged(ranks, tmp_pat
         assert_same_run(result, expected(run))
         logged = [entry for entry in result["log"] if "loss" in entry]
         assert all(0 < entry["losia/experts_trained"] < 1 and entry["losia/experts_busiest"] > 1 for entry in logged)
+
+
+@pytest.mark.parametrize("engine", ["one", slow("ddp"), slow("zero2"), slow("zero3"), "fsdp2"])
+def test_a_quantized_base_equals_it(ranks, tmp_path, expected, engine):
+    config = {"rank_factor": 0.25, "period": 2, "retired": "fp32"}
+    sizes = {"hidden_size": 48, "intermediate_size": 80}
+    run = variant(PLAIN, quantized="nf4:float32:double", model=sizes, steps=16, max_grad_norm=0.5, config=config)
+    for result in train_on(ranks, tmp_path, engine, run):
+        assert_same_run(result, expected(run))
+
+
+def test_a_model_that_was_loaded_in_4_bits_trains_and_its_checkpoints_are_plain_models(tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama(hidden_size=48, intermediate_size=80).save_pretrained(tmp_path / "base")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, dtype=torch.float32)
+    assert model.is_quantized
+    config = LoSiAConfig(rank_factor=0.25, period=2)
+    with fresh_accelerate():
+        given = TrainingArguments(
+            str(tmp_path / "run"), max_steps=4, save_steps=4, per_device_train_batch_size=2, use_cpu=True, report_to=[]
+        )
+        trainer = LoSiATrainer(model, given, train_dataset=examples(variant(PLAIN, steps=4)), losia_config=config)
+        trainer.train()
+        assert all(site.packed is not None for site in trainer.losia.sites)
+        trained = trainer.model.eval()
+        tokens = torch.arange(3, 19).reshape(1, 16)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4", dtype=torch.float32)
+        torch.testing.assert_close(plain(tokens).logits, trained(tokens).logits, rtol=0, atol=1e-5)
 
 
 def save_base(tmp_path, run):

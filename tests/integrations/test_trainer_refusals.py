@@ -48,7 +48,6 @@ def test_training_arguments(tmp_path, changes, error, words):
         ({"model": None, "model_init": tiny_llama}, UnsupportedError, "model_init.*pass model"),
         ({"marks": {"peft_config": {"default": 1}}}, UnsupportedError, "PEFT adapter.*merge_and_unload"),
         ({"marks": {"_hf_peft_config_loaded": True}}, UnsupportedError, "PEFT adapter"),
-        ({"marks": {"is_quantized": True}}, UnsupportedError, "quantized model.*bf16"),
         ({"marks": {"is_distributed_loading_by_transformers": True}}, UnsupportedError, "distributed_config.*FSDP2"),
         ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, UnsupportedError, "pass optimizers="),
         ({"callbacks": [LoSiACallback(CONFIG)]}, ConfigError, "adds LoSiACallback itself"),

@@ -110,7 +110,7 @@ def converted(path):
         ({"model": converted}, ConfigError, "no ref_model was passed.*Pass an unconverted model"),
         ({"sync_ref_model": True}, UnsupportedError, "sync_ref_model=True.*remove it"),
         ({"peft_config": "any"}, UnsupportedError, "PEFT adapter and LoSiA.*no peft_config"),
-        ({"quantization_config": "any"}, UnsupportedError, "quantized model.*bf16"),
+        ({"quantization_config": "any"}, UnsupportedError, "load the model with it yourself"),
     ],
 )
 def test_what_does_not_work_in_trl_is_refused_before_anything_is_loaded(tmp_path, arguments, error, words):
