@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from losia_dist import LoSiAConfig
-from losia_dist.errors import DivergenceError
+from losia_dist.errors import ConfigError, DivergenceError
 from losia_dist.recipe import script
 from losia_dist.recipe.environment import find_process
 from losia_dist.recipe.options import add_training_arguments
@@ -109,6 +109,30 @@ def test_two_ranks_equal_one_process(ranks, alone, material, tmp_path, case):
     assert saved.config.use_cache == reference.config.use_cache is True
     for (name, weight), other in zip(saved.named_parameters(), reference.parameters(), strict=True):
         assert torch.allclose(weight, other, atol=1e-5), name
+
+
+@pytest.mark.parametrize("own", only(["FSDP2"], {"FSDP2": {"sharding": "fsdp2"}, "DDP": {}, "ZeRO-3": {"deepspeed": zero(3)}}))
+def test_a_quantized_base_on_two_ranks_equals_one_process(ranks, alone, material, tmp_path, own):
+    config = tmp_path / "losia.yaml"
+    config.write_text("rank_factor: 0.25\nperiod: 2\nselection: random\nretired: fp32\n")  # fewer bits would tell 1e-7 apart
+    shared = {"losia_config": config, "quantization": "int8"}
+    expected, directory = alone(**shared)
+    summary = ranks(2, train, arguments(material, tmp_path / "two", **shared, **own))[0][0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(directory), abs=1e-5)
+    assert summary["held_out_loss_after"] == pytest.approx(expected["held_out_loss_after"], abs=1e-5)
+    saved, reference = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (tmp_path / "two", directory))
+    for (name, weight), other in zip(saved.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(weight, other, atol=1e-5), name
+
+
+def test_quantization_that_cannot_be_is_refused(material, tmp_path):
+    with pytest.raises(ConfigError, match="--quantization nf4 works with --losia only"):
+        train(arguments(material, tmp_path, quantization="nf4", losia=None, losia_config=None))
+    shutil.copytree(material["model"], tmp_path / "stored")
+    path = tmp_path / "stored" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match="--quantization nf4, and the model's files are quantized already .fp8."):
+        train(arguments(material, tmp_path, quantization="nf4", model=tmp_path / "stored"))
 
 
 def test_subnets_are_located_from_the_first_examples_whatever_the_ranks(ranks, material, tmp_path):

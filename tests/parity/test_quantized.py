@@ -68,3 +68,15 @@ def test_so_do_other_subnets(ranks, expected, engine, shape):
     run = variant(PLAIN, config={**CONFIG, **shape})
     for result in results(ranks, engine, run):
         assert_same_run(result, expected(run))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_so_does_a_model_whose_layers_are_compiled(expected, targets):
+    run = variant(PLAIN, steps=8, config={**CONFIG, "target_modules": targets, "output_rank_factor": None})
+
+    def compile_layers(stage, losia, engine):
+        if stage == "before" and losia.steps == 0:
+            for layer in losia.model.model.layers:
+                layer.compile()
+
+    assert_same_run(train("one", run, compile_layers), expected(run))
