@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from losia_dist.subnet.grouped import count_of_each, grouped_linear, grouped_outer, take_of_owner
+from losia_dist.subnet.grouped import count_of_each, grouped_linear, grouped_outer, narrow_outer, take_of_owner
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.site import GradientSink, Site
 
@@ -95,7 +95,7 @@ def experts_backward(
     x_columns = kept if all(sink is None for sink in sinks) else kept_of(sites, kept, routing)
     full_rows = sites[0].takes_all_rows
     dy_rows = grad_y if full_rows else take_of_owner(grad_y, _of_all(sites, "row_index"), routing.owners)
-    gradients = grouped_outer(dy_rows, x_columns, routing.offsets)
+    gradients = narrow_outer(dy_rows, x_columns, routing.offsets)
     found: list[Tensor | None] = []
     for site, subnet, sink in zip(sites, subnets, sinks, strict=True):
         experts = site.here.experts
