@@ -50,7 +50,5 @@ def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, 
                 bnb_4bit_quant_type=form,
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
-                # Engines that cut weights may cast them all to one dtype: this one they leave alone.
-                bnb_4bit_quant_storage=dtype if choice.cuts_weights else torch.uint8,
             )
     return {"quantization_config": settings, "device_map": {"": process.device}}
