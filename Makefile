@@ -18,7 +18,7 @@ QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval
 LOSIA_FLAGS = --losia --losia_config short --learning_rate 2e-3
 FULL_FLAGS = --learning_rate 5e-5
 
-.PHONY: venv quickstart quickstart-4bit quickstart-full test test-full lint format clean
+.PHONY: venv quickstart quickstart-4bit quickstart-full test test-full test-axolotl lint format clean
 
 venv: $(VENV)/.ready
 
@@ -53,6 +53,12 @@ test: venv
 
 test-full: venv
 	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu"
+
+# axolotl pins other releases of Transformers, TRL and Accelerate: its plugin is tested in an environment of its own.
+AXOLOTL_VENV ?= .venv-axolotl
+test-axolotl: venv
+	@test -x $(AXOLOTL_VENV)/bin/axolotl || { $(PYTHON) -m venv $(AXOLOTL_VENV) && $(AXOLOTL_VENV)/bin/pip install -q "$(TORCH)" "axolotl==0.19.*"; }
+	$(RUN) env LOSIA_AXOLOTL_BIN="$(abspath $(AXOLOTL_VENV))/bin" python -m pytest -q tests/integrations/test_axolotl.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -37,6 +37,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("fine-tune a causal language model", "losia_dist.cli.train_command", takes_run_file=True),
+    "dpo": Command("tune to preferences: TRL's DPO", "losia_dist.cli.trl_command", takes_run_file=True),
+    "kto": Command("tune to judged answers: TRL's KTO", "losia_dist.cli.trl_command", takes_run_file=True),
+    "reward": Command("train a reward model by TRL", "losia_dist.cli.trl_command", takes_run_file=True),
+    "grpo": Command("reinforcement learning from a reward: TRL's GRPO", "losia_dist.cli.trl_command", takes_run_file=True),
     "init": Command("write a run file for a model on so many GPUs", "losia_dist.cli.init_command"),
     "export": Command("write a checkpoint's model as a plain directory, or as a delta", "losia_dist.cli.export_command"),
     "apply": Command("rebuild a model from its base model and a delta", "losia_dist.cli.export_command"),

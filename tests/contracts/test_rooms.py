@@ -28,9 +28,9 @@ ORDER = [
 ]
 # Rooms inside a room: likewise. "*": files that lie in the room itself, and import each other.
 WITHIN = {
-    "integrations": [["deepspeed", "distributed"], ["accelerate"], ["trainer"]],
+    "integrations": [["deepspeed", "distributed"], ["accelerate"], ["trainer"], ["axolotl"]],
     "tools": [["doctor", "plan", "report"]],
-    "recipe": [["weights"], ["*"]],
+    "recipe": [["weights"], ["*"], ["trl"]],
 }
 TOOLS_IMPORT_UP_TO, TOOLS_ARE_IMPORTED_BY = "export", {"cli"}
 ENGINES, ENGINE_ROOMS = {"deepspeed", "accelerate"}, {"sharding", "integrations"}
