@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch.nn import functional
 
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.subnet.autocast import autocast_dtype
+from losia_dist.subnet.expert_weights import expert_weights
 from losia_dist.subnet.overlay import check_form
 from losia_dist.subnet.packed import PackedWeight, packed_of
 from losia_dist.subnet.packed_kinds import pack
+
+_logger = logging.getLogger(__name__)
 
 _MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 _OWN = ("quant_state", "compute_dtype", "compute_type_is_set", "quant_storage", "state", "index", "forward")
@@ -34,6 +38,18 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.packed.kind}"
+
+
+def _tell_of_experts(model: nn.Module) -> None:
+    """Say where most of a model is not quantized with the rest: bitsandbytes leaves experts in fused weights as they are."""
+    weights = expert_weights(model, lambda parameter: tuple(parameter.shape))
+    if weights:
+        size = sum(getattr(one.module, one.parameter).nbytes for one in weights.values())
+        _logger.warning(
+            "the linear layers are quantized, and the experts in fused weights (%s, ...) are not: they take %.1f GB",
+            next(iter(weights)),
+            size / 1e9,
+        )
 
 
 class _FrozenFunction(torch.autograd.Function):
@@ -95,6 +111,7 @@ def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callabl
         packed.seed = f"{seed}/{name}"
         module.__dict__["packed"] = packed
     if found:
+        _tell_of_experts(model)
         for mark in _MARKS:
             model.__dict__.pop(mark, None)
         if settings is not None:

@@ -15,6 +15,7 @@ from losia_dist.subnet.access import read_subnet, write_back
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.overlay import Overlay
 from losia_dist.subnet.packed import packed_modules
+from tests.support.families import tiny_model
 from tests.support.models import tiny_llama
 from tests.support.quantized import dequantized, quantize
 
@@ -267,3 +268,12 @@ def quantize_without_bitsandbytes():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, fp8_linear(linear))
     return model
+
+
+def test_experts_that_stay_as_they_are_are_named(caplog):
+    model = quantize(tiny_model("mixture:qwen3_moe"), "nf4")
+    with caplog.at_level("WARNING"):
+        get_losia_model(model, LoSiAConfig(rank_factor=0.25, selection=Drawn()))
+    assert "experts in fused weights (model.layers.0.mlp.experts.gate_up_proj, ...) are not: they take" in caplog.text
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(site.subnet.grad is not None for site in find_sites(model))
