@@ -22,6 +22,7 @@ from losia_dist.errors import ConfigError, DataError
 from losia_dist.ranks.agreement import Agreement
 
 OFF = "off"  # of --data_cache
+_READS = "losia_dist.recipe.run_data"  # what such a process reads with
 _WORTH_A_BAR = 5_000  # records that take long enough to watch
 
 
@@ -112,8 +113,10 @@ class Shared:
             if len(mine) == 1:
                 cache.write_part(making, mine[0], parts, *work, bar.update)
                 return
-            # Not forked: this process has threads.
-            with ProcessPoolExecutor(len(mine), mp_context=multiprocessing.get_context("spawn")) as pool:
+            # Not forked from this process, which has threads, but from one that has imported what all of them need, once.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([_READS])
+            with ProcessPoolExecutor(len(mine), mp_context=context) as pool:
                 running = [pool.submit(_write_alone, making, part, parts, read) for part in mine]
                 for one in as_completed(running):
                     if one.exception() is None:

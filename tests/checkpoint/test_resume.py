@@ -11,7 +11,7 @@ ENGINES = {"one": 1, "ddp": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
 # Steps end slots at 5, 10 and 15, and each re-localized group rewarms over the 5 steps after that.
 INSIDE_A_SLOT_IN_REWARMING, LAST_OF_A_SLOT = 7, 10
 SAVES = (INSIDE_A_SLOT_IN_REWARMING, LAST_OF_A_SLOT)
-OFTEN = ["one-fp32", "one-bf16", "zero3-fp32"]
+OFTEN = ["one-fp32", "one-bf16", "fsdp2-fp32"]  # ZeRO-3: test_deepspeed.py
 
 
 @pytest.mark.parametrize("engine, dtype", grid(list(ENGINES), ["fp32", "bf16"], often=OFTEN))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.support.cases import only
 from tests.support.documents import ROOT
 from tests.support.shown import make_place
 
@@ -50,16 +51,28 @@ def test_the_files_it_names_are_there():
     assert not [name for name in named if not (ROOT / name).is_file() and not (ROOT / "losia_dist" / name).is_file()]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
-def test_an_example_applies_and_runs(example, tmp_path):
+def patch(example, directory):
+    """A copy of the package with an example's patch in it, and the environment that finds it."""
     assert len(example.patch.splitlines()) < LONGEST
-    patched, place = tmp_path / "patched", tmp_path / "place"
+    patched = directory / "patched"
     shutil.copytree(ROOT / "losia_dist", patched / "losia_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "example.diff").write_text(example.patch, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(patched), "GIT_CEILING_DIRECTORIES": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    (directory / "example.diff").write_text(example.patch, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(patched), "GIT_CEILING_DIRECTORIES": str(directory), "HF_HUB_OFFLINE": "1"}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    applied = _run(["git", "apply", "--verbose", str(tmp_path / "example.diff")], patched, environment)
+    applied = _run(["git", "apply", "--verbose", str(directory / "example.diff")], patched, environment)
     assert applied.returncode == 0, applied.stdout
+    return patched, environment
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
+def test_an_example_applies(example, tmp_path):
+    patch(example, tmp_path)
+
+
+@pytest.mark.parametrize("example", only(["A new data form"], {example.title: example for example in EXAMPLES}))
+def test_a_patched_package_runs_what_stands_below_the_patch(example, tmp_path):
+    patched, environment = patch(example, tmp_path)
+    place = tmp_path / "place"
     place.mkdir()
     own = f"import losia_dist\n\nassert losia_dist.__file__.startswith({str(patched)!r})\n"
     (tmp_path / "lines.py").write_text(own + example.lines, encoding="utf-8")

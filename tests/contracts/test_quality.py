@@ -121,6 +121,7 @@ def no_search(monkeypatch):
     monkeypatch.setattr(search, "MOST_RATES", 1)
 
 
+@pytest.mark.slow
 def test_an_interrupted_night_goes_on_where_it_stopped(bench, task, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(search, "MOST_RATES", 3)
     arguments = ["--methods", "full", "losia", "--tasks", task, "--seeds", "0", "1"]
@@ -330,6 +331,7 @@ def test_a_final_number_is_read_as_gsm8k_writes_it():
     assert final_number("12") is None
 
 
+@pytest.mark.slow
 def test_variants_and_sequences_run_from_their_own_options(bench, task, tmp_path, no_search):
     found = quality(bench, tmp_path, "--ablation", "located", "rank factor 1/4", "--tasks", task)
     labels = list(found["tasks"][task])

@@ -95,7 +95,7 @@ def save_base(tmp_path, run):
     return str(directory)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [slow("zero3"), "fsdp2"])
 def test_a_tied_output_subnet_and_norms_that_train_equal_it_from_a_model_read_from_disk(ranks, tmp_path, expected, engine):
     run = variant(
         PLAIN, steps=16, model={"tie_word_embeddings": True}, max_grad_norm=0.5, config={**PLAIN.config, "train_norms": True}

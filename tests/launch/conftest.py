@@ -40,7 +40,10 @@ RUNS: dict[str, tuple[list[str], dict[str, object]]] = {
     "accelerate DDP": (accelerate("ddp"), {"micro_batch": 1, "gradient_accumulation": 2}),
     "accelerate ZeRO-2": (accelerate("zero2"), {}),
     "accelerate ZeRO-3": (accelerate("zero3"), {"micro_batch": 1, "gradient_accumulation": 2}),
-    "accelerate one process": (accelerate("one-gpu", "--num_processes", "1", "--cpu"), {"micro_batch": 4}),
+    "accelerate one process": (
+        accelerate("one-gpu", "--num_processes", "1", "--cpu"),
+        {"micro_batch": 4, "samples": 1, "sample_tokens": 4},
+    ),
 }
 
 

@@ -1,5 +1,7 @@
 """Bad inputs of the script: one line that begins with "error:", exit code 2, on every rank and without a hang."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from losia_dist.cli import main as cli
-from losia_dist.recipe import script
+from losia_dist.recipe import environment, script
 from losia_dist.recipe.environment import find_process
 from tests.launch.test_script_engines import options_of
 from tests.support.launching import ROOT, arguments, launch, torchrun
@@ -234,6 +236,23 @@ def test_a_launch_with_different_data_on_one_rank_ends_with_one_line(material, a
     assert run.output.count("exitcode  : 2") >= 1
 
 
+def refuse_as_a_rank(words):
+    """Exit code and standard error of this rank of the pool, which it does not leave."""
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(text):
+        patch.setattr(environment, "end_process_group", lambda: None)
+        code = cli.train_main(words)
+    return code, text.getvalue()
+
+
+def test_one_rank_of_several_says_what_a_bad_option_is(ranks, material, tmp_path):
+    words = arguments(material, tmp_path, deepspeed=ROOT / "configs" / "deepspeed" / "zero2.json", sharding="fsdp2")
+    (code, said), other = ranks(2, refuse_as_a_rank, words)
+    assert other == (code, "") and code == 2
+    assert said.startswith("error: ") and len(said.splitlines()) == 1 and "--deepspeed and --sharding are two engines" in said
+
+
+@pytest.mark.slow
 def test_a_launch_with_a_bad_option_says_so_once(material, tmp_path):
     words = arguments(material, tmp_path, deepspeed=ROOT / "configs" / "deepspeed" / "zero2.json", sharding="fsdp2")
     run = launch(torchrun(2), words, tmp_path, timeout=90)

@@ -26,7 +26,7 @@ def train_with_evaluations(engine_name: str, run: Run):
     return train(engine_name, run, evaluate)
 
 
-@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero2"), "zero3", slow("fsdp2"), slow("fsdp2-noreshard")])
+@pytest.mark.parametrize("engine", ["one", "ddp", slow("zero2"), slow("zero3"), "fsdp2", slow("fsdp2-noreshard")])
 def test_an_evaluation_in_the_middle_changes_nothing(ranks, engine):
     if engine == "one":
         pairs = [(train_with_evaluations(engine, RUN), train(engine, RUN))]
