@@ -48,7 +48,7 @@ def run(kind, place, target, *words):
 DATA = {"dpo": "pairs", "kto": "judged", "reward": "pairs"}
 
 
-@pytest.mark.parametrize("kind", ["dpo", slow("kto"), "reward"])
+@pytest.mark.parametrize("kind", ["dpo", slow("kto"), slow("reward")])
 def test_preferences_train_a_plain_model(place, tmp_path, kind):
     assert run(kind, place, tmp_path / "out", "--train_file", place / f"{DATA[kind]}.jsonl") == 0
     load = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
@@ -61,6 +61,7 @@ def test_preferences_train_a_plain_model(place, tmp_path, kind):
         assert trained["score.weight"].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_grpo_rewards_by_a_function_of_the_users(place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     words = ["--train_file", place / "asked.jsonl", "--reward", "rewards_of_a_test:share", "--num_generations", 2]

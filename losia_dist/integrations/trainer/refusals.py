@@ -22,7 +22,6 @@ _REFUSED_ARGUMENTS = [
     ("save_on_each_node", "rank 0 writes the model; give all nodes a shared output_dir"),
     ("optim_args", "LoSiAAdamW takes none; use adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
     ("sync_ref_model", "TRL would mix frozen weights that lack their subnets' values into the reference; remove it"),
-    ("use_vllm", "weights sent to vLLM would lack their subnets' values; set use_vllm=False"),
 ]
 
 

@@ -22,6 +22,8 @@ from losia_dist.integrations.trainer.best_model import load_plain_weights
 from losia_dist.integrations.trainer.callback import LoSiACallback
 from losia_dist.integrations.trainer.jit_checkpoint import take_over
 from losia_dist.integrations.trainer.refusals import refuse_arguments, refuse_engine
+from losia_dist.integrations.trainer.rollout import HandOver, check_kind
+from losia_dist.integrations.trainer.rollout import take_over as take_over_weights
 from losia_dist.integrations.trainer.sequences import in_one_piece, prepare_sequences
 from losia_dist.integrations.trainer.trainer_checkpoint import TrainerCheckpoints, warn_of_data
 from losia_dist.integrations.trainer.trial_save import try_to_save
@@ -35,6 +37,7 @@ from losia_dist.model import get_losia_model
 from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.conductor import LoSiA
+from losia_dist.run.run_facts import GB
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import GROUP_KEY, losia_parameter_groups
 
@@ -71,6 +74,8 @@ class LoSiATrainerMixin:
 
     Args:
         losia_config: keyword only; the same on every rank. Everything else is the trainer's.
+        hand_over: what a rollout engine gets (use_vllm=True in GRPO and RLOO): "whole" weights, or "changes" for a server that
+            takes them (`integrations/trainer/rollout.py`). `trainer.hand_over.bytes` counts.
 
     Raises:
         ConfigError, UnsupportedError: before training, for what the support matrix refuses; the message names the fix.
@@ -90,7 +95,9 @@ class LoSiATrainerMixin:
     train_dataset: Any
     is_deepspeed_enabled: bool
 
-    def __init__(self, *args: Any, losia_config: LoSiAConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, losia_config: LoSiAConfig, hand_over: str = "whole", **kwargs: Any) -> None:
+        check_kind(hand_over)
+        self.hand_over: HandOver | None = None
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs)
         bound.apply_defaults()
         refuse_arguments(type(self), bound.arguments, losia_config)
@@ -115,6 +122,7 @@ class LoSiATrainerMixin:
         self._at_step_end = take_over(self)
         if not find_sites(self.model):
             get_losia_model(self.model, losia_config)
+        take_over_weights(self, hand_over)
 
     @property
     def losia(self) -> LoSiA | None:
@@ -170,6 +178,7 @@ class LoSiATrainerMixin:
         is_step = "loss" in logs
         if is_step:
             logs.update(self.losia_callback.metrics())
+            logs.update({"losia/handed_over_gb": self.hand_over.bytes / GB} if self.hand_over is not None else {})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
         if is_step and self.state.log_history:
             self.state.log_history[-1].update(self.losia_callback.learning_rates())
