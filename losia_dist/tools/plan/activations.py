@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from losia_dist.formulas import subnet_size
+from losia_dist.loss.chunked import CHUNK_LOGITS
 from losia_dist.tools.plan.model_shape import FAMILIES
 from losia_dist.tools.plan.workload import Workload
 
@@ -25,6 +26,8 @@ def shared_bytes(workload: Workload) -> int:
     shape = workload.shape
     if (measured := _measured(workload)) is not None:
         return int(measured.shared)
+    if workload.sequence_ranks > 1:  # no mask: no token sees what comes after it
+        return 4 * workload.tokens * shape.head_size
     return workload.micro_batch * (workload.sequence**2 + 4 * workload.sequence * shape.head_size)
 
 
@@ -92,7 +95,9 @@ def backward_bytes(workload: Workload, localizing: bool = False) -> int:
     shape = workload.shape
     whole = workload.method in ("full", "lora") or localizing
     product = shape.intermediate if whole else subnet_size(shape.intermediate, workload.config.column_factor)
-    return workload.tokens * (2 * shape.hidden + 6 * shape.intermediate - 2 * product)
+    # Where ranks exchange heads for tokens: one tensor as it came, as it was sent and as it arrived.
+    exchanged = 6 * shape.attended * workload.tokens if workload.sequence_ranks > 1 else 0
+    return exchanged + workload.tokens * (2 * shape.hidden + 6 * shape.intermediate - 2 * product)
 
 
 def second_gradient_bytes(workload: Workload) -> int:
@@ -109,5 +114,10 @@ def head_bytes(workload: Workload) -> int:
 
 
 def logits_bytes(workload: Workload) -> int:
-    """Logits in the loss's backward: fp32 log-probabilities, their gradient and the logits' gradient, 12 t V."""
-    return 12 * workload.tokens * workload.shape.vocabulary
+    """Logits in the loss's backward: fp32 log-probabilities, their gradient and the logits' gradient, 12 t V. A chunked loss
+    has those of a chunk, and the gradient of what enters the output layer."""
+    shape = workload.shape
+    if not workload.chunked_loss:
+        return 12 * workload.tokens * shape.vocabulary
+    chunk = min(workload.tokens, max(64, CHUNK_LOGITS // shape.vocabulary))
+    return 12 * chunk * shape.vocabulary + 2 * workload.tokens * shape.hidden

@@ -85,6 +85,12 @@ def launch_script(workload: Workload, directory: Path) -> str:
         "gradient_accumulation": workload.accumulation,
         "gradient_checkpointing": "non-reentrant" if workload.checkpointing else "off",
     }
+    if workload.sequence_ranks > 1:
+        options["sequence_parallel"] = workload.sequence_ranks
+    if workload.chunked_loss:
+        options["loss"] = "chunked"
+    if workload.activation_offload:
+        options["gradient_checkpointing"] = "offloaded"
     return (
         f"#!/usr/bin/env bash\n# {workload.shape.name}, {workload.method}, {workload.engine} on {cluster.nodes} x "
         f"{cluster.gpus_per_node} GPUs. Run on {where}, from the project's directory.\nset -euo pipefail\n"

@@ -133,6 +133,8 @@ def plan_memory(workload: Workload) -> Memory:
         moved = ["masters", "moments"] + (["weights", "subnet"] if workload.offload == "all" else [])
         host = sum(steady[name] for name in moved) * workload.cluster.gpus_per_node
         steady |= dict.fromkeys(moved, 0)
+    if workload.activation_offload:
+        host += workload.shape.layers * activations.checkpoint_bytes(workload) * workload.cluster.gpus_per_node
     moments = _sharded_moments(workload, found) if workload.shards_weights else _whole_moments(workload, found)
     moments["update"] = _update(workload, found)
     if workload.method == "losia" and workload.config.located is not None and workload.config.needs_calibration:
@@ -147,13 +149,13 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     trained = found.all_trained(layers)
     weights, added = found.all_weights(layers), found.all_added(layers)
     over = shards if workload.shards_weights else 1
-    parallel = workload.config.by_rank
+    block = workload.sequence_ranks if workload.config.by_rank else ranks
     steady = {
         "weights": BF16 * weights // over,
         "subnet": BF16 * added // over + INT64 * found.indices,
         "masters": FP32 * trained // shards,
         "moments": 2 * FP32 * trained // shards,
-        "importance": 2 * FP32 * found.localizing // (1 if parallel else ranks),
+        "importance": 2 * FP32 * found.localizing // block,
         "activations": activations.shared_bytes(workload),
         "reserve": workload.cluster.reserve,
     }
@@ -174,7 +176,8 @@ def _locating(workload: Workload, loss: dict[str, int]) -> dict[str, int]:
 def _layer_activations(workload: Workload, layers: int, localizing: int) -> int:
     """Saved of `layers` decoder layers whose backward is still to come, `localizing` of them with whole inputs."""
     if workload.checkpointing:
-        return layers * activations.checkpoint_bytes(workload)
+        here = min(2, layers) if workload.activation_offload else layers  # one at work, one on its way
+        return here * activations.checkpoint_bytes(workload)
     return (layers - localizing) * activations.saved_bytes(workload) + localizing * activations.saved_bytes(workload, True)
 
 
