@@ -39,6 +39,13 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--micro-batch", type=int, default=1, help="rows of one GPU's forward pass (1)")
     run.add_argument("--gradient-accumulation", type=int, default=1, help="forward passes per optimizer step (1)")
     run.add_argument("--checkpointing", choices=("on", "off"), help="recompute activations in backward (on)")
+    run.add_argument(
+        "--sequence-parallel", type=int, default=1, metavar="N", help="GPUs that compute each sequence together (1)"
+    )
+    run.add_argument("--activation-offload", action="store_true", help="activations wait for backward in host memory (off)")
+    run.add_argument(
+        "--loss", choices=("plain", "chunked"), default="plain", help="chunked: few tokens' logits at a time (plain)"
+    )
     run.add_argument("--steps", type=int, help="optimizer steps of the run: for the schedule and its advice")
     losia = parser.add_argument_group("methods")
     losia.add_argument("--losia_config", metavar="FILE", help="LoSiA's settings; the options below override it")
@@ -150,7 +157,7 @@ def _workload(options: argparse.Namespace) -> Workload:
     workload = Workload(
         shape,
         cluster,
-        engine=options.engine or ("fsdp2" if cluster.gpus > 1 else "ddp"),
+        engine=options.engine or ("zero3" if options.sequence_parallel > 1 else "fsdp2" if cluster.gpus > 1 else "ddp"),
         method=options.method,
         sequence=min(2048, shape.context) if options.sequence_length is None else options.sequence_length,
         micro_batch=options.micro_batch,
@@ -161,10 +168,13 @@ def _workload(options: argparse.Namespace) -> Workload:
         config=replace(config, layers_per_slot=1) if fits_run else config,
         quantization=options.quantization,
         lora_rank=min(64, shape.narrowest) if options.lora_rank is None else options.lora_rank,
+        sequence_ranks=options.sequence_parallel,
+        activation_offload=options.activation_offload,
+        chunked_loss=options.loss == "chunked",
     )
     if not fits_run:
         return workload
-    return replace(workload, config=resolve_layers_per_slot(config, options.steps, workload.groups, cluster.gpus))
+    return replace(workload, config=resolve_layers_per_slot(config, options.steps, workload.groups, workload.data_ranks))
 
 
 def _config(options: argparse.Namespace, has_experts: bool) -> LoSiAConfig:

@@ -15,7 +15,7 @@ from losia_dist.recipe.fsdp import Sharding
 class EngineChoice:
     """deepspeed: complete settings, or None. sharding: FSDP2's, or None; both None: one process or DDP.
 
-    offload, layer_classes: of FSDP2. precision: "bf16" or "fp32". checkpointing: "off", "non-reentrant" or "reentrant".
+    offload, layer_classes: of FSDP2. precision: "bf16" or "fp32". checkpointing: one of `options.CHECKPOINTING`.
     sequence_ranks: neighbouring ranks that compute each sequence together.
     """
 

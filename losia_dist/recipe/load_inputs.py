@@ -21,6 +21,7 @@ from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.recipe.choice import EngineChoice
 from losia_dist.recipe.environment import Process
+from losia_dist.recipe.offloaded import offload_checkpoints
 from losia_dist.recipe.quantization import quantization_arguments
 from losia_dist.recipe.weights.empty import check_buffers, parameters_on_meta
 from losia_dist.recipe.weights.model_files import ReadWhole, find_weights
@@ -132,6 +133,8 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if reentrant and not options.losia:
             model.enable_input_require_grads()
+        if choice.checkpointing == "offloaded":
+            offload_checkpoints(model)
     return model, weights, notes
 
 

@@ -17,7 +17,7 @@ from losia_dist.recipe.quantization import QUANTIZATIONS
 from losia_dist.recipe.trackers import TRACKERS, check_trackers
 
 PRECISIONS = ("bf16", "fp32")
-CHECKPOINTING = ("off", "non-reentrant", "reentrant")
+CHECKPOINTING = ("off", "non-reentrant", "reentrant", "offloaded")
 _COUNTS = "micro_batch gradient_accumulation logging_steps sample_tokens max_steps loss_chunk data_workers keep_last"
 _MAY_BE_0 = "eval_steps samples seed weight_decay max_grad_norm save_steps"
 _LEAST = {"sequence_parallel": 1, **dict.fromkeys(_COUNTS.split(), 1), **dict.fromkeys(_MAY_BE_0.split(), 0)}
@@ -86,7 +86,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="with --losia and --deepspeed: N neighbouring ranks compute each sequence together, for long ones (1)",
     )
     engine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 if the DeepSpeed file says so or on a GPU")
-    engine.add_argument("--gradient_checkpointing", choices=CHECKPOINTING, help="recompute activations in backward (off)")
+    engine.add_argument(
+        "--gradient_checkpointing",
+        choices=CHECKPOINTING,
+        help="recompute activations in backward; offloaded: what that begins from waits in host memory (off)",
+    )
     engine.add_argument(
         "--timeout", type=float, default=30.0, metavar="MINUTES", help="that a rank waits for the others before it stops (30)"
     )

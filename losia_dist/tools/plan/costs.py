@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from losia_dist.formulas import ring_bytes, subnet_size
-from losia_dist.tools.plan.memory import BF16, FP32, sizes
+from losia_dist.tools.plan.memory import BF16, FP32, checkpoint_bytes, sizes
 from losia_dist.tools.plan.workload import Workload
 
 _SUM = 8  # bytes of a float64 sum
+HOST_BANDWIDTH = 25e9  # bytes per second and direction between a GPU and its host that are taken to be reached: PCIe 4 x16
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Compute:
 @dataclass(frozen=True)
 class Traffic:
     """Bytes a GPU sends in one optimizer step: gathering weights, reducing gradients, reducing the localizing layers' full
-    gradients. between_nodes: the part of all that which crosses to another node, for each GPU; seconds on the cluster's links.
+    gradients; sequence: exchanging heads for tokens where GPUs share sequences. between_nodes: the part of all that which
+    crosses to another node, for each GPU. host: activations that wait in host memory, there and back. seconds: on the
+    slowest links.
     """
 
     weights: int
@@ -36,6 +39,8 @@ class Traffic:
     localization: int
     between_nodes: int
     seconds: float
+    sequence: int = 0
+    host: int = 0
 
 
 def plan_compute(workload: Workload) -> Compute:
@@ -115,9 +120,24 @@ def plan_traffic(workload: Workload) -> Traffic:
         ring("weights", BF16 * trained, gpus)  # the updated values
     if not workload.config.by_rank:
         ring("localization", BF16 * found.localizing, gpus, passes)
+    exchanged = _exchanged(workload)
+    sent, far = exchanged * (workload.sequence_ranks - 1), exchanged * max(0, workload.sequence_ranks - cluster.gpus_per_node)
+    inside["sequence"], between = sent // workload.sequence_ranks, between + far // workload.sequence_ranks
     between = between if cluster.nodes > 1 else 0
-    seconds = max(sum(inside.values()) / cluster.gpu_bandwidth, between / cluster.node_bandwidth) / cluster.link_efficiency
-    return Traffic(**inside, between_nodes=between, seconds=seconds)
+    host = 2 * passes * layers * checkpoint_bytes(workload) if workload.activation_offload else 0
+    links = max(sum(inside.values()) / cluster.gpu_bandwidth, between / cluster.node_bandwidth) / cluster.link_efficiency
+    return Traffic(**inside, between_nodes=between, seconds=max(links, host / HOST_BANDWIDTH), host=host)
+
+
+def _exchanged(workload: Workload) -> int:
+    """Bytes of queries, keys, values and attention's output that a GPU has in an optimizer step where GPUs share sequences:
+    forward, recomputed, and as gradients. Keys of fewer heads than GPUs are sent once for each GPU."""
+    if workload.sequence_ranks == 1:
+        return 0
+    shape = workload.shape
+    keys = max(shape.kv_heads, workload.sequence_ranks) * shape.head_size
+    ways = 3 if workload.checkpointing else 2
+    return ways * BF16 * workload.tokens * workload.accumulation * shape.layers * (2 * shape.attended + 2 * keys)
 
 
 def plan_warm_start(workload: Workload) -> dict[str, Any] | None:

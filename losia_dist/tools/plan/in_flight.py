@@ -45,4 +45,4 @@ def _rows(workload: Workload, elements: int, passes: int) -> int:
 
 
 def _ranks(workload: Workload) -> int:
-    return 1 if workload.config.by_rank else workload.cluster.gpus
+    return workload.sequence_ranks if workload.config.by_rank else workload.cluster.gpus

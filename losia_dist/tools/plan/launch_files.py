@@ -73,12 +73,17 @@ def run_options(workload: Workload, directory: Path) -> dict[str, Any]:
         options |= {"offload": True} if workload.offload == "all" else {}
     elif workload.engine in _ZERO:
         options["deepspeed"] = str(directory / "deepspeed.json")
+    if workload.sequence_ranks > 1:
+        options["sequence_parallel"] = workload.sequence_ranks
+    if workload.chunked_loss:
+        options["loss"] = "chunked"
+    kind = "offloaded" if workload.activation_offload else "non-reentrant"
     return options | {
         "precision": "bf16",
         "max_length": workload.sequence,
         "micro_batch": workload.micro_batch,
         "gradient_accumulation": workload.accumulation,
-        "gradient_checkpointing": "non-reentrant" if workload.checkpointing else "off",
+        "gradient_checkpointing": kind if workload.checkpointing else "off",
     }
 
 

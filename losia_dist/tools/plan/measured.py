@@ -33,7 +33,14 @@ class Measured(NamedTuple):
 
 def layer_activations(workload: Workload, localizing: bool = False) -> Measured:
     """Of the fullest decoder layer, in which as many groups localize as do in a layer at most. Measured once for each use."""
-    key = (workload.method, workload.micro_batch, workload.sequence, workload.lora_rank, repr(workload.config), localizing)
+    key = (
+        workload.method,
+        workload.micro_batch,
+        workload.sequence // workload.sequence_ranks,
+        workload.lora_rank,
+        repr(workload.config),
+        localizing,
+    )
     measured = workload.shape.measured
     if key not in measured:
         measured[key] = _measure(workload, localizing)
@@ -62,7 +69,8 @@ def _measure(workload: Workload, localizing: bool) -> Measured:
 
 
 def _one_layer(decoder: Any, layer: Any, workload: Workload, localizing: bool, live: _Live) -> Measured:
-    shape = (workload.micro_batch, workload.sequence, workload.shape.hidden)
+    # GPUs that share sequences have all heads of their own tokens, or as much of all tokens' own heads.
+    shape = (workload.micro_batch, workload.sequence // workload.sequence_ranks, workload.shape.hidden)
     x = torch.empty(shape, dtype=torch.bfloat16)
     live.forget()
     given: dict[str, Any] = {}

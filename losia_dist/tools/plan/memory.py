@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from losia_dist.formulas import subnet_size
+from losia_dist.loss.chunked import CHUNK_LOGITS
 from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
 from losia_dist.tools.plan.measured import layer_activations
 from losia_dist.tools.plan.model_shape import Layer
@@ -136,6 +137,8 @@ def plan_memory(workload: Workload) -> Memory:
         moved = ["masters", "moments"] + (["weights", "subnet"] if workload.offload == "all" else [])
         host = sum(steady[name] for name in moved) * workload.cluster.gpus_per_node
         steady |= dict.fromkeys(moved, 0)
+    if workload.activation_offload:
+        host += workload.shape.layers * checkpoint_bytes(workload) * workload.cluster.gpus_per_node
     moments = _sharded_moments(workload, found) if workload.shards_weights else _whole_moments(workload, found)
     moments["update"] = _update(workload, found)
     if workload.method == "losia" and workload.config.located is not None and workload.config.needs_calibration:
@@ -153,14 +156,14 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     trained = found.all_trained(layers)
     weights, added = found.all_weights(layers), found.all_added(layers)
     over = shards if workload.shards_weights else 1
-    parallel = workload.config.by_rank
+    block = workload.sequence_ranks if workload.config.by_rank else ranks
     steady = {
         "weights": BF16 * weights // over + scale_bytes(workload),
         "overlay": overlay_bytes(workload, layers * found.layer_trained - found.lacking_trained),
         "subnet": BF16 * added // over + INT64 * found.indices,
         "masters": FP32 * trained // shards,
         "moments": 2 * FP32 * trained // shards,
-        "importance": 2 * FP32 * found.localizing // (1 if parallel else ranks),
+        "importance": 2 * FP32 * found.localizing // block,
         "activations": layer_activations(workload).shared,
         "reserve": workload.cluster.reserve,
     }
@@ -178,7 +181,7 @@ def _locating(workload: Workload, loss: dict[str, int]) -> dict[str, int]:
     return {**loss, "activations": saved, "importance": 0, "gradients": 0}
 
 
-def _input(workload: Workload) -> int:
+def checkpoint_bytes(workload: Workload) -> int:
     """Of one decoder layer: what stays of it where its inside is recomputed."""
     return BF16 * workload.tokens * workload.shape.hidden
 
@@ -191,7 +194,8 @@ def _of_head(workload: Workload) -> int:
 def _saved(workload: Workload, layers: int, localizing: int) -> int:
     """Saved of `layers` decoder layers whose backward is still to come, `localizing` of them with whole inputs."""
     if workload.checkpointing:
-        return layers * _input(workload)
+        here = min(2, layers) if workload.activation_offload else layers  # one at work, one on its way
+        return here * checkpoint_bytes(workload)
     whole = layer_activations(workload, True).saved if localizing else 0
     return (layers - localizing) * layer_activations(workload).saved + localizing * whole
 
@@ -213,7 +217,7 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
         # What was gathered for the layer before is let go when the next layer's weights are copied out of it.
         "forward of layer 1": {
             "gathered": live if zero3 else 2 * (outer + unit),
-            "activations": _input(workload),
+            "activations": checkpoint_bytes(workload),
             **earlier,
         },
         "forward": {
@@ -236,7 +240,7 @@ def _sharded_moments(workload: Workload, found: _Sizes) -> dict[str, dict[str, i
             "gathered": waiting - (0 if zero3 else unit),
             "gradients": reduced + head + (BF16 + FP32) * found.layer_trained + FP32 * found.layer_trained // shards,
             "importance": in_flight(workload, passes, min(done + 1, localizing)),
-            "activations": _saved(workload, rest, 0) + _input(workload),
+            "activations": _saved(workload, rest, 0) + checkpoint_bytes(workload),
         }
     moments["reduction outside the layers"] = {
         "gradients": BF16 * whole // shards + (BF16 + FP32) * found.outer_trained + BF16 * found.outer_trained // shards,
@@ -266,8 +270,23 @@ def _loss(workload: Workload) -> dict[str, int]:
     """What the loss's backward finds of activations, on every engine."""
     layers = workload.shape.layers
     saved = _saved(workload, layers, len(workload.localizing))
-    logits = 3 * FP32 * workload.tokens * workload.shape.vocabulary  # log-probabilities, their gradient, the logits' gradient
+    logits = _logits(workload)
     return {"activations": saved + _of_head(workload), "logits": logits}
+
+
+def _logits(workload: Workload) -> int:
+    """Log-probabilities, their gradient, the logits' gradient, in fp32. A chunked loss has those of a chunk, and the gradient
+    of what enters the output layer."""
+    shape = workload.shape
+    if not workload.chunked_loss:
+        return 3 * FP32 * workload.tokens * shape.vocabulary
+    chunk = min(workload.tokens, max(64, CHUNK_LOGITS // shape.vocabulary))
+    return 3 * FP32 * chunk * shape.vocabulary + BF16 * workload.tokens * shape.hidden
+
+
+def _exchanged(workload: Workload) -> int:
+    """Where GPUs exchange heads for tokens: one tensor as it came, as it was sent and as it arrived."""
+    return 3 * BF16 * workload.shape.attended * workload.tokens if workload.sequence_ranks > 1 else 0
 
 
 def _backward(workload: Workload, done: int) -> dict[str, dict[str, int]]:
@@ -283,7 +302,7 @@ def _backward(workload: Workload, done: int) -> dict[str, dict[str, int]]:
     return {
         f"backward of layer {left}" + (f", full gradients formed: {formed}" if formed else ""): {
             "importance": in_flight(workload, workload.accumulation, min(done, localizing), formed),
-            "activations": saved + beyond,
+            "activations": saved + beyond + _exchanged(workload),
         }
         for formed, beyond in enumerate(inside.beyond)
     }

@@ -45,10 +45,11 @@ def simulate(workload: Workload) -> int:
     Raises:
         ConfigError: an engine that FSDP2's tracker does not follow, offloading, or a process that is one rank of several.
     """
-    if workload.engine not in ("fsdp2", "hsdp") or workload.offload != "none":
+    apart = workload.offload != "none" or workload.activation_offload or workload.chunked_loss
+    if workload.engine not in ("fsdp2", "hsdp") or apart:
         raise ConfigError(
-            f"--simulate follows fsdp2 and hsdp without offload; --engine {workload.engine} --offload {workload.offload} is "
-            "planned by formulas alone: leave out --simulate, or give --engine fsdp2."
+            f"--simulate follows fsdp2 and hsdp without offload, with the plain loss; --engine {workload.engine} --offload "
+            f"{workload.offload} is planned by formulas alone: leave out --simulate, or give --engine fsdp2."
         )
     with warnings.catch_warnings(), _fake_ranks(workload.cluster.gpus):
         warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ from typing import Any
 
 from losia_dist.digits import short
 from losia_dist.tools.plan.memory import PARTS
-from losia_dist.tools.plan.workload import GB
+from losia_dist.tools.plan.workload import GB, Workload
 from losia_dist.tools.plan.workload_plan import Plan
 
 # Rows about one step: name, and the text of a plan's record.
@@ -16,11 +16,13 @@ _STEP: dict[str, Callable[[dict[str, Any]], str]] = {
     "sent for weights, GB": lambda r: short(r["traffic_bytes"]["weights"] / GB),
     "sent for gradients, GB": lambda r: short(r["traffic_bytes"]["gradients"] / GB),
     "sent for localization, GB": lambda r: short(r["traffic_bytes"]["localization"] / GB),
+    "sent for attention, GB": lambda r: short(r["traffic_bytes"]["sequence"] / GB),
     "of it between nodes, GB": lambda r: short(r["traffic_bytes"]["between_nodes"] / GB),
     "operations, TFLOP": lambda r: short(r["flops"]["total"] / 1e12),
     "computing, s": lambda r: short(r["seconds"]["compute"]),
     "transfers, s": lambda r: short(r["seconds"]["transfers"]),
     "tokens per second, cluster": lambda r: short(r["tokens_per_second"]),
+    "activations to the host and back, GB": lambda r: short(r["traffic_bytes"]["host"] / GB),
     "checkpoint of a step, GB": lambda r: short(r["disk_bytes"]["step"] / GB),
     "host memory per node, GB": lambda r: short(r["host_bytes_per_node"] / GB),
 }
@@ -45,7 +47,7 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
         f"{workload.shape.name} ({short(workload.shape.parameters / 1e9)} B parameters), {workload.engine}, {cluster.nodes} x "
         f"{cluster.gpus_per_node} GPUs of {short(cluster.memory / GB)} GB, {workload.micro_batch} x {workload.sequence} "
         f"tokens, accumulation {workload.accumulation}, checkpointing {'on' if workload.checkpointing else 'off'}, offload "
-        f"{workload.offload}" + (f", base in {workload.quantization}" if workload.quantization else "")
+        f"{workload.offload}{_long(workload)}" + (f", base in {workload.quantization}" if workload.quantization else "")
     )
     memory = [
         [meaning, *(short(record["memory"][name] / GB) for record in records)]
@@ -59,7 +61,7 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
     parts = [
         head,
         table(["GB of one GPU", *names], memory),
-        table(["one step", *names], [[name, *map(shown, records)] for name, shown in _STEP.items()]),
+        table(["one step", *names], [[name, *map(shown, records)] for name, shown in _STEP.items() if _is_said(name, records)]),
     ]
     parts.append(
         f"Rates: {cluster.gpu}, {short(cluster.peak_flops / 1e12)} TFLOP/s at {cluster.compute_efficiency:.0%}; "
@@ -71,6 +73,19 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
         if records[0]["warm_start"] is not None:
             parts.append(_warm_start(records[0]["warm_start"]))
     return "\n\n".join(parts)
+
+
+def _is_said(name: str, records: Sequence[dict[str, Any]]) -> bool:
+    """Rows about long sequences stand where there is something to say."""
+    about = {"sent for attention, GB": "sequence", "activations to the host and back, GB": "host"}.get(name)
+    return about is None or any(record["traffic_bytes"][about] for record in records)
+
+
+def _long(workload: Workload) -> str:
+    """What a plan for long sequences says of them."""
+    said = f", {workload.sequence_ranks} GPUs a sequence" if workload.sequence_ranks > 1 else ""
+    said += ", activations on the host" if workload.activation_offload else ""
+    return said + (", chunked loss" if workload.chunked_loss else "")
 
 
 def _warm_start(found: dict[str, Any]) -> str:

@@ -79,6 +79,8 @@ class Workload:
     sequence, micro_batch: tokens of a row, and rows of one forward pass of one GPU. accumulation: passes per optimizer step.
     checkpointing: activations inside decoder layers are recomputed in backward. config: LoSiA's settings.
     lora_rank: of LoRA on all linear layers. quantization: of frozen linear layers' weights, one of QUANTIZATIONS; None: bf16.
+    sequence_ranks: GPUs that compute each sequence together (DeepSpeed's Ulysses).
+    activation_offload: what recomputation begins from is kept in host memory. chunked_loss: logits of some tokens at a time.
     """
 
     shape: ModelShape
@@ -94,6 +96,9 @@ class Workload:
     config: LoSiAConfig = field(default_factory=LoSiAConfig)
     lora_rank: int = 64
     quantization: str | None = None
+    sequence_ranks: int = 1
+    activation_offload: bool = False
+    chunked_loss: bool = False
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -116,6 +121,7 @@ class Workload:
             )
         self._check_engine()
         self._check_quantization()
+        self._check_sequences()
         if self.method == "losia":
             self._check_losia()
         if self.method == "lora" and self.lora_rank > self.shape.narrowest:
@@ -152,6 +158,22 @@ class Workload:
             )
         if self.offload == "all":
             raise ConfigError(f"--quantization {self.quantization} with --offload all was not tried: use none or optimizer.")
+
+    def _check_sequences(self) -> None:
+        ranks, shape = self.sequence_ranks, self.shape
+        if self.activation_offload and not self.checkpointing:
+            raise ConfigError("--activation-offload keeps what recomputation begins from: it needs --checkpointing on.")
+        if ranks == 1:
+            return
+        if not self.engine.startswith("zero"):
+            raise ConfigError(f"--sequence-parallel {ranks} is DeepSpeed's: give --engine zero1, zero2 or zero3.")
+        if ranks < 1 or self.cluster.gpus % ranks or shape.heads % ranks or (shape.kv_heads % ranks and ranks % shape.kv_heads):
+            raise ConfigError(
+                f"--sequence-parallel {ranks}: {shape.name} has {shape.heads} heads of queries and {shape.kv_heads} of keys, "
+                f"and the cluster {self.cluster.gpus} GPUs: give a number that divides all three, or that the keys' divides."
+            )
+        if self.sequence % ranks:
+            raise ConfigError(f"--sequence-length {self.sequence} is not divided by --sequence-parallel {ranks}.")
 
     def _check_losia(self) -> None:
         config = self.config
@@ -192,7 +214,12 @@ class Workload:
     @property
     def tokens(self) -> int:
         """Tokens of one forward pass of one GPU."""
-        return self.micro_batch * self.sequence
+        return self.micro_batch * self.sequence // self.sequence_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """Batches that are computed at a time."""
+        return self.cluster.gpus // self.sequence_ranks
 
     @property
     def localizing_groups(self) -> int:

@@ -61,6 +61,9 @@ class Plan:
             "nodes": workload.cluster.nodes,
             "gpus_per_node": workload.cluster.gpus_per_node,
             "sequence_length": workload.sequence,
+            "sequence_ranks": workload.sequence_ranks,
+            "activation_offload": workload.activation_offload,
+            "chunked_loss": workload.chunked_loss,
             "micro_batch": workload.micro_batch,
             "gradient_accumulation": workload.accumulation,
             "checkpointing": workload.checkpointing,
@@ -110,7 +113,7 @@ def recommend(workload: Workload) -> Plan | None:
 
 def _schedule(workload: Workload, steps: int | None) -> dict[str, Any]:
     config, groups = workload.config, workload.groups
-    ranks = workload.cluster.gpus if config.by_rank else 1
+    ranks = workload.data_ranks if config.by_rank else 1
     cycle = cycle_steps(groups, config.period, workload.layers_per_slot * ranks)
     schedule: dict[str, Any] = {
         "groups": groups,
