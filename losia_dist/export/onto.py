@@ -1,15 +1,21 @@
-"""What training changed in a quantized base, on top of the original weights: access for exporting from a live run."""
+"""What training changed in a quantized base, on top of the original weights: to export it from a live run, and to try it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from losia_dist.checkpoint.session import session_of
 from losia_dist.checkpoint.tensor_names import plain_name, unwrap
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.export.model_directory import ModelDirectory
+from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.packed_access import PackedAccess
 from losia_dist.subnet.packed import packed_modules
 
@@ -46,10 +52,46 @@ class OntoOriginal(PackedAccess):
                     f"{original} has no weight {name!r} of {list(module.packed.shape)}: give the directory of the original."
                 )
 
+    def original(self, module: Any) -> Tensor:
+        """The original weight of a quantized layer [m, n], on the CPU, mapped from its file."""
+        return self._original.tensor(self._names[id(module)])
+
     def read_whole(self, parameter: Tensor) -> Tensor:
         module = self._module(parameter)
         if module is None:
             return super().read_whole(parameter)
         change = self._access.read_change(parameter)
-        original = self._original.tensor(self._names[id(module)]).to(change.device, change.dtype)
-        return (original + change).to(self.dtype(parameter))
+        return (self.original(module).to(change.device, change.dtype) + change).to(self.dtype(parameter))
+
+
+@contextmanager
+def computing_onto(losia: LoSiA, original: str | Path | None) -> Iterator[None]:
+    """While it is open the model computes with the original's weights and what training changed, as `onto=True` exports it.
+
+    Called by all ranks, between steps, to evaluate; nothing may train. Each forward pass reads the original's weights from
+    their files. Raises: as `OntoOriginal`.
+    """
+    losia.parameters.reshard()
+    agreement = session_of(losia).agreement
+    access = agreement.attempt(None, lambda: OntoOriginal(losia.model, losia.parameters, original))
+    sites = [site for site in losia.sites if site.packed is not None]
+    trained = {site: losia.parameters.read_whole(site.subnet) for site in sites}
+    layers = list(packed_modules(unwrap(losia.model)).values())
+    try:
+        for site in sites:
+            rows, columns = site.row_index, site.col_index
+            whole = access.original(site.module)[rows.cpu()][:, columns.cpu()].to(rows.device, torch.float32)
+            decoded = access.decoded_at(site.weight, rows, columns).to(torch.float32)
+            losia.parameters.write_whole(site.subnet, trained[site].to(torch.float32) + whole - decoded)
+        for layer in layers:
+            layer.packed.original = partial(_original, access, layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed.original = None
+        for site in sites:
+            losia.parameters.write_whole(site.subnet, trained[site])
+
+
+def _original(access: OntoOriginal, module: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return access.original(module).to(device, dtype, copy=True)

@@ -13,10 +13,11 @@ from losia_dist.data.dataset import OVERLONG
 from losia_dist.data.forms import FORMS
 from losia_dist.errors import ConfigError
 from losia_dist.recipe.config_arguments import add_config_arguments
-from losia_dist.recipe.quantization import QUANTIZATIONS
 from losia_dist.recipe.trackers import TRACKERS, check_trackers
 
 PRECISIONS = ("bf16", "fp32")
+QUANTIZATIONS = ("nf4", "fp4", "int8", "fp8")
+EXPORTS = ("trained", "onto", "better")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant", "offloaded")
 _COUNTS = "micro_batch gradient_accumulation logging_steps sample_tokens max_steps loss_chunk data_workers keep_last"
 _MAY_BE_0 = "eval_steps samples seed weight_decay max_grad_norm save_steps"
@@ -155,6 +156,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=["tensorboard"],
         help="where numbers go besides metrics.jsonl; several are possible (tensorboard)",
     )
+    report.add_argument(
+        "--export",
+        choices=EXPORTS,
+        default="trained",
+        help="with --quantization, the model that is written: trained: the codes' values with what training changed; onto: the "
+        "original's weights with it; better: the one of lower held-out loss (trained)",
+    )
     report.add_argument("--no_save", action="store_true", help="do not write the trained model")
     report.add_argument(
         "--push_to_hub", metavar="OWNER/NAME", help="send the trained model to the Hugging Face hub, into a private repository"
@@ -241,6 +249,10 @@ def _rules(o: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     yield o.losia_config and not o.losia, "--losia_config has no effect without --losia; add --losia, or leave it out."
     text = f"--quantization {o.quantization} works with --losia only: codes cannot train in full. Add --losia, or leave it out."
     yield o.quantization and not o.losia, text
+    text = f"--export {o.export} is for a base that --quantization makes: add it, or leave --export out."
+    yield o.export != "trained" and not o.quantization, text
+    text = "--export better compares held-out losses: give --eval_file or --validation_size."
+    yield o.export == "better" and not (o.eval_file or o.validation_size), text
     yield o.push_to_hub and o.no_save, "--push_to_hub sends the trained model, which --no_save leaves out: give one of them."
     text = "--loss_chunk has no effect without --loss chunked; add it, or leave --loss_chunk out."
     yield o.loss_chunk is not None and o.loss != "chunked", text

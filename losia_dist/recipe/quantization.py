@@ -1,20 +1,24 @@
-"""`--quantization`: how the base model is loaded in fewer bits. No collectives in here."""
+"""`--quantization`: how the base model is loaded in fewer bits, and which of two models is written in the end."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 
 from losia_dist.errors import ConfigError
+from losia_dist.export.onto import computing_onto
 from losia_dist.recipe.choice import EngineChoice
+from losia_dist.recipe.engines import Engine
 from losia_dist.recipe.environment import Process
-
-QUANTIZATIONS = ("nf4", "fp4", "int8", "fp8")
+from losia_dist.recipe.heldout import held_out_loss
+from losia_dist.recipe.loop import Reporter
+from losia_dist.recipe.weights.model_files import local_directory
 
 
 def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, process: Process) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that make it quantize each weight as it reads it, on this rank's device.
+    """Arguments of `from_pretrained` that make it quantize each weight as it reads it, on this rank's device. No collectives.
 
     Args:
         form: of --quantization; None: as the model's files have it.
@@ -52,3 +56,24 @@ def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, 
                 bnb_4bit_compute_dtype=dtype,
             )
     return {"quantization_config": settings, "device_map": {"": process.device}}
+
+
+def choose_export(run: Engine, reporter: Reporter, options: argparse.Namespace) -> bool:
+    """Whether what training changed is written onto the original's weights (`--export`). Called by all ranks, after training.
+
+    "better": evaluates the model of the original's weights too, which reads them from their files for every batch; the loss
+    stands in the summary as `held_out_loss_onto_original`.
+
+    Raises:
+        LoSiAError: the original's files lack a weight (on every rank).
+    """
+    if options.export != "better" or run.losia is None:
+        return bool(options.export == "onto")
+    with computing_onto(run.losia, local_directory(options.model)):
+        assert reporter.loader is not None
+        onto = reporter.summary["held_out_loss_onto_original"] = held_out_loss(run, reporter.loader)
+    trained = reporter.summary["held_out_loss_after"]
+    names = ["the model that trained", "its changes onto the original's weights"]
+    better = names[onto < trained]
+    reporter.log.say(f"held-out loss: {trained:.4f} of {names[0]}, {onto:.4f} of {names[1]}; written: {better}")
+    return bool(onto < trained)

@@ -40,6 +40,7 @@ from losia_dist.recipe.loop import Reporter, train_steps
 from losia_dist.recipe.options import check
 from losia_dist.recipe.output_directory import OutputDirectory
 from losia_dist.recipe.preset import choose_preset, count_steps, learning_rate_for
+from losia_dist.recipe.quantization import choose_export
 from losia_dist.recipe.run_data import choose_template_date, load_data
 from losia_dist.recipe.trackers import Tracker, start_trackers
 from losia_dist.recipe.trajectory import describe, warmup_steps
@@ -162,14 +163,15 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     if data.held_out is not None:
         before, after = summary["held_out_loss_before"], summary["held_out_loss_after"]
         log.say(f"held-out loss: {before:.4f} before training, {after:.4f} after")
+    is_onto = choose_export(run, reporter, options)
     log.finish(summary)
     if not options.no_save:
         target = output.model
         agreement.on_first(None, output.note_others)
         run.model.config.use_cache = run.model.config.get_text_config().use_cache = loaded.use_cache  # packing turned it off
-        beside = {"base_model": local_directory(options.model), "tokenizer": data.tokenizer}
+        beside: dict[str, Any] = {"base_model": local_directory(options.model), "tokenizer": data.tokenizer}
         if run.losia is not None:
-            export_model(run.losia, target, **beside)
+            export_model(run.losia, target, **beside, onto=is_onto)
         else:
             save_whole_model(run.model, target, **beside, agreement=agreement)
         agreement.on_first(None, lambda: write_card(target, facts_of_run(output.path)))

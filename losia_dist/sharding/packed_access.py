@@ -104,6 +104,12 @@ class PackedAccess:
         base = packed.decode(self.engine.read_whole(parameter), packed.dtype)
         return self.read_whole(parameter).to(torch.float32) - base.to(torch.float32)
 
+    def decoded_at(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The values of a quantized weight's codes alone, in these places: [r, c], on every rank."""
+        packed = self._packed(weight)
+        assert packed is not None
+        return packed.decoded_at(self._bits(weight, packed, packed.flat(rows, columns)), rows, columns)
+
     def read_codes(self, parameter: Tensor) -> Tensor:
         """The whole stored tensor, on every rank."""
         return self.engine.read_whole(parameter)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class PackedWeight(ABC):
         self.shape, self.dtype, self.storage = shape, dtype, storage
         self.overlay = None if retired == "stochastic" else Overlay(shape, retired)
         self.retired, self.moves, self.seed = retired, 0, ""
+        # Gives other values [m, n] in the codes' place, for a while: those of the original (`export.onto`).
+        self.original: Callable[[torch.dtype, torch.device], Tensor] | None = None
         self.print: int | None = None  # `print_of` its codes as they were loaded, once known
 
     def dense(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,7 +54,7 @@ class PackedWeight(ABC):
 
         codes: the whole stored tensor.
         """
-        values = self.decode(codes, dtype)
+        values = self.decode(codes, dtype) if self.original is None else self.original(dtype, codes.device)
         return values if self.overlay is None else self.overlay.add_to(values)
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,9 +76,13 @@ class PackedWeight(ABC):
 
         bits: int64 [r, c], the stored elements of `elements_at`. rows int64 [r], columns int64 [c].
         """
-        flat = self.flat(rows, columns)
-        values = (self._levels(bits.device)[self._code(bits, flat)] * self._scale_at(flat)).to(self.dtype)
+        values = self.decoded_at(bits, rows, columns)
         return values if self.overlay is None else self.overlay.add_to_block(values, rows, columns)
+
+    def decoded_at(self, bits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The values of the codes alone in these places, as above."""
+        flat = self.flat(rows, columns)
+        return (self._levels(bits.device)[self._code(bits, flat)] * self._scale_at(flat)).to(self.dtype)
 
     def flat(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Places in W, counted row by row: int64 [r, c]."""

@@ -22,6 +22,7 @@ from losia_dist import (
 from losia_dist.checkpoint.load import load_checkpoint
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
+from losia_dist.export.onto import computing_onto
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
@@ -166,6 +167,36 @@ def test_a_checkpoint_is_exported_as_the_live_run_is(tmp_path, original, retired
         change = saved.get_submodule(site.name).weight - base.get_submodule(site.name).weight
         expected = trained - plain.get_submodule(site.name).weight
         torch.testing.assert_close(change, expected, rtol=0, atol=1e-6)
+
+
+def evaluated_onto(engine, run, original, directory):
+    """Mean loss of the first batch: before, while the model computes onto its original, after that; and of what is exported."""
+    losia, stepper, close = runs.start(engine, run)
+    runs.train_on(losia, stepper, run, run.steps)
+    batch = runs.global_batches(run)[0][0]
+
+    def loss(model):
+        with torch.no_grad():
+            return model(**batch, use_cache=False).loss.item()
+
+    model = losia.model.eval()
+    found = [loss(model)]
+    with computing_onto(losia, original):
+        found.append(loss(model))
+    found.append(loss(model))
+    export_model(losia, directory, base_model=original, onto=True)
+    close()
+    return found, loss(AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize(
+    "engine, form", [("one", "nf4:double"), ("one", "int8"), ("fsdp2", "nf4:double"), slow("zero3", "nf4")]
+)
+def test_a_model_computes_onto_its_original_for_a_while(ranks, tmp_path, original, engine, form):
+    run = replace(RUN, steps=6, quantized=form, config={**CONFIG, "selection": Drawn()})
+    for (before, onto, after), exported in ranks(1 if engine == "one" else 2, evaluated_onto, engine, run, original, tmp_path):
+        assert before == after and abs(onto - before) > 1e-4
+        assert onto == pytest.approx(exported, abs=1e-5)
 
 
 def test_a_delta_of_a_quantized_run_is_what_changed_and_leads_to_the_model_onto_its_original(tmp_path, original):

@@ -125,9 +125,26 @@ def test_a_quantized_base_on_two_ranks_equals_one_process(ranks, alone, material
         assert torch.allclose(weight, other, atol=1e-5), name
 
 
+def test_the_better_of_what_trained_and_its_changes_onto_the_original_is_written(material, tmp_path):
+    shared = {"quantization": "int8", "max_steps": 4}
+    for export in ("trained", "onto", "better"):
+        summary, _ = train(arguments(material, tmp_path / export, **shared, export=export))
+    trained, onto = (summary[key] for key in ("held_out_loss_after", "held_out_loss_onto_original"))
+    models = {
+        d: AutoModelForCausalLM.from_pretrained(tmp_path / d / "model").state_dict() for d in ("trained", "onto", "better")
+    }
+    better = models["onto" if onto < trained else "trained"]
+    assert all(torch.equal(models["better"][name], better[name]) for name in better)
+    assert not torch.equal(
+        models["trained"]["model.layers.0.mlp.up_proj.weight"], models["onto"]["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
 def test_quantization_that_cannot_be_is_refused(material, tmp_path):
     with pytest.raises(ConfigError, match="--quantization nf4 works with --losia only"):
         train(arguments(material, tmp_path, quantization="nf4", losia=None, losia_config=None))
+    with pytest.raises(ConfigError, match="--export better is for a base that --quantization makes"):
+        train(arguments(material, tmp_path, export="better"))
     shutil.copytree(material["model"], tmp_path / "stored")
     path = tmp_path / "stored" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "fp8"}}))
