@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.data import make_evaluation_loader, make_loader
@@ -42,6 +41,7 @@ from losia_dist.recipe.output_directory import OutputDirectory
 from losia_dist.recipe.preset import choose_preset, count_steps, learning_rate_for
 from losia_dist.recipe.quantization import choose_export
 from losia_dist.recipe.run_data import choose_template_date, load_data
+from losia_dist.recipe.schedule import cosine_schedule
 from losia_dist.recipe.trackers import Tracker, start_trackers
 from losia_dist.recipe.trajectory import describe, warmup_steps
 from losia_dist.recipe.weights.empty import Where, find_holders, give_memory
@@ -200,9 +200,7 @@ def _start(
 
     def schedule(optimizer: Any) -> Any:
         warmup = warmup_steps(options, steps)
-        return get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, warmup, max(steps, warmup + 1), min_lr_rate=options.min_lr_ratio
-        )
+        return cosine_schedule(optimizer, warmup, max(steps, warmup + 1), options.min_lr_ratio)
 
     def make_optimizer(wrapped: nn.Module) -> LoSiAAdamW:
         if config is not None:
