@@ -21,7 +21,6 @@ from losia_dist.subnet.linear import SubnetLinear
 CHUNK_LOGITS = 2**26
 
 
-@torch.compiler.disable  # backward runs autograd itself, which a compiled graph cannot hold
 def chunked_cross_entropy(
     head: nn.Module,
     project: Callable[[Tensor], Tensor],

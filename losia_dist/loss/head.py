@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from losia_dist.loss.chunked import chunked_cross_entropy
@@ -22,6 +23,7 @@ class LossHead(nn.Module):
 
     chunk: int
     rule: LogitsRule
+    loss_of_chunks: Any
 
     @classmethod
     def adopt(cls, head: Any, chunk: int, rule: LogitsRule) -> LossHead:
@@ -29,6 +31,8 @@ class LossHead(nn.Module):
         kind: Any = type(head)
         head.__class__ = _with_loss(kind)
         head.chunk, head.rule = chunk, rule
+        # Backward runs autograd itself, which a compiled graph cannot hold. Here, since torch.compiler imports for a second.
+        head.loss_of_chunks = torch.compiler.disable(chunked_cross_entropy)
         return head
 
     def forward(self, input: Tensor, targets: Tensor | None = None, ignore_index: int = -100) -> Tensor:
@@ -39,7 +43,8 @@ class LossHead(nn.Module):
         project: Any = super().forward
         if targets is None:
             return project(input)
-        return chunked_cross_entropy(self, project, input, targets, chunk=self.chunk, rule=self.rule, ignore_index=ignore_index)
+        settings: Any = {"chunk": self.chunk, "rule": self.rule, "ignore_index": ignore_index}
+        return self.loss_of_chunks(self, project, input, targets, **settings)
 
 
 @cache

@@ -27,14 +27,15 @@ class PackedLinear(nn.Linear):
     """y = x W^T + b, with W [m, n] made dense for the time of the product, and again for dx. W gets no gradient."""
 
     packed: PackedWeight
+    compute: Any
 
     def forward(self, input: Tensor) -> Tensor:
         device = input.device.type
         dtype = autocast_dtype(device, True)
         if dtype is None:
-            return _frozen(input, self)
+            return self.compute(input, self)
         with torch.autocast(device, enabled=False):
-            return _frozen(input.to(dtype), self)
+            return self.compute(input.to(dtype), self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.packed.kind}"
@@ -65,7 +66,6 @@ class _FrozenFunction(torch.autograd.Function):
         return grad_x, None, grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if needs_bias else None, None
 
 
-@torch.compiler.disable
 def _frozen(x: Tensor, layer: PackedLinear) -> Tensor:
     return _FrozenFunction.apply(x, layer.weight, layer.bias, layer.packed)  # type: ignore[no-any-return]
 
@@ -101,6 +101,7 @@ def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callabl
     marks = dict(model.__dict__)
     config: Any = getattr(model, "config", None)
     settings = getattr(config, "quantization_config", None)
+    eager = torch.compiler.disable(_frozen) if found else None  # not above: torch.compiler imports for a second
     for name, module, packed, codes in found:
         module.__class__ = PackedLinear
         for attribute in _OWN:
@@ -110,6 +111,7 @@ def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callabl
         module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
         packed.seed = f"{seed}/{name}"
         module.__dict__["packed"] = packed
+        module.__dict__["compute"] = eager  # until a subnet takes the module over
     if found:
         _tell_of_experts(model)
         for mark in _MARKS:
