@@ -33,6 +33,14 @@ def localizing_groups(slot: int, num_groups: int, per_slot: int) -> list[int]:
     return [(slot * count + offset) % num_groups for offset in range(count)]
 
 
+def takes_importance(step: int, period: int, count: int | None) -> bool:
+    """Whether importance is taken in a 0-based step: in `count` steps of each slot, spread evenly, its last one included."""
+    if count is None:
+        return True
+    done = step % period
+    return (done + 1) * count // period > done * count // period
+
+
 def cycle_steps(num_groups: int, period: int, per_slot: int) -> int:
     """Optimizer steps after which every group was re-localized once."""
     return math.ceil(num_groups / min(per_slot, num_groups)) * period

@@ -116,9 +116,17 @@ class LoSiAConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         if self.retired is not None and self.retired not in RETIRED:
             raise ConfigError(f"retired={self.retired!r}: {', '.join(RETIRED)}, or null.")
+        self._check_importance_steps()
         self._check_full_lr_scale()
         self._check_experts()
         self._check_outlier_limit()
+
+    def _check_importance_steps(self) -> None:
+        steps = None if self.located is None else self.located.importance_steps
+        if steps is not None and steps > self.period:
+            raise ConfigError(
+                f"selection: located: importance_steps={steps!r}: at most the period, {self.period}, or null for all steps."
+            )
 
     def _check_full_lr_scale(self) -> None:
         scale = self.full_lr_scale

@@ -28,6 +28,9 @@ class Located:
         reduction: "all": importance comes from the gradient of the global batch, reduce-scattered by rows. "by_rank": each
             rank localizes other groups (`layers_per_slot` of them) from its own batches, with no gradient communicated: N
             ranks re-localize N times as many groups per slot at the same cost per rank.
+        importance_steps: optimizer steps of a slot that importance is taken from, spread evenly, its last one included; the
+            others form no full gradient and cost no more than with drawn subnets. At least 1, at most the period. None: all
+            steps, as in the paper.
     """
 
     importance: str = "param_mix"
@@ -35,6 +38,7 @@ class Located:
     start: str = "random"
     calibration_batches: int = 8
     reduction: str = "all"
+    importance_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name, available in (("importance", IMPORTANCES), ("start", STARTS), ("reduction", REDUCTIONS)):
@@ -54,6 +58,8 @@ class Located:
             )
         object.__setattr__(self, "betas", (float(betas[0]), float(betas[1])))
         check_count("selection: located: calibration_batches", self.calibration_batches, minimum=1)
+        if self.importance_steps is not None:
+            check_count("selection: located: importance_steps", self.importance_steps, minimum=1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot_of
+from losia_dist.config.losia_config import LoSiAConfig
+from losia_dist.formulas import ends_slot, localizing_groups, rewarm_scale, slot_of, takes_importance
 
 
 @dataclass
@@ -61,12 +62,22 @@ class SlotClock:
         period: steps per slot.
         per_slot: groups that localize in one slot.
         rewarm_steps: steps of a group's ramp after re-localization; 0: none.
+        importance_steps: of `Located`.
     """
 
-    def __init__(self, names: list[str], period: int, per_slot: int, rewarm_steps: int) -> None:
+    def __init__(
+        self, names: list[str], period: int, per_slot: int, rewarm_steps: int, importance_steps: int | None = None
+    ) -> None:
+        self.importance_steps = importance_steps
         self.names, self.period, self.per_slot, self.rewarm_steps = names, period, per_slot, rewarm_steps
         self.step = 0  # optimizer steps done; also the index of the step in progress
         self.relocalized_at: dict[str, int] = {}  # group -> index of its first step on the new subnet
+
+    @classmethod
+    def of(cls, config: LoSiAConfig, names: list[str], per_slot: int) -> SlotClock:
+        """The clock of a run with these settings."""
+        steps = None if config.located is None else config.located.importance_steps
+        return cls(names, config.period, per_slot, config.effective_rewarm_steps, steps)
 
     @property
     def localizing(self) -> list[str]:
@@ -78,6 +89,11 @@ class SlotClock:
     def in_last_step(self) -> bool:
         """Whether the step in progress is the last of its slot."""
         return ends_slot(self.step, self.period)
+
+    @property
+    def takes_importance(self) -> bool:
+        """Whether the groups that localize form full gradients in the step in progress."""
+        return takes_importance(self.step, self.period, self.importance_steps)
 
     def advance(self, relocalized: list[str]) -> None:
         """The step in progress is done; the groups named begin a ramp with the next one."""

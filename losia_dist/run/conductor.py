@@ -123,7 +123,7 @@ class LoSiA:
         make_findable(self.sites)
         self.localization: Localization = localization_of(self.parts, config, agreement)
         per_slot = self.localization.groups_per_slot(layers_per_slot(config))
-        self.clock = SlotClock(group_names(self.sites), config.period, per_slot, config.effective_rewarm_steps)
+        self.clock = SlotClock.of(config, group_names(self.sites), per_slot)
         self.rewarming = Rewarming(self.state.optimizer, self._lr_scale)
         self.rewarming.allow = self._check_located
         self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.sites[0].row_index.device)
@@ -205,8 +205,7 @@ class LoSiA:
             sites = [site for site in self.sites if site.group_name == name]
             moved.append((sites, self._relocalize(SlotGroup(name, place), sites)))
         self.clock.advance(relocalized)
-        if relocalized:
-            self._open_slot()
+        (self._open_slot if relocalized else self._set_sinks)()
         for sites, choices in moved:
             self._tell("relocalized", sites, choices)
         if self._watch is not None:
@@ -351,11 +350,16 @@ class LoSiA:
         self._accumulators = {}
         for site in self.sites:
             site.gradient_sink = None
-            if site.group_name not in groups:
-                continue
-            accumulator = self.localization.accumulator(groups[site.group_name], site)
+            group = groups.get(site.group_name)
+            accumulator = None if group is None else self.localization.accumulator(group, site)
             if accumulator is not None:
-                self._accumulators[site] = site.gradient_sink = accumulator
+                self._accumulators[site] = accumulator
+        self._set_sinks()
+
+    def _set_sinks(self) -> None:
+        """Let backward of the step in progress hand full gradients over, or not."""
+        for site, accumulator in self._accumulators.items():
+            site.gradient_sink = accumulator if self.clock.takes_importance else None
 
     @torch.no_grad()
     def _relocalize(self, group: SlotGroup, sites: list[Site]) -> list[Choice]:

@@ -88,6 +88,27 @@ def test_gradient_checkpointing_of_both_kinds_equals_it(ranks, expected, engine,
         assert_same_run(result, expected(run))
 
 
+@pytest.mark.parametrize("engine", ["one", "fsdp2", slow("ddp"), slow("zero2"), slow("zero3")])
+def test_importance_of_some_steps_of_a_slot_equals_it(ranks, expected, engine):
+    """Two of five steps; in the others no full gradient is formed, and other subnets are chosen than from all steps."""
+    config = {**PLAIN.config, "selection": Located(importance_steps=2)}
+    run = variant(PLAIN, config=config, steps=20, accumulation=2, checkpointing="non-reentrant")
+    formed = []
+
+    def count(stage, losia, engine):
+        if stage == "before":
+            formed.append(
+                any(accumulator.gradient is not None or accumulator.pending for accumulator in losia.accumulators.values())
+            )
+
+    results = [train("one", run, count)] if engine == "one" else ranks(2, train, engine, run)
+    if engine == "one":
+        assert formed == [step % 5 in (2, 4) for step in range(20)]
+    for result in results:
+        assert_same_run(result, expected(run))
+    assert str(expected(run)["history"]) != str(expected(variant(run, config=PLAIN.config))["history"])
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", slow("zero3")])
 def test_four_ranks_with_uneven_row_blocks_equal_it(ranks, expected, engine):
     run = variant(PLAIN, steps=10, config={"rank_factor": 0.5, "period": 2}, model={"num_hidden_layers": 2})

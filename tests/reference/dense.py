@@ -32,6 +32,7 @@ class DenseLoSiA:
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
     experts: key of a subnet of experts -> (name of its weight, first expert, one past the last).
     transposed: names of weights whose matrices are stored as [n, m].
+    importance_steps: k of the T steps of a slot whose importance is taken: those that end one of its k equal parts; None: all.
     rate_scales: of names in trainable_names, in place of full_lr_scale (routers).
     """
 
@@ -61,6 +62,7 @@ class DenseLoSiA:
         experts: Mapping[str, tuple[str, int, int]] | None = None,
         transposed: Collection[str] = (),
         rate_scales: Mapping[str, float] | None = None,
+        importance_steps: int | None = None,
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -85,6 +87,7 @@ class DenseLoSiA:
         self.trainable_names = list(trainable_names)
         self.full_lr_scale = full_lr_scale
         self.rate_scales = dict(rate_scales or {})
+        self.importance_steps = importance_steps
 
         self.t = 0
         self.group_of = {name: index for index, group in enumerate(groups) for name in group}
@@ -135,7 +138,8 @@ class DenseLoSiA:
                 for (at, w), (_, g) in zip(self._places(key), self._places(key, seen[place % len(seen)]), strict=True):
                     if t % T == 0:
                         self.I_mean[at], self.I_deviation[at] = torch.zeros_like(w), torch.zeros_like(w)
-                    self._average_importance(at, w, g)
+                    if self.importance_steps is None or t % T in self._ends_of_parts():
+                        self._average_importance(at, w, g)
 
         # Gradients that train, clipped by their global norm.
         trained = {key: self._take(key, gradient) for key in self.subnets}
@@ -178,6 +182,11 @@ class DenseLoSiA:
         self.t += 1
         self.losses.append(loss)
         return loss
+
+    def _ends_of_parts(self) -> list[int]:
+        """The slot's steps, from 0, in which one of its k parts ends: part i ends where i T / k steps are done."""
+        k, T = self.importance_steps, self.period
+        return [-(-i * T // k) - 1 for i in range(1, k + 1)]
 
     def _matrices(self, key: str, tensors: Mapping[str, Tensor] | None = None) -> list[tuple[int, Tensor]]:
         """(place in S, matrix [m, n]) of a subnet's weight, or of its gradient in `tensors`: views of what is stored."""

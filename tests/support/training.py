@@ -138,6 +138,7 @@ def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
         layers_per_slot=config.layers_per_slot,
         importance=located.importance,
         importance_betas=located.betas,
+        importance_steps=located.importance_steps,
         lr_schedule=lambda step: rate_at(step, run.steps),
         rewarm_steps=config.rewarm_steps,
         reset_bias_correction=config.reset_bias_correction,

@@ -219,3 +219,12 @@ def test_a_file_that_is_no_text_is_refused_with_its_name(tmp_path):
     file.write_bytes(b"\xff\xfe\x00period")
     with pytest.raises(ConfigError, match="losia.yaml is not valid YAML or JSON"):
         LoSiAConfig.from_file(file)
+
+
+@pytest.mark.parametrize(
+    "steps, message", [(0, "importance_steps=0: a whole number"), (5, "importance_steps=5: at most the period, 4")]
+)
+def test_steps_of_a_slot_that_importance_is_taken_from(steps, message):
+    with pytest.raises(ConfigError, match=message):
+        LoSiAConfig(period=4, selection=Located(importance_steps=steps))
+    assert LoSiAConfig(period=4, selection=Located(importance_steps=4)).located.importance_steps == 4
