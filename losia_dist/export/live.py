@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,9 +168,23 @@ def write_texts(model: Any, state: dict[str, Tensor], directory: Path) -> None:
     """Lets the model's own class write its configuration, and code that it brings; and its weights where `state` has them."""
     if hasattr(model, "save_pretrained"):
         # The class's: a model with subnets refuses its own, which knows nothing of them.
-        with whole_for_saving(model):
+        with whole_for_saving(model), _without_bars():
             type(model).save_pretrained(model, directory, state_dict=state)
         _drop_quantization_note(directory / "config.json")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Transformers would show a bar for the weights, of which it writes none here."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _stored_once(model: nn.Module, named: dict[str, Tensor]) -> dict[str, Tensor]:

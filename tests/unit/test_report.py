@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.cli.main import main, train_main
+from losia_dist.digits import percent
 from losia_dist.localization.moves import SubnetMove
 from losia_dist.recipe.logs import RunLog
 from losia_dist.run import subnet_log
@@ -338,6 +339,53 @@ def test_a_run_without_subnets_is_full_fine_tuning(tmp_path):
     (tmp_path / "losia_run.json").write_text('{"method": "full", "groups": [], "steps": 2}')
     words = " ".join(Reader(report(tmp_path)).text)
     assert "Full fine-tuning run" in words and "Where the subnets are" not in words and "subnets.jsonl" not in words
+
+
+# Runs whose subnets are drawn.
+
+
+@pytest.fixture(scope="module")
+def drawn_run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("drawn")
+    material = make_material(directory / "material")
+    material["losia"].write_text("rank_factor: [0.5, 0.25]\nperiod: 2\nselection: random\nlayers_per_slot: 2\n")
+    assert train_main(words_of(material, directory / "run", no_save=True, eval_file=None)) == 0
+    return directory / "run"
+
+
+def test_a_drawn_runs_page_says_how_much_has_trained_and_draws_no_maps_of_noise(drawn_run, script_run, tmp_path):
+    read = Reader(report(drawn_run, output=tmp_path / "page.html"))
+    words = " ".join(read.text)
+    assert "How much of the weights has trained" in words and "Trained so far, by layer" in words
+    assert "Where the subnets are" not in words and "Overlap of successive subnets" not in words
+    covered, moves = {}, read_run(drawn_run).movement
+    for line in lines_of(drawn_run / "subnets.jsonl"):
+        m, n = line["shape"]
+        mask = covered.setdefault(line["layer"], torch.zeros(m, n, dtype=torch.bool))
+        rows = torch.arange(m) if line["rows"] == "all" else torch.tensor(line["rows"])
+        columns = torch.arange(n) if line["columns"] == "all" else torch.tensor(line["columns"])
+        mask[rows.unsqueeze(1), columns] = True
+    for name, mask in covered.items():
+        assert moves.layers[name].covered == pytest.approx(mask.double().mean().item())
+    down = [mask.double().mean().item() for name, mask in covered.items() if name.endswith("down_proj")]
+    assert 0.125 < min(down) < 1
+    assert percent(sum(down) / len(down)) in words
+    other = " ".join(Reader(report(script_run, output=tmp_path / "other.html")).text)
+    assert "How much of the weights has trained" not in other and "Where the subnets are" in other
+
+
+def test_a_wide_layers_coverage_is_told_by_some_of_its_rows_and_columns():
+    layer = movement.Layer("l", "g", "k", (4096, 2048), *[(movement.np.arange(1), movement.np.arange(1))] * 2)
+    every = movement.np.arange(4096)
+    assert layer.cover(every[::2], every[:1024]) == pytest.approx(0.25, abs=0.01)
+    assert layer.cover(every[::2], every[:1024]) == pytest.approx(0.25, abs=0.01)  # the same once more
+    assert layer.cover(every, every[1024:2048]) == pytest.approx(0.75, abs=0.01)
+
+
+def test_several_runs_on_one_page(script_run, drawn_run, tmp_path):
+    assert main(["report", str(script_run), str(drawn_run), "--output", str(tmp_path / "page.html")]) == 0
+    words = " ".join(Reader((tmp_path / "page.html").read_text()).text)
+    assert "Losses of all runs" in words and words.count(f"{drawn_run.parent.name}/run") >= 1
 
 
 # What is wrong with a run's files.

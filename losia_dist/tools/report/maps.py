@@ -27,6 +27,30 @@ def draw_importance(run: Run) -> list[Picture]:
     return [_captured_over_steps(measured), _captured_by_layer(run.movement)] if measured else []
 
 
+def draw_coverage(run: Run) -> list[Picture]:
+    """How much of each weight has been in a subnet: over the steps, and by kind and depth."""
+    moves, movement = run.movement.moves, run.movement
+    if not moves:
+        return []
+    figure, axis = new_figure()
+    _marks(axis, moves, 100 * np.array([move.covered for move in moves]), (0.25, 3.5), marker="o", color=ROWS)
+    axis.set(xlabel="optimizer step", ylabel="% of the weight", ylim=(0, 105))
+    latest = 100 * np.array([layer.covered for layer in movement.layers.values()])
+    over_steps = Picture(
+        "coverage",
+        "Trained so far",
+        "Share of a weight that has been in a subnet by then. Small marks: single layers when their subnet moves; large: mean "
+        "of those of a step.",
+        f"Share of the weights that has trained: {latest.mean():.1f} % on average at the end, {latest.min():.1f} % at least.",
+        figure,
+    )
+    shares = {(layer.kind, layer.group): 100 * layer.covered for layer in movement.layers.values()}
+    by_layer = _by_layer(movement, shares)
+    caption = "Of each layer, at the end of the logs. Layers that lag behind have moved less often."
+    alt = f"Share that has trained for {len(movement.kinds())} kinds of linear layers over {len(movement.groups())} depths."
+    return [over_steps, Picture("coverage_by_layer", "Trained so far, by layer", caption, alt, by_layer)]
+
+
 def draw_movement(run: Run) -> list[Picture]:
     """Overlap of successive subnets over the steps, and for each kind of layer a map of what was chosen."""
     moved = [move for move in run.movement.moves if move.overlap is not None]
@@ -74,12 +98,12 @@ def _marks(axis: Any, moves: list[Move], shares: NDArray[Any], small: tuple[floa
     axis.plot(steps, [shares[at == step].mean() for step in steps], markersize=6, linewidth=1.2, **settings)
 
 
-def _captured_by_layer(movement: Movement) -> Picture:
+def _by_layer(movement: Movement, shares: dict[tuple[str, str], float]) -> Any:
+    """A figure of percentages by (kind, group)."""
     groups, kinds = movement.groups(), movement.kinds()
     shares_KG = np.full((len(kinds), len(groups)), np.nan)
-    for layer in movement.layers.values():
-        if layer.captured is not None:
-            shares_KG[kinds.index(layer.kind), groups.index(layer.group)] = 100 * layer.captured
+    for (kind, group), share in shares.items():
+        shares_KG[kinds.index(kind), groups.index(group)] = share
     figure, axis = new_figure(1.5 + 0.24 * len(kinds))
     axis.grid(False)
     image = axis.imshow(shares_KG, aspect="auto", cmap="viridis", vmin=0)
@@ -87,11 +111,17 @@ def _captured_by_layer(movement: Movement) -> Picture:
     axis.set_xlabel("layer (by depth)")
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axis, pad=0.01, label="%")
+    return figure
+
+
+def _captured_by_layer(movement: Movement) -> Picture:
+    known = [layer for layer in movement.layers.values() if layer.captured is not None]
+    figure = _by_layer(movement, {(layer.kind, layer.group): 100 * (layer.captured or 0.0) for layer in known})
     return Picture(
         "importance_by_layer",
         "Importance captured, by layer",
         "Of each layer's latest subnet. The more it holds, the more concentrated the layer's importance is.",
-        f"Share of importance captured for {len(kinds)} kinds of linear layers over {len(groups)} depths.",
+        f"Share of importance captured for {len(movement.kinds())} kinds of layers over {len(movement.groups())} depths.",
         figure,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+_SAMPLED = 256  # rows and columns of a layer by which its coverage is told; a narrower side is looked at whole
 
 
 @dataclass
@@ -28,6 +29,21 @@ class Layer:
     latest: tuple[Indices, Indices]
     count: int = 1
     captured: float | None = None
+    _seen: NDArray[np.bool_] | None = None
+
+    def cover(self, rows: Indices, columns: Indices) -> float:
+        """Note a subnet; returns the share of the weight that has been in one so far. Of experts the first one is looked at.
+        Exact for sides of up to 256, else told by so many rows and columns at even distances."""
+        sides = [np.unique(np.linspace(0, size - 1, min(size, _SAMPLED)).round()).astype(np.int64) for size in self.shape]
+        if self._seen is None:
+            self._seen = np.zeros([len(side) for side in sides], dtype=bool)
+        self._seen |= np.isin(sides[0], rows)[:, None] & np.isin(sides[1], columns)[None, :]
+        return float(self._seen.mean())
+
+    @property
+    def covered(self) -> float:
+        """Share of the weight that has been in a subnet so far."""
+        return 0.0 if self._seen is None else float(self._seen.mean())
 
     @property
     def random_share(self) -> float:
@@ -42,13 +58,15 @@ class Layer:
 
 @dataclass
 class Move:
-    """A layer's subnet was set anew. overlap: share of its (rows, columns) that were chosen before too; None at the first."""
+    """A layer's subnet was set anew. overlap: share of its (rows, columns) that were chosen before too; None at the first.
+    covered: share of the weight that has been in a subnet by now."""
 
     step: int
     reason: str
     layer: Layer
     captured: float | None
     overlap: tuple[float, float] | None
+    covered: float = 0.0
 
 
 @dataclass
@@ -82,7 +100,7 @@ class Movement:
             layer.latest = chosen
         if captured is not None:
             layer.captured = captured
-        self.moves.append(Move(step, reason, layer, captured, overlap))
+        self.moves.append(Move(step, reason, layer, captured, overlap, layer.cover(rows, columns)))
         return True
 
     def groups(self) -> list[str]:

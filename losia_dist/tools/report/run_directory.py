@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from losia_dist.config.losia_config import CONFIG_NAME
-from losia_dist.errors import ConfigError
+from losia_dist.config.losia_config import CONFIG_NAME, LoSiAConfig
+from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.run.log_files import FACTS, METRICS, SUBNETS, SUMMARY, read_records
 from losia_dist.tools.report.movement import Movement
 from losia_dist.tools.report.series import STATE, Curves, note_unreadable, read_curves
@@ -32,6 +32,14 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether subnets are drawn at random, by the run's configuration."""
+        try:
+            return bool(self.config) and LoSiAConfig.from_dict(dict(self.config)).located is None
+        except LoSiAError:
+            return False
 
     def fact(self, name: str) -> Any:
         """From the summary, or else from what was written at the start; None if neither knows."""

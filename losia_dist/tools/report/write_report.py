@@ -60,7 +60,8 @@ def write_report(directory: Path, output: Path, png: Path | None = None, compare
 
 
 def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
-    """Everything that the run has logged, drawn."""
+    """Everything that the run has logged, drawn. Where subnets are drawn, a map of where they lie is noise: how much of each
+    weight has trained is told instead."""
     return [
         Section("Training", pictures=draw_learning(run)),
         Section("Gradient norm, speed and memory", pictures=draw_measurements(run), small=True),
@@ -70,6 +71,14 @@ def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
             pictures=maps.draw_importance(run),
         ),
         Section(
+            "How much of the weights has trained",
+            "Subnets are drawn at random, so where they lie says nothing; how much of each weight they have been on does.",
+            pictures=maps.draw_coverage(run),
+            head=["kind", "layers", "weight", "subnet", "moves", "trained so far", "at least"],
+            rows=[_covered(run, kind) for kind in run.movement.kinds()],
+        )
+        if run.is_drawn
+        else Section(
             "Where the subnets are, and how they move",
             "Each map shows a kind of linear layer: one line for each depth, and neurons by their position from left to right "
             "(in wide layers several to a dot).",
@@ -153,6 +162,16 @@ def _kind(run: Run, kind: str) -> list[str]:
         "-" if captured is None else f"{100 * captured:.1f} %",
         percent(float(np.mean([layer.random_share for layer in layers]))),
     ]
+
+
+def _covered(run: Run, kind: str) -> list[str]:
+    """Coverage of a kind of linear layer."""
+    layers = run.movement.of_kind(kind)
+    (m, n), (r, c) = layers[0].shape, layers[0].taken
+    moves = sum(move.reason == "relocalized" and move.layer.kind == kind for move in run.movement.moves)
+    shares = [layer.covered for layer in layers]
+    numbers = [str(len(layers)), f"{m:,} x {n:,}", f"{r:,} x {c:,}", str(moves)]
+    return [kind, *numbers, percent(float(np.mean(shares))), percent(min(shares))]
 
 
 def _compared(run: Run) -> list[str]:
