@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None]] = {
     "communication": ("bytes sent per rank and step, by engine?", ["--json", "benchmarks/results/communication.json"]),
     "relocalization": ("what does moving one layer's subnets cost, at 7B's sizes?", []),
     "growth": ("how do the costs grow with width, depth, length, rank factor, ranks?", []),
+    "long_context": ("what do ranks that share sequences keep, send, and reach?", None),
     "data": ("how long is tokenizing, the first time and again, and what does a rank hold?", None),
     "profile_step": ("in which operators does a method spend more than the floor?", None),
     "quality": ("does it learn as much as full fine-tuning, LoRA, DoRA, GaLore, and forget as little?", None),

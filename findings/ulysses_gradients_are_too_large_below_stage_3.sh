@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DeepSpeed 0.19.8 and Transformers 5.24.0: with Ulysses over N ranks (register_with_transformers, mpu=) and the loss that the Hugging
-# Face integration gives it (transformers.integrations.deepspeed.deepspeed_sp_compute_loss), gradients of stages 0, 1 and 2 are N
+# Face integration gives it (transformers.integrations.deepspeed.deepspeed_sp_compute_loss), gradients of stages 1 and 2 are N
 # times too large: DeepSpeed divides their sum by the data-parallel ranks, while each rank's gradient is N times its part already, as
 # that loss is gathered over the ranks and gradients come back from all of them. Stage 3 divides by all ranks and is right. Adam hides
 # the factor; "gradient_clipping" clips by a norm that is N times too large.
