@@ -29,6 +29,10 @@ class Left(NamedTuple):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self if tensor is not None)
 
+    def to(self, device: torch.device) -> Left:
+        """The same on another device."""
+        return Left(*(tensor if tensor is None else tensor.to(device) for tensor in self))
+
 
 class Overlay:
     """The differences between a weight and its codes' values, in the order in which subnets left them.
