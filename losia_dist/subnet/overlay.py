@@ -31,7 +31,8 @@ class Left(NamedTuple):
 
     def to(self, device: torch.device) -> Left:
         """The same on another device."""
-        return Left(*(tensor if tensor is None else tensor.to(device) for tensor in self))
+        rows, columns = (index if index is None else index.to(device) for index in (self.rows, self.columns))
+        return Left(rows, columns, self.codes.to(device), self.scales.to(device))
 
 
 class Overlay:
