@@ -18,11 +18,13 @@ from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.errors import CheckpointError
 from losia_dist.sharding.packed_access import PackedAccess
 from losia_dist.subnet.overlay import Left
-from losia_dist.subnet.packed import packed_of
+from losia_dist.subnet.packed import packed_of, same_scales
 
 
 def describe_quantized(access: Any, quantized: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Kind, shape, dtype of the values, print of the codes, by layer; called by all ranks, which gather each weight once."""
+    """Kind, shape, dtype of the values, print of the codes, figures of their scales, by layer; called by all ranks, which
+    gather each weight once.
+    """
     return {} if not quantized else {name: _describe(access, module) for name, module in quantized.items()}
 
 
@@ -30,7 +32,7 @@ def _describe(access: PackedAccess, module: Any) -> dict[str, Any]:
     packed = packed_of(module)
     assert packed is not None
     entry = {"shape": list(packed.shape), "dtype": dtype_name(packed.dtype), "print": access.print_of(module)}
-    return {**packed.describe(), **entry, "retired": packed.retired, "moves": packed.moves}
+    return {**packed.describe(), **entry, "scales": packed.figures(), "retired": packed.retired, "moves": packed.moves}
 
 
 def read_quantized(
@@ -41,7 +43,7 @@ def read_quantized(
         packed, mine = packed_of(module), place % world_size == rank
         assert packed is not None
         if packed.overlay is None:
-            if packed.moves:
+            if _has_subnet(module):
                 codes = access.read_codes(module.weight)
                 if mine:
                     keep(f"codes/{name}", codes.reshape(-1).view(torch.uint8))
@@ -59,18 +61,24 @@ def write_quantized(access: Any, quantized: Mapping[str, nn.Module], reader: Rea
         assert packed is not None and isinstance(weight, Tensor)
         packed.moves = reader.manifest["quantized"][name]["moves"]
         if packed.overlay is not None:
-            packed.overlay.left = [Left(**parts) for parts in overlay_of(reader, name)]
-        elif packed.moves:
+            # On the device that computes: each pass reads it, and would send it there again.
+            device = getattr(module, "row_index", weight).device
+            packed.overlay.left = [one.to(device) for one in overlay_of(reader, name)]
+        elif _has_subnet(module):  # before the first move too: this run's may have been rounded since
             codes = reader.tensor(f"codes/{name}").view(packed.storage)
             access.write_codes(weight, codes)
 
 
-def overlay_of(reader: Reader, layer: str) -> list[dict[str, Any]]:
-    """What subnets left in a layer, in order: fields of `Left`, on the CPU."""
+def _has_subnet(module: nn.Module) -> bool:
+    return bool(module.__dict__.get("sites"))
+
+
+def overlay_of(reader: Reader, layer: str) -> list[Left]:
+    """What subnets left in a layer, in order, on the CPU."""
     found: dict[int, dict[str, Any]] = {}
     for number, part, tensor in reader.numbered(f"overlay/{layer}/"):
         found.setdefault(number, {"rows": None, "columns": None})[part] = tensor
-    return [found[number] for number in sorted(found)]
+    return [Left(**found[number]) for number in sorted(found)]
 
 
 def check_quantized(here: dict[str, Any], saved: dict[str, Any], path: Any) -> None:
@@ -89,11 +97,11 @@ def check_quantized(here: dict[str, Any], saved: dict[str, Any], path: Any) -> N
                 f"{name} is quantized in {'this run' if one is None else path}, and not in the other of the two: "
                 "load the base model as for the saved run."
             )
-        for key in [key for key in one if key not in ("moves", "print")]:
+        for key in [key for key in one if key not in ("moves", "print", "scales")]:
             if one[key] != other.get(key):
                 raise CheckpointError(f"{path} has {name} with {key} {one[key]}, and this run has {other.get(key)}.")
-        if one["print"] != other["print"]:
+        if one["print"] != other["print"] or not same_scales(one["scales"], other["scales"]):
             raise CheckpointError(
-                f"the codes of {name} are not those that {path} was made over: another version of the base model, or one "
-                "quantized with other settings or another release. Load the same base; what subnets left is relative to it."
+                f"the codes or scales of {name} are not those that {path} was made over: another version of the base model, or "
+                "one quantized with other settings or another release. Load the same base; what subnets left is relative to it."
             )

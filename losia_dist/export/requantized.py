@@ -12,7 +12,7 @@ from losia_dist.checkpoint.quantized import overlay_of
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.errors import CheckpointError
 from losia_dist.export.model_directory import ModelDirectory
-from losia_dist.subnet.overlay import Left
+from losia_dist.subnet.packed import same_scales
 from losia_dist.subnet.packed_kinds import FourBit
 
 
@@ -57,7 +57,7 @@ class Requantized:
         if packed.overlay is None:
             codes = self._moved_codes(layer, codes)
         else:
-            packed.overlay.left = [Left(**parts) for parts in overlay_of(self.reader, layer)]
+            packed.overlay.left = overlay_of(self.reader, layer)
         trained = packed.dense(codes, packed.dtype)
         site = self._sites.get(f"{layer}.weight")
         if site is not None:
@@ -74,8 +74,8 @@ class Requantized:
         m, n = self.layers[layer]["shape"]
         found = []
         for left in overlay_of(self.reader, layer):
-            rows, columns = (left[part] for part in ("rows", "columns"))
-            found.append((torch.arange(m) if rows is None else rows, torch.arange(n) if columns is None else columns))
+            rows = torch.arange(m) if left.rows is None else left.rows
+            found.append((rows, torch.arange(n) if left.columns is None else left.columns))
         site = self._sites.get(f"{layer}.weight")
         return found if site is None else [*found, (self.reader.tensor(f"rows/{site}"), self.reader.tensor(f"columns/{site}"))]
 
@@ -107,7 +107,7 @@ class Requantized:
             compress_statistics=entry["double"],
         )
         packed = FourBit(state, torch.uint8, entry["retired"])
-        if packed.print_of(codes) != entry["print"]:
+        if packed.print_of(codes) != entry["print"] or not same_scales(packed.figures(), entry["scales"]):
             raise CheckpointError(
                 f"the codes of {layer} made from {self._base.path if self._base else ''} are not those of the run: "
                 "another version of the base, or codes that another device made. Export from the live run, by "

@@ -17,7 +17,9 @@ from losia_dist.localization.search import Choice
 from losia_dist.ranks.fingerprint import fingerprint, loading_print
 from losia_dist.run.parts import RunParts
 from losia_dist.sharding.expert_parallel import refuse_unfit
+from losia_dist.sharding.packed_access import PackedAccess
 from losia_dist.subnet.listed_experts import is_listed
+from losia_dist.subnet.packed import same_scales
 from losia_dist.subnet.site import Site
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def check_same_subnets(parts: RunParts) -> None:
     sites, collectives = parts.sites, parts.collectives
     if collectives.world_size == 1:
         return
+    _check_same_scales(parts)
     prints: list[Tensor] = []
     rounded: list[Tensor] = []
     for site in sites:
@@ -72,6 +75,28 @@ def check_same_subnets(parts: RunParts) -> None:
                 "each keeps its part of its own. Load the same checkpoint on every rank (or seed them alike) before the model "
                 "is sharded, or let one rank send its weights to the others."
             )
+
+
+def _check_same_scales(parts: RunParts) -> None:
+    """Compare the scales of a quantized base over the ranks: each keeps its own, whoever sends the codes.
+
+    Raises:
+        DivergenceError: the first layer whose scales differ. Same on every rank.
+    """
+    if not isinstance(parts.parameters, PackedAccess):
+        return
+    layers = parts.parameters.layers
+    mine = torch.tensor([layer.packed.figures() for layer in layers.values()], dtype=torch.float64)
+    device = parts.sites[0].row_index.device
+    by_rank = parts.collectives.stack(mine.flatten().to(device)).view(-1, *mine.shape).tolist()
+    for rank, theirs in enumerate(by_rank):
+        for name, one, other in zip(layers, by_rank[0], theirs, strict=True):
+            if not same_scales(one, other):
+                raise DivergenceError(
+                    f"ranks hold different scales of the quantized weight of {name} (rank 0 and rank {rank}): they loaded "
+                    "different base models, and would compute with different weights. Load the same files on every rank "
+                    "before get_losia_model."
+                )
 
 
 def refuse_unusable(sites: list[Site], config: LoSiAConfig, process_group: dist.ProcessGroup | None) -> None:

@@ -30,7 +30,8 @@ class PackedAccess:
     def __init__(self, model: nn.Module, engine: ParameterAccess) -> None:
         self.engine = engine
         self.weight_is_resident = engine.weight_is_resident
-        self._modules = list(packed_modules(model).values())
+        self.layers = packed_modules(model)  # by full name
+        self._modules = list(self.layers.values())
         for module in self._modules:
             module.packed.check_storage(module.weight)
 

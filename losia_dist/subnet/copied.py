@@ -67,8 +67,8 @@ def _check_loaded(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
     """What a state dict brings for a site, before it is loaded.
 
     Raises:
-        UnsupportedError: places that are none (`check_index`), or a whole weight without the subnet, whose old values would be
-            written over it.
+        UnsupportedError: places that are none (`check_index`); a whole weight without the subnet, whose old values would be
+            written over it; of a quantized weight, another state of the run, of which it lacks what subnets left.
     """
     brings = [f"{prefix}{name}" in state_dict for name in (site.names.weight, site.names.subnet)]
     if brings == [True, False] and not (site.awaits_weights or site.subnet.is_meta):
@@ -77,9 +77,26 @@ def _check_loaded(site: Site, state_dict: dict[str, Any], prefix: str) -> None:
             "written over what is loaded. Load weights before get_losia_model; a run goes on by load_checkpoint (under the "
             "Trainer: LoSiATrainer)."
         )
-    for name, size in zip((site.names.row_index, site.names.col_index), site.shape, strict=True):
+    indices = (site.names.row_index, site.names.col_index)
+    for name, size in zip(indices, site.shape, strict=True):
         if f"{prefix}{name}" in state_dict:
             check_index(site, name, state_dict[f"{prefix}{name}"], size)
+    if any(brings) and _lacks_overlay(site, [state_dict.get(f"{prefix}{name}") for name in indices]):
+        raise UnsupportedError(
+            f"{site.name} is quantized, and what subnets left beside its codes is in no state dict: with this one the model "
+            "would be neither what was saved nor what it is. A run is saved by save_checkpoint and goes on by "
+            "load_checkpoint (under the Trainer: LoSiATrainer)."
+        )
+
+
+def _lacks_overlay(site: Site, places: list[Tensor | None]) -> bool:
+    """Whether a state dict with a subnet in these places, rows and columns, may be of a run whose subnets have moved."""
+    if site.packed is None or site.packed.overlay is None or site.row_index.is_meta:
+        return False
+    own = (site.row_index, site.col_index)
+    return bool(site.packed.overlay.left) or not all(
+        place is not None and torch.equal(place.to(index.device), index) for place, index in zip(places, own, strict=True)
+    )
 
 
 def note_state(site: Site) -> None:

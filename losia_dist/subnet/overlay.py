@@ -29,6 +29,11 @@ class Left(NamedTuple):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self if tensor is not None)
 
+    def to(self, device: torch.device) -> Left:
+        """The same on another device."""
+        rows, columns = (index if index is None else index.to(device) for index in (self.rows, self.columns))
+        return Left(rows, columns, self.codes.to(device), self.scales.to(device))
+
 
 class Overlay:
     """The differences between a weight and its codes' values, in the order in which subnets left them.

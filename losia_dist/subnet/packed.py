@@ -10,6 +10,7 @@ whole on every rank.
 
 from __future__ import annotations
 
+import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class PackedWeight(ABC):
         # Gives other values [m, n] in the codes' place, for a while: those of the original (`export.onto`).
         self.original: Callable[[torch.dtype, torch.device], Tensor] | None = None
         self.print: int | None = None  # `print_of` its codes as they were loaded, once known
+        self._figures: list[float] | None = None
 
     def dense(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """W with all that subnets left in it, without the present one: [m, n], new, in a floating dtype.
@@ -119,10 +121,25 @@ class PackedWeight(ABC):
     def scales(self) -> list[Tensor]:
         """Tensors that the codes' meaning depends on."""
 
+    @abstractmethod
+    def block_scales(self) -> Tensor:
+        """fp32: what the codes are multiplied by, block by block."""
+
     def print_of(self, codes: Tensor) -> int:
-        """A number of the exact codes, however they are stored, and scales. Waits for the device."""
-        whole = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (codes, *self.scales())]
-        return zlib.crc32(str([int(fingerprint(tensor)) for tensor in whole]).encode())
+        """A number of the exact codes, however they are stored. Waits for the device."""
+        return int(fingerprint(codes.detach().contiguous().reshape(-1).view(torch.uint8)))
+
+    def figures(self) -> list[float]:
+        """Sums of the scales, of their squares and by place: to compare by `same_scales`. Waits for the device, once.
+
+        Not a print: bitsandbytes quantizes scales less their mean, whose last digit is another one on another device, or with
+        another number of threads. The same base has to load there.
+        """
+        if self._figures is None:
+            scales = self.block_scales().detach().reshape(-1).to(torch.float64)
+            places = torch.linspace(0, 1, scales.numel(), dtype=torch.float64, device=scales.device)
+            self._figures = torch.stack([scales.sum(), (scales * scales).sum(), (scales * places).sum()]).tolist()
+        return self._figures
 
     @property
     def per_element(self) -> int:
@@ -158,6 +175,11 @@ def packed_of(module: nn.Module) -> PackedWeight | None:
 def packed_modules(model: nn.Module) -> dict[str, Any]:
     """Full name -> module, of all that store their weight as codes."""
     return {name: module for name, module in model.named_modules() if packed_of(module) is not None}
+
+
+def same_scales(one: list[float], other: list[float]) -> bool:
+    """Whether `PackedWeight.figures` are of the same scales, rounding aside."""
+    return all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(one, other, strict=True))
 
 
 def as_integers(tensor: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ class FourBit(PackedWeight):
         state = self._state
         return [state.absmax] if not state.nested else [state.absmax, state.state2.absmax, state.offset.reshape(1)]
 
+    def block_scales(self) -> Tensor:
+        return self._absmax(self._state.absmax.device)
+
     def _absmax(self, device: torch.device) -> Tensor:
         """fp32, one scale for each block."""
         state = self._state
@@ -94,6 +97,9 @@ class EightBit(PackedWeight):
 
     def scales(self) -> list[Tensor]:
         return [self._scale]
+
+    def block_scales(self) -> Tensor:
+        return self._scale
 
     def _on(self, device: torch.device) -> Tensor:
         self._scale = self._scale.to(device)

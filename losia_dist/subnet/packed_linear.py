@@ -70,6 +70,11 @@ def _frozen(x: Tensor, layer: PackedLinear) -> Tensor:
     return _FrozenFunction.apply(x, layer.weight, layer.bias, layer.packed)  # type: ignore[no-any-return]
 
 
+def _of_quantizer(rule: Any) -> bool:
+    """Whether one of Transformers' rules puts together the codes and scales that a file holds of one weight."""
+    return any(type(step).__module__.startswith("transformers.integrations.") for step in getattr(rule, "operations", ()))
+
+
 def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callable[[], None]:
     """Turn every quantized linear layer of a known kind into a `PackedLinear`, in place; returns what undoes it.
 
@@ -116,6 +121,8 @@ def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callabl
         _tell_of_experts(model)
         for mark in _MARKS:
             model.__dict__.pop(mark, None)
+        if "_weight_conversions" in marks:  # rules that saving would reverse; those of the quantizer have no reverse
+            model._weight_conversions = [rule for rule in marks["_weight_conversions"] if not _of_quantizer(rule)]  # type: ignore
         if settings is not None:
             del config.quantization_config
 
@@ -126,7 +133,7 @@ def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callabl
             module.__dict__.update(attributes)
             module._parameters.clear()
             module._parameters.update(parameters)
-        model.__dict__.update({mark: marks[mark] for mark in _MARKS if mark in marks})
+        model.__dict__.update({mark: marks[mark] for mark in (*_MARKS, "_weight_conversions") if mark in marks})
         if found and settings is not None:
             config.quantization_config = settings
 

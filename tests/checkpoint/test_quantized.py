@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from losia_dist import (
     Drawn,
@@ -19,10 +19,14 @@ from losia_dist import (
     losia_parameter_groups,
     save_delta,
 )
+from losia_dist.checkpoint import layout
 from losia_dist.checkpoint.load import load_checkpoint
+from losia_dist.checkpoint.quantized import write_quantized
+from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.export.onto import computing_onto
+from losia_dist.subnet.packed import packed_modules
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
@@ -61,12 +65,13 @@ def test_a_run_goes_on_on_another_engine(ranks, tmp_path, source, target):
         runs.assert_equal(result, undisturbed, 1e-5)
 
 
-def made(form: str = "nf4:double", seed: int = 0, **config):
-    """A model, its optimizer and conductor; its base is another one for another seed."""
-    model = tiny_llama(**SIZES)
-    if seed:
-        model.model.layers[1].mlp.up_proj.weight.data[3, 5] *= -1.5
-    quantize(model, form)
+def made(form: str = "nf4:double", seed: int = 0, model=None, **config):
+    """A model, its optimizer and conductor; its base is another one for another seed, or the given quantized one."""
+    if model is None:
+        model = tiny_llama(**SIZES)
+        if seed:
+            model.model.layers[1].mlp.up_proj.weight.data[3, 5] *= -1.5
+        quantize(model, form)
     settings = LoSiAConfig(**{"rank_factor": 0.25, "period": 2, "layers_per_slot": 3, "selection": Drawn(), **config})
     get_losia_model(model, settings)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
@@ -92,7 +97,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(
     "other, message",
     [
-        ({"seed": 1}, "codes of model.layers.1.mlp.up_proj are not those.*Load the same base"),
+        ({"seed": 1}, "codes or scales of model.layers.1.mlp.up_proj are not those.*Load the same base"),
         ({"form": "nf4"}, "down_proj with double True, and this run has False"),
         ({"form": "fp4:double"}, "down_proj with kind nf4, and this run has fp4"),
         ({"retired": "int8"}, "down_proj with retired nf4, and this run has int8"),
@@ -110,6 +115,40 @@ def test_codes_in_another_storage_are_the_same_base(saved):
     run = made(form="nf4:bfloat16:double")
     load_checkpoint(saved[0], **run)
     assert torch.equal(run["model"](TOKENS).logits, saved[1]["model"](TOKENS).logits)
+
+
+def test_scales_that_differ_in_the_last_digit_are_the_same_base(saved):
+    """As bitsandbytes makes them on another device, or with another number of threads (the mean of a layer's scales)."""
+    run, directory = made(), saved[0]
+    for module in packed_modules(run["model"]).values():
+        state = module.packed._state
+        state.offset = torch.nextafter(state.offset, torch.ones(()))
+        state.state2.absmax = torch.nextafter(state.state2.absmax, torch.zeros(()))
+    load_checkpoint(directory, **run)
+    torch.testing.assert_close(run["model"](TOKENS).logits, saved[1]["model"](TOKENS).logits, rtol=0, atol=1e-4)
+    other = made()
+    next(iter(packed_modules(other["model"]).values())).packed._state.offset.mul_(1.01)
+    with pytest.raises(CheckpointError, match="the codes or scales of .* are not those"):
+        load_checkpoint(directory, **other)
+
+
+@pytest.mark.parametrize("retired", ["nf4", "stochastic"])
+def test_a_run_goes_back_to_before_its_first_move(tmp_path, retired):
+    run = made(retired=retired)
+    train(run, 1)
+    save_checkpoint(tmp_path, **run)
+    before = run["model"](TOKENS).logits
+    train(run, 5)
+    load_checkpoint(tmp_path, **run)
+    assert torch.equal(run["model"](TOKENS).logits, before)
+
+
+def test_what_subnets_left_is_loaded_onto_the_device_that_computes(saved):
+    model = made()["model"].to("meta")
+    layers = packed_modules(model)
+    write_quantized(None, layers, Reader(layout.find(saved[0], None)))
+    left = [one for module in layers.values() for one in module.packed.overlay.left]
+    assert left and all(one.codes.is_meta and one.scales.is_meta for one in left)
 
 
 def test_a_checkpoint_holds_no_codes_of_the_base(saved):
@@ -133,6 +172,20 @@ def test_what_is_exported_is_what_trained(tmp_path, form):
     train(again, 5)
     train(again, 2), train(run, 2)
     assert torch.equal(again["model"](TOKENS).logits, run["model"](TOKENS).logits)
+
+
+def test_a_model_that_was_stored_in_4_bits_goes_on_as_one_quantized_while_loading_and_is_exported(tmp_path, original):
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    loaded = AutoModelForCausalLM.from_pretrained(original, quantization_config=settings, dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "stored")
+    run = made(model=loaded)
+    train(run, 3)
+    save_checkpoint(tmp_path / "run", **run)
+    stored = made(model=AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.float32))
+    load_checkpoint(tmp_path / "run", **stored)
+    export_model(stored["losia"], tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    torch.testing.assert_close(exported(TOKENS).logits, run["model"].eval()(TOKENS).logits, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

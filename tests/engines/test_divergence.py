@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.sharding.fully_shard import local_part
 from tests.support.models import tiny_llama
+from tests.support.quantized import quantize
 from tests.support.training import Run, train
 
 CONFIG = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2}
@@ -69,6 +70,23 @@ def test_a_rank_that_loaded_another_checkpoint_is_stopped_before_the_first_step(
         assert kind == "DivergenceError"
         assert f"Differing from the other 2 ranks, rank 2: values of {LAYER}" in message
         assert "Start every rank from the same checkpoint" in message
+
+
+def test_a_rank_with_other_scales_of_a_quantized_base_is_stopped(ranks):
+    """DDP sends the codes of rank 0 to all, and each keeps scales of its own: of layers without a subnet too."""
+    for kind, message in ranks.errors(3, start_quantized, 2):
+        assert kind == "DivergenceError", message
+        assert "different scales of the quantized weight of module.model.layers.1.mlp.up_proj (rank 0 and rank 2)" in message
+        assert "Load the same files on every rank" in message
+
+
+def start_quantized(culprit: int) -> None:
+    model = tiny_llama(hidden_size=48, intermediate_size=80)
+    if dist.get_rank() == culprit:
+        model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
+    config = LoSiAConfig(rank_factor=0.25, target_modules=["q_proj"])
+    model = DistributedDataParallel(get_losia_model(quantize(model, "nf4:double"), config))
+    LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2), config)
 
 
 def test_so_it_is_where_every_rank_keeps_a_part_only(ranks):

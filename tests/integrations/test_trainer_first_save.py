@@ -12,6 +12,7 @@ from losia_dist import LoSiAConfig, LoSiATrainer
 from losia_dist.errors import ConfigError
 from tests.support.cases import only, slow
 from tests.support.models import tiny_llama
+from tests.support.quantized import quantize
 from tests.support.trainers import arguments, examples, fresh_accelerate
 from tests.support.training import Run
 
@@ -86,6 +87,13 @@ def test_a_best_model_that_could_not_be_put_back_is_told_before_the_first_step(t
     steps, error = train(tmp_path, model=model, **evaluating)
     assert (steps, type(error)) == ((0, ConfigError) if best else (3, type(None))), error
     assert not best or "set load_best_model_at_end=False" in str(error)
+
+
+def test_so_is_a_best_model_over_a_quantized_base(tmp_path):
+    model = quantize(tiny_llama(hidden_size=48, intermediate_size=80), "nf4")
+    steps, error = train(tmp_path, model=model, eval_strategy="steps", eval_steps=100, load_best_model_at_end=True)
+    assert steps == 0 and isinstance(error, ConfigError), error
+    assert "over a quantized base" in str(error) and "Set load_best_model_at_end=False" in str(error)
 
 
 class Stream(IterableDataset):

@@ -201,6 +201,31 @@ def test_the_model_is_as_it_was_when_the_configuration_is_refused():
     assert torch.equal(model(TOKENS).logits, before)
 
 
+@pytest.mark.parametrize("form", ["nf4", "nf4:bfloat16"])
+def test_a_quantized_layer_is_not_trained_in_full(form):
+    model = quantize(tiny_llama(**SIZES), form)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match="'model.layers.0.mlp' .*'model.layers.0.mlp.gate_proj' is quantized.*skip_modules"):
+        get_losia_model(model, LoSiAConfig(rank_factor=0.25, target_modules=["q_proj"], modules_to_save=["mlp"]))
+    assert kinds == [type(module) for module in model.modules()]
+
+
+def test_a_state_dict_which_lacks_what_subnets_left_is_refused():
+    model, moved = converted("nf4:double"), converted("nf4:double")
+    logits = model(TOKENS).logits
+    model.load_state_dict(moved.state_dict())  # nothing has moved in either
+    assert torch.equal(model(TOKENS).logits, logits)
+    access, site = resolve_parameters(moved), find_sites(moved)[0]
+    write_back(access, site, site.row_index, site.col_index, site.subnet.data * 1.5)
+    with pytest.raises(UnsupportedError, match="q_proj is quantized, and what subnets left.*goes on by load_checkpoint"):
+        moved.load_state_dict(moved.state_dict())  # into a model that has moved on
+    site.row_index.copy_(torch.arange(site.row_index.numel()))
+    with pytest.raises(UnsupportedError, match="q_proj is quantized, and what subnets left.*goes on by load_checkpoint"):
+        model.load_state_dict(moved.state_dict())  # from one
+    stochastic = converted("nf4:double", retired="stochastic", seed=1)
+    stochastic.load_state_dict(converted("nf4:double", retired="stochastic", seed=2).state_dict())  # codes hold all
+
+
 def cast(model):
     model.model.layers[0].self_attn.q_proj.weight.data = model.model.layers[0].self_attn.q_proj.weight.data.half()
     return model(TOKENS)
