@@ -205,7 +205,8 @@ class LoSiA:
             sites = [site for site in self.sites if site.group_name == name]
             moved.append((sites, self._relocalize(SlotGroup(name, place), sites)))
         self.clock.advance(relocalized)
-        (self._open_slot if relocalized else self._set_sinks)()
+        if relocalized or self.clock.importance_steps is not None:
+            (self._open_slot if relocalized else self._set_sinks)()
         for sites, choices in moved:
             self._tell("relocalized", sites, choices)
         if self._watch is not None:

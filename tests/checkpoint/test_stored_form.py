@@ -50,7 +50,9 @@ def train(losia: LoSiA, steps: int = 3) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    """File -> what it holds; the model card aside, which says where the model was written from."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.name != "README.md"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def assert_same_weights(ours: Path, theirs: Path) -> None:

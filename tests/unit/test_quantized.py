@@ -1,4 +1,4 @@
-"""Quantized linear layers are refused at the start, however they hide: a tensor's class, its dtype, a class of their own."""
+"""Quantized linear layers of other kinds are refused at the start: by a tensor's class, its dtype, or a class of their own."""
 
 import pytest
 import torch
@@ -20,10 +20,6 @@ def in_float8() -> nn.Linear:
     return nn.Linear(64, 64).to(torch.float8_e4m3fn)
 
 
-def by_bitsandbytes() -> nn.Linear:
-    return pytest.importorskip("bitsandbytes").nn.Linear4bit(64, 64)
-
-
 class QuantLinear(nn.Module):
     """As GPTQ's, AWQ's and HQQ's layers are: no nn.Linear, and the weight in packed whole numbers."""
 
@@ -37,7 +33,6 @@ KINDS = {
     "int8": lambda: by_torchao("Int8WeightOnlyConfig"),
     "float8 of torchao": lambda: by_torchao("Float8WeightOnlyConfig"),
     "float8": in_float8,
-    "4 bit": by_bitsandbytes,
     "packed": QuantLinear,
 }
 
