@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from losia_dist import Drawn
-from tests.support.cases import grid, slow
+from tests.support.cases import grid
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -70,7 +70,8 @@ def test_so_do_other_subnets(ranks, expected, engine, shape):
         assert_same_run(result, expected(run))
 
 
-@pytest.mark.parametrize("targets", [slow("all-linear"), ["q_proj", "down_proj"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_so_does_a_model_whose_layers_are_compiled(expected, targets):
     run = variant(PLAIN, steps=8, config={**CONFIG, "target_modules": targets, "output_rank_factor": None})
 
