@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losia_dist.checkpoint.session import session_of
 from losia_dist.checkpoint.tensor_names import plain_name, unwrap
@@ -17,7 +17,6 @@ from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.export.model_directory import ModelDirectory
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.packed_access import PackedAccess
-from losia_dist.subnet.packed import packed_modules
 
 
 class OntoOriginal(PackedAccess):
@@ -36,16 +35,15 @@ class OntoOriginal(PackedAccess):
             raise ConfigError("onto=True, but the base of this run is not quantized: leave it out.")
         if original is None:
             raise ConfigError("onto=True needs base_model, the directory of the model that was quantized.")
-        plain: nn.Module = unwrap(model)
-        super().__init__(plain, access.engine)
-        if any(module.packed.overlay is None and module.packed.moves for module in packed_modules(plain).values()):
+        super().__init__(unwrap(model), access.engine)
+        if any(module.packed.overlay is None and module.packed.moves for module in self._modules):
             raise ConfigError(
                 "onto=True with retired='stochastic': what subnets left was rounded into the codes, whose first values this "
                 "run no longer has. Save a checkpoint, and export that."
             )
         self._access, self._original = access, ModelDirectory(original)
-        self._names = {id(module): f"{plain_name(name)}.weight" for name, module in packed_modules(plain).items()}
-        for module in packed_modules(plain).values():
+        self._names = {id(module): f"{plain_name(name)}.weight" for name, module in self.layers.items()}
+        for module in self._modules:
             name = self._names[id(module)]
             if name not in self._original or tuple(self._original.tensor(name).shape) != module.packed.shape:
                 raise CheckpointError(
@@ -76,7 +74,7 @@ def computing_onto(losia: LoSiA, original: str | Path | None) -> Iterator[None]:
     access = agreement.attempt(None, lambda: OntoOriginal(losia.model, losia.parameters, original))
     sites = [site for site in losia.sites if site.packed is not None]
     trained = {site: losia.parameters.read_whole(site.subnet) for site in sites}
-    layers = list(packed_modules(unwrap(losia.model)).values())
+    layers = list(access.layers.values())
     try:
         for site in sites:
             rows, columns = site.row_index, site.col_index

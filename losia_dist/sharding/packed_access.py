@@ -88,9 +88,11 @@ class PackedAccess:
     def read_whole(self, parameter: Tensor) -> Tensor:
         module = self._module(parameter)
         stored = self.engine.read_whole(parameter)
-        packed = None if module is None else packed_of(module)
-        if module is None or packed is None:
-            return stored
+        return stored if module is None else self._present(module, stored)
+
+    def _present(self, module: Any, stored: Tensor) -> Tensor:
+        """What a layer computes with, from its whole stored tensor: [m, n]."""
+        packed: PackedWeight = module.packed
         sites = module.__dict__.get("sites", ())
         if not sites:
             return packed.dense(stored, packed.dtype)
@@ -100,10 +102,10 @@ class PackedAccess:
     @torch.no_grad()
     def read_change(self, parameter: Tensor) -> Tensor:
         """`read_whole` of a quantized weight less its codes' values: what training changed, [m, n] fp32, on every rank."""
-        packed = self._packed(parameter)
-        assert packed is not None
-        base = packed.decode(self.engine.read_whole(parameter), packed.dtype)
-        return self.read_whole(parameter).to(torch.float32) - base.to(torch.float32)
+        module: Any = self._module(parameter)
+        stored = self.engine.read_whole(parameter)
+        base = module.packed.decode(stored, module.packed.dtype)
+        return self._present(module, stored).to(torch.float32) - base.to(torch.float32)
 
     def decoded_at(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The values of a quantized weight's codes alone, in these places: [r, c], on every rank."""

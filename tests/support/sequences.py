@@ -16,7 +16,7 @@ from losia_dist.loss.sequence_loss import sum_over_sequence
 from tests.reference.dense import DenseLoSiA
 from tests.support.expected import converted_targets
 from tests.support.models import tiny_llama
-from tests.support.training import RATE, rate_at, weight_key
+from tests.support.training import RATE, dense_settings, rate_at, weight_key
 
 VOCABULARY, IGNORED = 96, -100
 
@@ -96,27 +96,12 @@ def reference(run: Run, owners: int = 1) -> dict[str, Any]:
     """Losses, whole weights, selections and gradient norms of one process. owners: groups that localize by themselves."""
     config, model = LoSiAConfig(**run.config), build(run)
     model.config.use_cache = False
-    targets, located = converted_targets(build(run), config), config.located
+    targets = converted_targets(build(run), config)
     dense = _Reference(
         model,
         list(targets.groups.values()),
         targets.subnets,
-        period=config.period,
-        layers_per_slot=config.layers_per_slot,
-        importance=located.importance,
-        importance_betas=located.betas,
-        lr_schedule=lambda step: rate_at(step, run.steps),
-        rewarm_steps=config.rewarm_steps,
-        reset_bias_correction=config.reset_bias_correction,
-        max_grad_norm=run.max_grad_norm or None,
-        trainable_names=targets.trained,
-        localization_ranks=owners if config.by_rank else None,
-        selection="greedy",
-        seed=config.seed,
-        full_lr_scale=config.full_lr_scale,
-        experts=targets.experts,
-        transposed=targets.transposed,
-        rate_scales=targets.rate_scales,
+        **dense_settings(run, config, targets, owners),
     )
     if run.calibration:
         dense.locate(calibration_batches(run))

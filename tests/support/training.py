@@ -118,13 +118,37 @@ def prepared_model(run: Run) -> torch.nn.Module:
     return model.train()
 
 
+def dense_settings(run: Run, config: LoSiAConfig, targets: Any, owners: int) -> dict[str, Any]:
+    """What the dense reference is told of a run. owners: ranks, or groups of them, that localize by themselves."""
+    located = config.located or Located()
+    return {
+        "period": config.period,
+        "layers_per_slot": config.layers_per_slot,
+        "importance": located.importance,
+        "importance_betas": located.betas,
+        "importance_steps": located.importance_steps,
+        "lr_schedule": lambda step: rate_at(step, run.steps),
+        "rewarm_steps": config.rewarm_steps,
+        "reset_bias_correction": config.reset_bias_correction,
+        "max_grad_norm": run.max_grad_norm or None,
+        "trainable_names": targets.trained,
+        "localization_ranks": owners if config.by_rank else None,
+        "selection": "random" if config.located is None else "greedy",
+        "seed": config.seed,
+        "outlier_limit": config.outlier_limit,
+        "full_lr_scale": config.full_lr_scale,
+        "experts": targets.experts,
+        "transposed": targets.transposed,
+        "rate_scales": targets.rate_scales,
+    }
+
+
 def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
     """The dense reference's losses, whole weights and selections. `ranks` matters to reduction="by_rank" alone.
 
     split: into as many equal parts each micro-batch is cut, for a loss that is no mean over its sequences.
     """
     config = LoSiAConfig(**run.config)
-    located = config.located or Located()
     is_mixture = run.family in MIXTURES and config.target_modules == "all-linear"
     plain = replace(config, retired=None)  # of the model that the reference has
     targets = mixture_targets(build(run), run.config) if is_mixture else converted_targets(build_plain(run), plain)
@@ -134,24 +158,7 @@ def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
         model,
         list(targets.groups.values()),
         targets.subnets,
-        period=config.period,
-        layers_per_slot=config.layers_per_slot,
-        importance=located.importance,
-        importance_betas=located.betas,
-        importance_steps=located.importance_steps,
-        lr_schedule=lambda step: rate_at(step, run.steps),
-        rewarm_steps=config.rewarm_steps,
-        reset_bias_correction=config.reset_bias_correction,
-        max_grad_norm=run.max_grad_norm or None,
-        trainable_names=targets.trained,
-        localization_ranks=ranks if config.by_rank else None,
-        selection="random" if config.located is None else "greedy",
-        seed=config.seed,
-        outlier_limit=config.outlier_limit,
-        full_lr_scale=config.full_lr_scale,
-        experts=targets.experts,
-        transposed=targets.transposed,
-        rate_scales=targets.rate_scales,
+        **dense_settings(run, config, targets, ranks),
     )
     if run.calibration:
         dense.locate(calibration_batches(run))
