@@ -19,7 +19,7 @@ from losia_dist import (
     sequence_loss,
     split_sequence,
 )
-from tests.support import sequences
+from tests.support import training
 from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.sequences import Run, build, reference, train_batches
@@ -75,7 +75,7 @@ def train_with_trainer(directory: str, stage: int, run: Run, model=None, **chang
 
 @pytest.fixture
 def expected(monkeypatch):
-    monkeypatch.setattr(sequences, "rate_at", linear_rate)
+    monkeypatch.setattr(training, "rate_at", linear_rate)
     return reference
 
 
