@@ -16,7 +16,7 @@ from benchmarks.methods import RANK_FACTOR, Method, target_linears
 from benchmarks.shapes import Shape
 from losia_dist.formulas import subnet_size
 from losia_dist.optim.adamw import adamw_
-from losia_dist.subnet.drawn import draw_subnet
+from losia_dist.subnet.drawn import Draw
 
 
 def plain(shape: Shape, lr: float = 1e-5) -> Method:
@@ -61,7 +61,7 @@ def _hooked(name: str, shape: Shape, lr: float, *, as_pro: bool) -> Method:
         if not (isinstance(module, nn.Linear) and ".layers." in f".{path}"):
             continue
         size = (subnet_size(module.out_features, RANK_FACTOR), subnet_size(module.in_features, RANK_FACTOR))
-        found = draw_subnet(path, (module.out_features, module.in_features), size, seed=0)
+        found = Draw(seed=0).subnet(path, (module.out_features, module.in_features), size)
         rows, columns = (index.to(module.weight.device) for index in found)
         module.weight.requires_grad_(True).register_post_accumulate_grad_hook(_subnet_step(module.weight, rows, columns, lr))
         if as_pro:

@@ -117,7 +117,7 @@ def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # an earlier version's form is not the user's to change here
-        here, there = _flat(config), _flat(LoSiAConfig.from_dict(saved, str(path)))
+        here, there = _flat(config), _flat(LoSiAConfig.from_dict(_with_own_columns(saved), str(path)))
     free = () if config.located is None or config.retired == "stochastic" else _FREE_TO_DIFFER
     for name in [*here, *there]:
         if here.get(name) != there.get(name) and name not in free:
@@ -125,6 +125,14 @@ def _check_config(config: LoSiAConfig, saved: dict[str, Any], path: Any) -> None
                 f"{path} was saved with {name}={there.get(name)!r}, and this run has {name}={here.get(name)!r}: use the saved "
                 "configuration, or start a new run from an exported model."
             )
+
+
+def _with_own_columns(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration; drawn subnets of one that knows of no shared columns had their own."""
+    selection = saved.get("selection")
+    if not isinstance(selection, dict) or not isinstance(selection.get("drawn"), dict):
+        return saved
+    return {**saved, "selection": {"drawn": {"share_columns": False, **selection["drawn"]}}}
 
 
 def _flat(config: LoSiAConfig) -> dict[str, Any]:

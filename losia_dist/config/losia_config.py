@@ -188,6 +188,11 @@ class LoSiAConfig:
         return self.selection.outlier_limit if isinstance(self.selection, Drawn) else None
 
     @property
+    def share_columns(self) -> bool:
+        """Whether linear layers with one input draw the same columns; False where subnets are located."""
+        return isinstance(self.selection, Drawn) and self.selection.share_columns
+
+    @property
     def by_rank(self) -> bool:
         """Whether each rank localizes groups of its own."""
         return self.located is not None and self.located.reduction == "by_rank"

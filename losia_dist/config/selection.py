@@ -71,16 +71,22 @@ class Drawn:
         outlier_limit: input neurons whose root mean square over calibration batches (`LoSiA.locate`, forward passes alone) is
             above this multiple of their layer's median are never drawn. Above 1. None: all may be drawn, no batch is needed.
         calibration_batches: micro-batches of each rank for `LoSiA.locate`, where an integration takes them. At least 1.
+        share_columns: linear layers of one module whose inputs are of one width (q, k and v; gate and up) draw the same
+            columns: where they read the same input, they gather x[..., C] once and keep it once for backward. False: each layer
+            draws its own.
     """
 
     outlier_limit: float | None = None
     calibration_batches: int = 8
+    share_columns: bool = True
 
     def __post_init__(self) -> None:
         limit = self.outlier_limit
         if limit is not None and (not is_number(limit) or not 1 < limit < float("inf")):
             raise ConfigError(f"outlier_limit={limit!r}: a number above 1 is needed, for example 4, or null to draw from all.")
         check_count("selection: drawn: calibration_batches", self.calibration_batches, minimum=1)
+        if not isinstance(self.share_columns, bool):
+            raise ConfigError(f"selection: drawn: share_columns={self.share_columns!r}: true or false is needed.")
 
 
 Selection = Located | Drawn

@@ -13,6 +13,7 @@ from losia_dist.localization.drawn_mode import DrawnLocalization
 from losia_dist.localization.search import Choice, greedy, keep_without_signal
 from losia_dist.localization.sharded_choice import select
 from losia_dist.localization.slots import SlotGroup, Wanted
+from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.site import Site
 
 
@@ -138,7 +139,7 @@ def make_localization(
     """
     located = config.located
     if located is None:
-        return DrawnLocalization(config.seed)
+        return DrawnLocalization(Draw.of(config))
     settings: Any = {"importance": located.importance, "betas": located.betas, "weight_is_resident": weight_is_resident}
     if config.by_rank:
         return RankParallelLocalization(collectives, sequence, **settings)

@@ -49,6 +49,11 @@ class Wanted:
         return len(self.names)
 
     @property
+    def of_linear(self) -> bool:
+        """Whether it is a linear layer, not experts."""
+        return self.present[0].dim() == 1
+
+    @property
     def device(self) -> torch.device:
         """Where the layer is."""
         return self.present[0].device

@@ -50,6 +50,7 @@ from losia_dist.subnet.copied import copies_changed
 from losia_dist.subnet.groups import ROUTERS
 from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.operator import make_findable
+from losia_dist.subnet.shared_inputs import SharedInputs
 from losia_dist.subnet.site import Site
 
 
@@ -103,8 +104,8 @@ class LoSiA:
         refuse_removed_variables()
         self._watch = join_watch(group) if watch else None
         # Before the engine's own hook, which may wait for other ranks already.
-        hook = None if self._watch is None else model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
-        self._watch_hook = hook
+        if self._watch is not None:
+            self._watch_hook = model.register_forward_pre_hook(self._watch.forward_started, prepend=True)
         self.parameters = resolve_parameters(model)
         check_intact(model, self.sites, self.parameters, trains=True)
         check_asked_sharding(model, self.collectives.world_size)
@@ -114,8 +115,7 @@ class LoSiA:
         self.placement = Placement(self.parts)
         self.expert_load = ExpertLoad(self.parts)  # how evenly tokens fall on experts, for logs
         resident = self.parameters.weight_is_resident
-        is_cut = self.state.one_scalar_per_group or not resident
-        check_clearing(self.state, self.sites, config, is_cut=is_cut)
+        check_clearing(self.state, self.sites, config, is_cut=self.state.one_scalar_per_group or not resident)
         getattr(self.state.optimizer, "create_state", lambda: None)()
         for site in self.sites:
             site.copied = None  # a copy of another model that is driven by itself from here on
@@ -129,12 +129,13 @@ class LoSiA:
         self._finite = FiniteCheck(self.state.optimizer, self.collectives, self.sites[0].row_index.device)
         self.located = not config.needs_calibration  # subnets stand where the configuration wants the first ones
         self.outliers: dict[str, list[int]] = {}  # layer -> input neurons that outlier_limit leaves out
-        self.placement.cut_awaited(config.seed, agreement)
+        self.placement.cut_awaited(config, agreement)
         check_same_subnets(self.parts)
         check_masters(self.parts)
         self._first_move = FirstMove(self.parts)
         self._first_steps = FirstSteps(self.parts, self.sequence)
         self._shared = SequenceChecks(self.parts, self.sequence.engine) if self.sequence.size > 1 else None
+        self._shared_inputs = SharedInputs(self.sites, config.share_columns)
         self._accumulators: dict[Site, ImportanceAccumulator] = {}
         # Called, on all ranks, for a group that is about to be re-localized.
         self.on_relocalize: list[Callable[[SlotGroup], None]] = []
@@ -322,15 +323,13 @@ class LoSiA:
 
         This rank then counts as having left the training: another that goes on to a later step is ended with that message.
         """
-        self.rewarming.remove()
-        self._finite.remove()
-        self._first_steps.remove()
-        if self._shared is not None:
-            self._shared.remove()
-        if self._watch is not None and self._watch_hook is not None:
+        for part in (self.rewarming, self._finite, self._first_steps, self._shared, self._shared_inputs):
+            if part is not None:
+                part.remove()
+        if self._watch is not None:
             self._watch_hook.remove()
             self._watch.release()
-            self._watch = self._watch_hook = None
+            self._watch = None
         for site in self.sites:
             site.gradient_sink = None
         self._accumulators = {}
@@ -342,6 +341,7 @@ class LoSiA:
         return self.clock.scale(group)
 
     def _note_changes(self) -> None:
+        self._shared_inputs.forget()
         for site in self.sites:
             site.note_change()
 
@@ -356,6 +356,7 @@ class LoSiA:
             if accumulator is not None:
                 self._accumulators[site] = accumulator
         self._set_sinks()
+        self._shared_inputs.settle()
 
     def _set_sinks(self) -> None:
         """Let backward of the step in progress hand full gradients over, or not."""
@@ -388,9 +389,7 @@ class LoSiA:
 
     def _tell(self, reason: Reason, sites: list[Site], choices: list[Choice]) -> None:
         """Let listeners know of new subnets. Waits for the device, where there is anybody to tell."""
-        if not self.on_move:
-            return
-        for move in describe_moves(self.steps, reason, sites, choices):
+        for move in describe_moves(self.steps, reason, sites, choices) if self.on_move else ():
             for listener in self.on_move:
                 listener(move)
 

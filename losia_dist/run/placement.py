@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError
 from losia_dist.localization.slots import Wanted
 from losia_dist.ranks.agreement import Agreement
 from losia_dist.run.parts import RunParts
 from losia_dist.subnet.access import read_subnet, write_back
-from losia_dist.subnet.drawn import draw_subnets
+from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.site import Site
 
 
@@ -59,7 +60,7 @@ class Placement:
         """
         return Wanted(site.matrix_names, step, site.shape, (site.row_index, site.col_index), outliers, site.held)
 
-    def cut_awaited(self, seed: int, agreement: Agreement) -> None:
+    def cut_awaited(self, config: LoSiAConfig, agreement: Agreement) -> None:
         """Cut the first subnets of a model that was converted on the meta device, now that its weights were loaded.
 
         Where one rank alone had the weights (the others receive them from it), all ranks cut again, to the same values.
@@ -75,7 +76,7 @@ class Placement:
                 "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
             )
         for site in self.sites:
-            rows, columns = draw_subnets(site.matrix_names, site.shape, site.subnet_shape, seed)
+            rows, columns = Draw.of(config).subnets(site.matrix_names, site.shape, site.subnet_shape, linear=site.is_linear)
             device, shapes = site.row_index.device, (site.row_index.shape, site.col_index.shape)
             self.cut(site, rows.view(shapes[0]).to(device), columns.view(shapes[1]).to(device))
             site.awaits_weights = False

@@ -12,7 +12,7 @@ from losia_dist.config.losia_config import LoSiAConfig, matches
 from losia_dist.errors import ConfigError
 from losia_dist.formulas import subnet_size
 from losia_dist.subnet.access import BlockAccess, read_subnet, whole_shape
-from losia_dist.subnet.drawn import draw_subnets
+from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.expert_weights import expert_weights, router_modules
 from losia_dist.subnet.experts import add_expert_site
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
@@ -43,7 +43,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
         parameter.requires_grad_(False)
     sites = []
     for target in targets:
-        site = _make_site(target, shapes[target.name], sizes[target.name], config.seed, access, subnet_dtype)
+        site = _make_site(target, shapes[target.name], sizes[target.name], Draw.of(config), access, subnet_dtype)
         sites.append(site)
         site.converted_with = shapes  # one object of all sites, so that any of them knows what there was
         embedding = embeddings[target.name]
@@ -60,14 +60,15 @@ def _make_site(
     target: Target,
     shape: tuple[int, int],
     size: tuple[int, int],
-    seed: int,
+    draw: Draw,
     access: BlockAccess,
     subnet_dtype: torch.dtype | None,
 ) -> Site:
     device = target.weight.device
     names = matrix_names(target.weight_name, target.layout)
-    rows, columns = draw_subnets(names, shape, size, seed)
-    if target.layout.experts is None:
+    linear = target.layout.experts is None
+    rows, columns = draw.subnets(names, shape, size, linear=linear)
+    if linear:
         rows, columns = rows[0], columns[0]
     rows, columns = rows.to(device), columns.to(device)
     values = read_subnet(access, target, rows, columns)
@@ -81,7 +82,7 @@ def _make_site(
         "values": values,
         "asked_dtype": subnet_dtype,
     }
-    if target.layout.experts is None:
+    if linear:
         return SubnetLinear.adopt(target.module, is_output=target.is_output, **place)
     return add_expert_site(
         target.owner,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from losia_dist.subnet.blocks import subnet_gradient, take_last, take_subnet, write_subnet
+from losia_dist.subnet.blocks import subnet_gradient, take_subnet, write_subnet
 from losia_dist.subnet.site import GradientSink, Site
 
 
@@ -78,7 +78,7 @@ class SubnetLinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, site: Site) -> Tensor:
         ctx.sink = site.gradient_sink
         # Localizing needs the full gradient, hence all of x; everyone else keeps the subnet's columns alone.
-        ctx.save_for_backward(x if ctx.sink is not None else take_last(x, site.columns))
+        ctx.save_for_backward(x if ctx.sink is not None else site.columns_of(x))
         # References, not saved tensors: a sharded engine empties the weight after forward and gathers it again before
         # backward under the same object.
         ctx.weight, ctx.subnet, ctx.site = weight, subnet, site

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losia_dist.ranks.fingerprint import loading_print
 from losia_dist.subnet.autocast import autocast_dtype
 from losia_dist.subnet.copied import HoldsSites, check_copy
-from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction
+from losia_dist.subnet.function import SubnetLinearFunction, TiedEmbeddingFunction, subnet_forward
 from losia_dist.subnet.kinds import stores_transposed
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.operator import compiled_embedding, compiled_linear
@@ -91,6 +91,8 @@ class SubnetLinear(HoldsSites, nn.Linear):
             return compiled_linear(self, x)
         if self.site.copied is not None:
             check_copy(self.site)
+        if not torch.is_grad_enabled():  # nothing is kept
+            return subnet_forward(self.site, x, self.weight, self.bias, self.subnet)
         return SubnetLinearFunction.apply(x, self.weight, self.bias, self.subnet, self.site)
 
     def extra_repr(self) -> str:

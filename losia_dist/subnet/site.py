@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from losia_dist.subnet.blocks import write_subnet
+from losia_dist.subnet.blocks import take_last, write_subnet
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.packed import packed_of
 
@@ -33,6 +33,7 @@ _OF_THE_RUN = (
     "input_sink",
     "kept_inputs",
     "tokens",
+    "take_columns",
 )  # what collects for the run that a copy is made from
 
 
@@ -102,6 +103,8 @@ class Site:
             None  # versions of weight and subnet when the one was last written into the other
         )
         self.gradient_sink: GradientSink | None = None  # set while the group localizes
+        # (site, x) -> x[..., C], where other layers may have taken the same of the same x (`shared_inputs`).
+        self.take_columns: Callable[[Site, Tensor], Tensor] | None = None
         self.input_sink: InputSink | None = None  # set while the inputs' sizes are measured
         self.kept_inputs: dict[int, Tensor] = {}  # under torch.compile: inputs of this step that await their backward
         self.gradient_witness: Callable[[Tensor], None] | None = None  # set until the subnet was seen to train
@@ -142,6 +145,11 @@ class Site:
     def columns(self) -> Tensor | None:
         """Column index int64 [c] or [X, c], or None where all columns belong to the subnet."""
         return None if self.takes_all_columns else self.col_index
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer's, not of experts."""
+        return self.layout.experts is None
 
     @property
     def subnet_shape(self) -> tuple[int, int]:
@@ -185,6 +193,10 @@ class Site:
     def as_rows(self, weight: Tensor) -> Tensor:
         """The matrices of the whole weight with output neurons first, [m, n] or [X, m, n]: itself, or a view."""
         return self.layout.matrices(weight)
+
+    def columns_of(self, x: Tensor) -> Tensor:
+        """x[..., C] of a linear layer's input x [..., n], contiguous; x itself where all columns belong to the subnet."""
+        return take_last(x, self.columns) if self.take_columns is None else self.take_columns(self, x)
 
     def present(self, weight: Tensor, subnet: Tensor, dtype: torch.dtype, *, again: bool) -> Tensor:
         """The matrices with the subnet's present values, output neurons first: [m, n] or [X, m, n].
@@ -246,7 +258,7 @@ class Site:
         kept = {name: value for name, value in self.__dict__.items() if name not in (*_OF_THE_RUN, "module")}
         made.__dict__.update(copy.deepcopy(kept, memo))
         made.module, made.kept_inputs = module, {}
-        made.gradient_sink = made.gradient_witness = made.input_sink = made.tokens = None
+        made.gradient_sink = made.gradient_witness = made.input_sink = made.tokens = made.take_columns = None
         made.written, made.in_mid_step = None, False
         return made
 

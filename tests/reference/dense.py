@@ -29,6 +29,7 @@ class DenseLoSiA:
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
     selection: "greedy", by the score; "random": drawn by seed, layer and step.
+    share_columns: linear layers of one module with inputs of one width draw the same columns.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
     experts: key of a subnet of experts -> (name of its weight, first expert, one past the last).
     transposed: names of weights whose matrices are stored as [n, m].
@@ -63,6 +64,7 @@ class DenseLoSiA:
         transposed: Collection[str] = (),
         rate_scales: Mapping[str, float] | None = None,
         importance_steps: int | None = None,
+        share_columns: bool = False,
     ) -> None:
         self.model = model
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -73,7 +75,7 @@ class DenseLoSiA:
         self.lr_schedule = lr_schedule
         self.localization_ranks = localization_ranks
         self.selection, self.seed = selection, seed
-        self.outlier_limit = outlier_limit
+        self.outlier_limit, self.share_columns = outlier_limit, share_columns
         self.drawable = {
             (key, place): torch.arange(matrix.shape[1]) for key in initial_subnets for place, matrix in self._matrices(key)
         }
@@ -229,7 +231,8 @@ class DenseLoSiA:
         for (place, matrix), (rows, columns) in zip(self._matrices(key), self._rows_and_columns(key), strict=True):
             layer = f"{name}.{first + place}" if key in self.experts else name.removesuffix(".weight")
             drawable = self.drawable[key, place]
-            chosen.append(draw(layer, len(matrix), drawable, (len(rows), len(columns)), self.seed, steps))
+            width = matrix.shape[1] if self.share_columns and key not in self.experts else None
+            chosen.append(draw(layer, len(matrix), drawable, (len(rows), len(columns)), self.seed, steps, width))
         return self._joined(key, [rows for rows, _ in chosen]), self._joined(key, [columns for _, columns in chosen])
 
     def _leave_outliers_out(self, micro_batches: list[dict[str, Tensor]]) -> None:
@@ -354,14 +357,26 @@ def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Te
     return best
 
 
-def draw(layer: str, rows: int, drawable: Tensor, size: tuple[int, int], seed: int, steps: int = 0) -> tuple[Tensor, Tensor]:
+def draw(
+    layer: str,
+    rows: int,
+    drawable: Tensor,
+    size: tuple[int, int],
+    seed: int,
+    steps: int = 0,
+    shared_width: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """The subnet that a layer (or `name.e`, an expert) of so many rows gets after so many steps: int64 [r] and [c], sorted.
 
-    drawable: the columns that may be drawn, ascending. size: (r, c).
+    drawable: the columns that may be drawn, ascending. size: (r, c). shared_width: n of a linear layer that shares its columns
+    with others of its module; None: its columns are its own.
     """
     key = f"{seed}/{layer}" + (f"/{steps}" if steps else "")
     generator = torch.Generator()
     generator.manual_seed(binascii.crc32(key.encode()))
     shuffled_rows = torch.randperm(rows, generator=generator)
+    if shared_width is not None:
+        key = f"{seed}/{'.'.join(layer.split('.')[:-1])}/columns of {shared_width}" + (f"/{steps}" if steps else "")
+        generator.manual_seed(binascii.crc32(key.encode()))
     shuffled_columns = torch.randperm(len(drawable), generator=generator)
     return shuffled_rows[: size[0]].sort().values, drawable[shuffled_columns[: size[1]].sort().values]

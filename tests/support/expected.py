@@ -74,6 +74,7 @@ def mixture_targets(model: Any, config: Mapping[str, Any]) -> Targets:
                     here.fused[full] = (experts, *(reversed(size) if full in swapped else size))
     share = config.get("output_rank_factor")
     drawn = config.get("selection", "greedy") == "random" or type(config.get("selection")).__name__ == "Drawn"
+    shares = drawn and getattr(config["selection"], "share_columns", True)
     output = ["lm_head.weight"] if share else []
     groups, experts = groups_of(list(layers.values()), output, config.get("experts_per_slot", "auto"), drawn)
 
@@ -87,7 +88,8 @@ def mixture_targets(model: Any, config: Mapping[str, Any]) -> Targets:
         chosen = (share, 1) if name in output else factors
         size = (_floor(chosen[0], m), _floor(chosen[1], n))
         names = [f"{name}.{expert}" for expert in range(first, last)] or [name.removesuffix(".weight")]
-        drawn_now = [draw(one, m, torch.arange(n), size, config.get("seed", 0)) for one in names]
+        width = n if shares and key not in experts else None
+        drawn_now = [draw(one, m, torch.arange(n), size, config.get("seed", 0), shared_width=width) for one in names]
         rows, columns = (torch.stack(part) for part in zip(*drawn_now, strict=True))
         subnets[key] = (rows, columns) if key in experts else (rows[0], columns[0])
     scale = config.get("router_lr_scale")

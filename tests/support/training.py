@@ -136,6 +136,7 @@ def dense_settings(run: Run, config: LoSiAConfig, targets: Any, owners: int) -> 
         "selection": "random" if config.located is None else "greedy",
         "seed": config.seed,
         "outlier_limit": config.outlier_limit,
+        "share_columns": config.share_columns,
         "full_lr_scale": config.full_lr_scale,
         "experts": targets.experts,
         "transposed": targets.transposed,

@@ -21,7 +21,7 @@ from losia_dist.sharding.expert_parallel import check_config, check_experts, che
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import read_subnet
 from losia_dist.subnet.convert import find_sites
-from losia_dist.subnet.drawn import draw_subnets
+from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.targets import output_layer_name
 
 _ALL = 1 << 30  # more experts than any layer has
@@ -119,7 +119,7 @@ def load_distributed_model(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains[name])  # loading makes new parameters
     note_held_experts(model)
-    _cut_first(model, config.seed)
+    _cut_first(model, Draw.of(config))
     return model
 
 
@@ -135,11 +135,11 @@ def _refuse_tied(model: Any, config: LoSiAConfig) -> None:
 
 
 @torch.no_grad()
-def _cut_first(model: Any, seed: int) -> None:
+def _cut_first(model: Any, draw: Draw) -> None:
     """Draw the first subnets and take their values from the weights, now that these are there. Called by all ranks."""
     access = resolve_parameters(model)
     for site in find_sites(model):
-        rows, columns = draw_subnets(site.matrix_names, site.shape, site.subnet_shape, seed)
+        rows, columns = draw.subnets(site.matrix_names, site.shape, site.subnet_shape, linear=site.is_linear)
         site.row_index.copy_(rows.view(site.row_index.shape))
         site.col_index.copy_(columns.view(site.col_index.shape))
         access.write_whole(site.subnet, read_subnet(access, site, site.row_index, site.col_index))

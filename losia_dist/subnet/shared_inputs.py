@@ -1,0 +1,94 @@
+"""Linear layers that read one input and train the same columns of it take x[..., C] once, and keep it once for backward.
+
+Which layers have the same columns is known from where the subnets stand (`SharedInputs.settle`); that they read the same input
+is seen in every forward pass, by the memory of x.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from losia_dist.subnet.blocks import take_last
+from losia_dist.subnet.site import Site
+
+
+class SharedInputs:
+    """The input that was read last, and its columns. At most one of each is held, and only while another layer may want it.
+
+    sites: of the run. draws: whether subnets are drawn with shared columns; if not, nothing is shared.
+    """
+
+    def __init__(self, sites: Sequence[Site], draws: bool) -> None:
+        self._families: list[list[Site]] = _families(sites) if draws else []
+        self._peers: dict[Site, tuple[int, int, int]] = {}  # layer -> group, layers in it, version of its columns
+        self.forget()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Find out which layers have the same columns, after subnets moved. Waits for the device, if any did."""
+        self.forget()
+        moved = [family for family in self._families if any(not self._is_known(site) for site in family)]
+        pairs = [(family[0], site) for family in moved for site in family[1:]]
+        if not pairs:
+            return
+        equal = torch.stack([(one.col_index == other.col_index).all() for one, other in pairs]).tolist()
+        same = {other for (_, other), is_same in zip(pairs, equal, strict=True) if is_same}
+        for family in moved:
+            group = [family[0], *(site for site in family[1:] if site in same)]
+            for site in family:
+                self._peers[site] = (id(family[0]), len(group) if site in group else 1, site.col_index._version)
+                site.take_columns = self.take if site in group and len(group) > 1 else None
+
+    def take(self, site: Site, x: Tensor) -> Tensor:
+        """x[..., C] of a layer, contiguous: what a layer of its group has just taken of the same x, or a new tensor."""
+        group, count, version = self._peers[site]
+        if version != site.col_index._version or x.is_inference():
+            return take_last(x, site.columns)
+        if self._x is None or self._group != group or not _same(self._x, x) or self._version != x._version:
+            # Its storage is held, so that no other input can lie there; not its graph.
+            self._x, self._version, self._group = x.detach(), x._version, group
+            self._kept, self._awaited = take_last(x, site.columns), count
+        kept = self._kept
+        assert kept is not None
+        self._awaited -= 1
+        if self._awaited == 0:
+            self.forget()
+        return kept
+
+    def forget(self) -> None:
+        """Let go of what is held."""
+        self._x: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._version = self._group = self._awaited = 0
+
+    def remove(self) -> None:
+        """Take this off the layers: each gathers for itself."""
+        self.forget()
+        for site in self._peers:
+            site.take_columns = None
+
+    def _is_known(self, site: Site) -> bool:
+        return site in self._peers and self._peers[site][2] == site.col_index._version
+
+
+def _families(sites: Sequence[Site]) -> list[list[Site]]:
+    """Linear layers that may read the same input: of one module, one width and as many columns."""
+    found: dict[tuple[str, int, int], list[Site]] = defaultdict(list)
+    for site in sites:
+        if site.is_linear and not site.takes_all_columns:
+            found[site.name.rpartition(".")[0], site.shape[1], site.subnet_shape[1]].append(site)
+    return [family for family in found.values() if len(family) > 1]
+
+
+def _same(known: Tensor, x: Tensor) -> bool:
+    return (
+        known.data_ptr() == x.data_ptr()
+        and known.shape == x.shape
+        and known.stride() == x.stride()
+        and known.dtype == x.dtype
+        and known.device == x.device
+    )
