@@ -25,7 +25,9 @@ class SharedInputs:
     def __init__(self, sites: Sequence[Site], draws: bool) -> None:
         self._families: list[list[Site]] = _families(sites) if draws else []
         self._peers: dict[Site, tuple[int, int, int]] = {}  # layer -> group, layers in it, version of its columns
-        self.forget()
+        self._x: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._version = self._group = self._awaited = 0
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -61,9 +63,7 @@ class SharedInputs:
 
     def forget(self) -> None:
         """Let go of what is held."""
-        self._x: Tensor | None = None
-        self._kept: Tensor | None = None
-        self._version = self._group = self._awaited = 0
+        self._x = self._kept = None
 
     def remove(self) -> None:
         """Take this off the layers: each gathers for itself."""
