@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from losia_dist import Drawn, Located, LoSiAConfig
@@ -12,7 +13,11 @@ def config_of(settings: dict[str, Any]) -> LoSiAConfig:
     """The configuration that these settings are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the form of an earlier version is kept here on purpose
-        return LoSiAConfig.from_dict(settings)
+        shares = settings.get("share_columns", False)
+        config = LoSiAConfig.from_dict({name: value for name, value in settings.items() if name != "share_columns"})
+    if isinstance(config.selection, Drawn):
+        config = replace(config, selection=replace(config.selection, share_columns=shares))
+    return config
 
 
 def flat(config: LoSiAConfig) -> dict[str, Any]:
@@ -27,4 +32,5 @@ def flat(config: LoSiAConfig) -> dict[str, Any]:
         "localization": "rank_parallel" if config.by_rank else "reduced",
         "calibration_batches": config.calibration_batches,
         "outlier_limit": config.outlier_limit,
+        **({"share_columns": True} if config.share_columns else {}),  # runs of before have columns of their own
     }
