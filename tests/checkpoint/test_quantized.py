@@ -26,7 +26,7 @@ from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.export.onto import computing_onto
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
@@ -120,14 +120,14 @@ def test_codes_in_another_storage_are_the_same_base(saved):
 def test_scales_that_differ_in_the_last_digit_are_the_same_base(saved):
     """As bitsandbytes makes them on another device, or with another number of threads (the mean of a layer's scales)."""
     run, directory = made(), saved[0]
-    for module in packed_modules(run["model"]).values():
+    for module in packed_weights(run["model"]).values():
         state = module.packed._state
         state.offset = torch.nextafter(state.offset, torch.ones(()))
         state.state2.absmax = torch.nextafter(state.state2.absmax, torch.zeros(()))
     load_checkpoint(directory, **run)
     torch.testing.assert_close(run["model"](TOKENS).logits, saved[1]["model"](TOKENS).logits, rtol=0, atol=1e-4)
     other = made()
-    next(iter(packed_modules(other["model"]).values())).packed._state.offset.mul_(1.01)
+    next(iter(packed_weights(other["model"]).values())).packed._state.offset.mul_(1.01)
     with pytest.raises(CheckpointError, match="the codes or scales of .* are not those"):
         load_checkpoint(directory, **other)
 
@@ -145,7 +145,7 @@ def test_a_run_goes_back_to_before_its_first_move(tmp_path, retired):
 
 def test_what_subnets_left_is_loaded_onto_the_device_that_computes(saved):
     model = made()["model"].to("meta")
-    layers = packed_modules(model)
+    layers = packed_weights(model)
     write_quantized(None, layers, Reader(layout.find(saved[0], None)))
     left = [one for module in layers.values() for one in module.packed.overlay.left]
     assert left and all(one.codes.is_meta and one.scales.is_meta for one in left)

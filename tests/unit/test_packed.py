@@ -14,7 +14,7 @@ from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import read_subnet, write_back
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.overlay import Overlay
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from tests.support.families import tiny_model
 from tests.support.models import tiny_llama
 from tests.support.quantized import dequantized, quantize
@@ -128,7 +128,7 @@ def test_4_bits_with_quantized_scales_take_at_most_0_56_bytes_a_value_and_the_ov
         tiny_llama(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4), "nf4:double"
     )
     get_losia_model(model, LoSiAConfig(rank_factor=0.25))
-    for layer in packed_modules(model).values():
+    for layer in packed_weights(model).values():
         packed = layer.packed
         held = layer.weight.nbytes + sum(scale.nbytes for scale in packed.scales())
         assert held <= 0.56 * packed.shape[0] * packed.shape[1]

@@ -10,7 +10,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import write_back
 from losia_dist.subnet.convert import find_sites
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from losia_dist.tools.plan.memory import plan_memory
 from losia_dist.tools.plan.shapes import find_shape, shape_of
 from losia_dist.tools.plan.workload import GB, Cluster, Workload
@@ -29,7 +29,7 @@ def test_planned_weights_and_overlay_are_those_of_a_quantized_model(form):
     )
     quantize(model, form)
     get_losia_model(model, CONFIG)
-    access, layers = resolve_parameters(model), packed_modules(model)
+    access, layers = resolve_parameters(model), packed_weights(model)
     for site in find_sites(model):
         write_back(access, site, site.row_index, site.col_index, site.subnet.data * 1.1)
     codes = {id(layer.weight) for layer in layers.values()}
