@@ -14,7 +14,7 @@ from torch import Tensor
 from losia_dist.checkpoint.session import session_of
 from losia_dist.checkpoint.tensor_names import plain_name, unwrap
 from losia_dist.errors import CheckpointError, ConfigError
-from losia_dist.export.model_directory import ModelDirectory
+from losia_dist.export.loaded_form import LoadedWeights
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.packed_access import PackedAccess
 from losia_dist.subnet.packed import PackedParameter
@@ -42,16 +42,16 @@ class OntoOriginal(PackedAccess):
                 "onto=True with retired='stochastic': what subnets left was rounded into the codes, whose first values this "
                 "run no longer has. Save a checkpoint, and export that."
             )
-        self._access, self._original = access, ModelDirectory(original)
-        for one in self.layers.values():
-            name = plain_name(one.weight_name)
-            if name not in self._original or tuple(self._original.tensor(name).shape) != one.packed.shape:
+        names = [plain_name(one.weight_name) for one in self.layers.values()]
+        self._access, self._original = access, LoadedWeights(original, lambda: unwrap(model), names)
+        for name, one in zip(names, self.layers.values(), strict=True):
+            if self._original.shape(name) != one.packed.shape:
                 raise CheckpointError(
                     f"{original} has no weight {name!r} of {list(one.packed.shape)}: give the directory of the original."
                 )
 
     def original(self, one: PackedParameter) -> Tensor:
-        """The original of a quantized weight, as a plain one would be stored, on the CPU, mapped from its file."""
+        """The original of a quantized weight, as a plain one would be stored, on the CPU, read from its file."""
         return self._original.tensor(plain_name(one.weight_name))
 
     def read_whole(self, parameter: Tensor) -> Tensor:

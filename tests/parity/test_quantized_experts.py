@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.cases import grid
+from tests.support.cases import grid, slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
 
@@ -44,3 +44,31 @@ def expected():
 @pytest.mark.parametrize("mode", grid(MODES, often=OFTEN))
 def test_one_process_equals_it(expected, mode):
     assert_same_run(train("one", mode), expected(mode))
+
+
+@pytest.mark.parametrize(
+    "engine, mode",
+    [
+        ("fsdp2", MODES["located"]),
+        slow("zero3", MODES["transposed parts"]),
+        slow("fsdp2", MODES["transposed parts"]),
+        slow("zero3", MODES["drawn"]),
+        slow("ddp", MODES["located"]),
+        slow("zero2", MODES["parts"]),
+        slow("fsdp2", MODES["fp8"]),
+        slow("zero3", MODES["fp8"]),
+        slow("fsdp2", MODES["bf16 storage"]),
+        slow("zero3", MODES["bf16 storage"]),
+        slow("fsdp2-noreshard", MODES["drawn"]),
+    ],
+)
+def test_every_engine_equals_it(ranks, expected, engine, mode):
+    for result in ranks(2, train, engine, mode):
+        assert_same_run(result, expected(mode))
+
+
+@pytest.mark.parametrize("engine", [slow("one"), slow("fsdp2"), slow("zero3")])
+def test_so_does_checkpointing(ranks, expected, engine):
+    run = variant(LOCATED, checkpointing="non-reentrant")
+    for result in [train("one", run)] if engine == "one" else ranks(2, train, engine, run):
+        assert_same_run(result, expected(run))
