@@ -102,11 +102,15 @@ def test_exports_are_what_trained_or_the_original_with_what_changed_under_its_na
     for name in base:
         assert torch.equal(exports["live", False][name], exports["saved", False][name]), name
         torch.testing.assert_close(exports["live", True][name], exports["saved", True][name], rtol=0, atol=1e-6, msg=name)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "live-False", attn_implementation="eager")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "live-False", attn_implementation="eager", experts_implementation="eager"
+    )
     assert loss_of(loaded) == pytest.approx(loss_of(run["model"]), abs=1e-5)
     # Onto the original, each weight differs from it as the trained one does from its codes.
     plain, changed = dequantized(quantize(tiny_model(f"mixture:{family}"), "nf4:double:experts")), 0
-    onto = AutoModelForCausalLM.from_pretrained(tmp_path / "live-True", attn_implementation="eager")
+    onto = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "live-True", attn_implementation="eager", experts_implementation="eager"
+    )
     for site in run["losia"].sites:
         name = site.name if site.experts is not None else f"{site.name}.weight"
         trained = run["losia"].parameters.read_whole(site.weight)
