@@ -114,7 +114,8 @@ class Requantized:
                 f"{name} in {self._base.path} is {list(tensor.shape)}, {tensor.dtype}: the original's weights are needed, "
                 "as they were before quantization."
             )
-        return tensor.to(getattr(torch, self.layers[layer]["dtype"]))
+        entry = self.layers[layer]
+        return tensor.to(getattr(torch, entry.get("made_from", entry["dtype"])))
 
     def _packed(self, layer: str, original: Tensor) -> tuple[FourBit, Tensor]:
         try:
@@ -129,6 +130,7 @@ class Requantized:
             compress_statistics=entry["double"],
         )
         packed = FourBit(state, torch.uint8, entry["retired"], self._layout(layer))
+        packed.dtype = getattr(torch, entry["dtype"])
         if packed.print_of(codes) != entry["print"] or not same_scales(packed.figures(), entry["scales"]):
             raise CheckpointError(
                 f"the codes of {layer} made from {self._base.path if self._base else ''} are not those of the run: "

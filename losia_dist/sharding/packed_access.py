@@ -33,6 +33,17 @@ class PackedAccess:
         self.layers = packed_weights(model)  # by name
         for one in self.layers.values():
             one.packed.check_storage(one.weight)
+        self._follow_casts()
+
+    def _follow_casts(self) -> None:
+        """Where `model.to(dtype)` has cast the model since it was converted, its values have that dtype too."""
+        cast = {}
+        for one in self.layers.values():
+            for site in one.module.__dict__.get("sites", ()):
+                if site.packed is one.packed and site.asked_dtype is None:
+                    cast[one.packed.dtype] = site.subnet.dtype
+        for one in self.layers.values():
+            one.packed.dtype = cast.get(one.packed.dtype, one.packed.dtype)
 
     def reshard(self) -> None:
         self.engine.reshard()

@@ -73,7 +73,7 @@ def _four_bits(holder: Any, parameter: str, layout: Layout, retired: str | None)
         state = getattr(codes, "quant_state", None)
         if state is None or type(codes).__name__ != "Params4bit":
             return None
-    refuse_state(state)
+    refuse_state(state, codes.dtype)
     if len(state.shape) != 3 and not layout.stacked:
         raise UnsupportedError(f"{parameter} holds codes of a tensor of {list(state.shape)}, and not of experts' matrices.")
     return FourBit(state, codes.dtype, retired or "nf4", layout), codes.detach()

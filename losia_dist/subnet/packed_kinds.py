@@ -29,7 +29,13 @@ class FourBit(PackedWeight):
         self.kind, self._state = state.quant_type, state
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "blocksize": self._state.blocksize, "double": bool(self._state.nested)}
+        made_from = str(self._state.dtype).removeprefix("torch.")
+        return {
+            "kind": self.kind,
+            "blocksize": self._state.blocksize,
+            "double": bool(self._state.nested),
+            "made_from": made_from,
+        }
 
     def scales(self) -> list[Tensor]:
         state = self._state
@@ -181,12 +187,21 @@ def _four_bit(module: Any, retired: str) -> tuple[PackedWeight, Tensor]:
             "a bitsandbytes layer in 4 bits has no codes yet: bitsandbytes makes them when the model is moved to its device. "
             "Load it with from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True)), or move it first."
         )
-    refuse_state(state)
+    refuse_state(state, weight.dtype)
     return FourBit(state, weight.dtype, retired), weight.detach()
 
 
-def refuse_state(state: Any) -> None:
-    """Raises: UnsupportedError: codes of bitsandbytes that are not as its quantization makes them."""
+def refuse_state(state: Any, storage: torch.dtype) -> None:
+    """Look at bitsandbytes' codes, and at the dtype that they are stored as.
+
+    Raises:
+        UnsupportedError: they are not as its quantization makes them, or engines would cast them.
+    """
+    if storage == torch.float16:
+        raise UnsupportedError(
+            "its codes are stored as torch.float16 (bnb_4bit_quant_storage in BitsAndBytesConfig), which engines that train in "
+            "bf16 or fp32 would cast: set torch.uint8, the default, or torch.bfloat16 for FSDP2 with a param_dtype."
+        )
     if getattr(state, "packing_format_for_cpu", False):
         raise UnsupportedError(
             "an evaluation has laid the codes of a bitsandbytes layer out anew for this processor, and rounded its scales: "

@@ -36,13 +36,15 @@ def adopt_quantized(model: nn.Module, retired: str | None, seed: int) -> Callabl
         retired, seed: of `LoSiAConfig`.
 
     Raises:
-        UnsupportedError: codes in a state that cannot be read. Nothing was changed.
+        UnsupportedError: codes in a state that cannot be read, or on several devices. Nothing was changed.
         ConfigError: the form of `retired` needs a package that is not installed.
     """
     layers, experts = _find(model, retired)
     every = [packed for _, _, packed, _ in layers] + [packed for _, _, stored in experts for packed, _ in stored.values()]
     for form in {packed.overlay.form for packed in every if packed.overlay is not None}:
         check_form(form)
+    if every:
+        _refuse_several_devices(model)
     if retired is not None and not every:
         raise ConfigError(f"retired={retired!r}, but the model has no quantized layer that this library reads: leave it out.")
     put_back = [_memory(module) for _, module, *_ in [*layers, *experts]]
@@ -102,6 +104,19 @@ def _find(
         if stored:
             experts.append((name, module, stored))
     return layers, experts
+
+
+def _refuse_several_devices(model: Any) -> None:
+    """`device_map` makes modules move their inputs, by hooks that would be lost; subnets of one model are on one device."""
+    placed: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    devices = sorted({str(device) for device in placed.values()})
+    if len(devices) > 1:
+        first = next(name for name, device in placed.items() if str(device) != str(next(iter(placed.values()))))
+        raise UnsupportedError(
+            f"the quantized model is spread over several devices by device_map ({', '.join(devices)}; {first!r} is not where "
+            "the first module is): load it with device_map={'': device}, one process for each GPU, and shard it by FSDP2 or "
+            "ZeRO-3 if it does not fit."
+        )
 
 
 def _hold(name: str, module: Any, stored: dict[str, tuple[PackedWeight, Tensor]], seed: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from losia_dist import (
@@ -172,6 +173,25 @@ def test_what_is_exported_is_what_trained(tmp_path, form):
     train(again, 5)
     train(again, 2), train(run, 2)
     assert torch.equal(again["model"](TOKENS).logits, run["model"](TOKENS).logits)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_a_model_that_is_cast_after_it_was_converted_is_exported_in_one_dtype(tmp_path, original, targets):
+    model = quantize(tiny_llama(**SIZES), "nf4:double")
+    settings = LoSiAConfig(rank_factor=0.25, period=2, layers_per_slot=3, selection=Drawn(), target_modules=targets)
+    get_losia_model(model, settings).to(torch.bfloat16)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
+    run = {"model": model, "optimizer": optimizer, "losia": LoSiA(model, optimizer, settings)}
+    train(run, 5)
+    save_checkpoint(tmp_path / "run", **run)
+    export_model(run["losia"], tmp_path / "live")
+    export_model(tmp_path / "run", tmp_path / "saved", base_model=original)
+    live, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "saved"))
+    assert {tensor.dtype for tensor in live.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[name], live[name]) for name in live)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "live", attn_implementation="eager", dtype=torch.bfloat16)
+    loaded.model.rotary_emb = model.model.rotary_emb  # whose buffers were cast too
+    assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
 
 
 def test_a_model_that_was_stored_in_4_bits_goes_on_as_one_quantized_while_loading_and_is_exported(tmp_path, original):

@@ -248,6 +248,21 @@ def test_codes_that_an_evaluation_has_laid_out_anew_are_refused():
         get_losia_model(model, LoSiAConfig())
 
 
+def test_codes_stored_as_fp16_are_refused_with_the_setting():
+    model = quantize(tiny_llama(**SIZES), "nf4:float16")
+    with pytest.raises(UnsupportedError, match="layers.0.*codes are stored as torch.float16 .bnb_4bit_quant_storage.*uint8"):
+        get_losia_model(model, LoSiAConfig())
+
+
+def test_a_quantized_model_on_several_devices_is_refused():
+    model = quantize(tiny_llama(**SIZES), "nf4")
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+    with pytest.raises(UnsupportedError, match="by device_map .0, 1; 'model.layers.1' is not where.*device_map={'': device}"):
+        get_losia_model(model, LoSiAConfig())
+    model.hf_device_map = {"": "cpu"}
+    get_losia_model(model, LoSiAConfig())
+
+
 def test_layers_without_codes_yet_are_refused():
     import bitsandbytes as bnb
 

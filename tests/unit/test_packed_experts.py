@@ -15,6 +15,7 @@ from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import read_subnet, write_back
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.experts_overlay import ExpertsOverlay
+from losia_dist.subnet.overlay import check_form
 from losia_dist.subnet.packed import packed_weights
 from tests.support.families import tiny_model
 from tests.support.quantized import dequantized, quantize
@@ -83,6 +84,7 @@ def some_places(E: int, size: int, kept: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", KEPT)
 def test_what_subnets_leave_adds_up_for_each_expert(form):
+    check_form(form)
     E, m, n = 5, 40, 60
     overlay, matrices = ExpertsOverlay((E, m, n), form), torch.randn(E, n, m).transpose(1, 2)
     expected = matrices.clone()
@@ -105,6 +107,7 @@ def test_what_subnets_leave_adds_up_for_each_expert(form):
 @pytest.mark.parametrize("form", KEPT)
 @pytest.mark.parametrize("shape", [(40, 16, 32), (3, 5, 7)])
 def test_more_than_all_matrices_become_one_difference_of_them(form, shape):
+    check_form(form)
     E, m, n = shape
     overlay, expected = ExpertsOverlay(shape, form), torch.zeros(shape)
     for place in range(24):
