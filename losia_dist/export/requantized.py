@@ -13,6 +13,7 @@ from losia_dist.checkpoint.reader import Reader, layout_of
 from losia_dist.errors import CheckpointError
 from losia_dist.export.loaded_form import LoadedWeights
 from losia_dist.export.plain_class import model_without_weights
+from losia_dist.subnet.four_bits import quantize_4bit
 from losia_dist.subnet.layout import ONE_MATRIX, Layout, Places
 from losia_dist.subnet.overlay import Left
 from losia_dist.subnet.packed import same_scales
@@ -118,17 +119,11 @@ class Requantized:
         return tensor.to(getattr(torch, entry.get("made_from", entry["dtype"])))
 
     def _packed(self, layer: str, original: Tensor) -> tuple[FourBit, Tensor]:
+        entry: dict[str, Any] = self.layers[layer]
         try:
-            from bitsandbytes.functional import quantize_4bit
+            codes, state = quantize_4bit(original, entry["kind"], double=entry["double"], block=entry["blocksize"])
         except ImportError as error:
             raise CheckpointError("a base in 4 bits is made again by bitsandbytes: pip install bitsandbytes.") from error
-        entry: dict[str, Any] = self.layers[layer]
-        codes, state = quantize_4bit(
-            original.contiguous(),
-            blocksize=entry["blocksize"],
-            quant_type=entry["kind"],
-            compress_statistics=entry["double"],
-        )
         packed = FourBit(state, torch.uint8, entry["retired"], self._layout(layer))
         packed.dtype = getattr(torch, entry["dtype"])
         if packed.print_of(codes) != entry["print"] or not same_scales(packed.figures(), entry["scales"]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.blocks import take_subnet, write_subnet
+from losia_dist.subnet.four_bits import dequantize_4bit
 
 BLOCK = 64  # values that share a scale, in NF4
 
@@ -106,16 +107,6 @@ def check_form(form: str) -> None:
             raise ConfigError(
                 "retired='nf4' needs bitsandbytes: pip install bitsandbytes, or set retired: int8 (twice the memory)."
             ) from error
-
-
-def dequantize_4bit(
-    packed: Tensor, scales: Tensor, block: int, kind: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """Values of bitsandbytes' codes, of any shape: packed uint8 [values / 2, 1], scales fp32 of blocks of successive values."""
-    # In one row: where rows are no multiple of the block, bitsandbytes' CPU kernel takes other blocks than it made
-    # (findings/bitsandbytes_cpu_rows_and_blocks.sh).
-    flat = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, block, kind, [math.prod(shape)], dtype)
-    return flat.view(shape)  # type: ignore[no-any-return]
 
 
 def _find(index: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:

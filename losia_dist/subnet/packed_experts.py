@@ -16,7 +16,6 @@ from losia_dist.subnet.packed import PackedWeight
 from losia_dist.subnet.packed_kinds import EightBit, FourBit, refuse_state
 
 Stored = dict[str, tuple[PackedWeight, Tensor]]
-MOST_VALUES = 2**31 - 1  # of one weight: bitsandbytes counts them so
 _BNB_HOOKS = "bitsandbytes.nn.parametrize"
 _FP8 = torch.float8_e4m3fn
 
@@ -71,7 +70,7 @@ def _four_bits(holder: Any, parameter: str, layout: Layout, retired: str | None)
     else:
         codes = holder._parameters.get(parameter)
         state = getattr(codes, "quant_state", None)
-        if state is None or type(codes).__name__ != "Params4bit":
+        if state is None:
             return None
     refuse_state(state, codes.dtype)
     if len(state.shape) != 3 and not layout.stacked:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
+from losia_dist.subnet.four_bits import dequantize_4bit
 from losia_dist.subnet.layout import ONE_MATRIX, Layout
-from losia_dist.subnet.overlay import dequantize_4bit
 from losia_dist.subnet.packed import PackedWeight
 
 _FP8 = torch.float8_e4m3fn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -12,11 +13,13 @@ from torch.nn.utils import parametrize
 from losia_dist import Drawn, LoSiAConfig, get_losia_model
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.resolve import resolve_parameters
+from losia_dist.subnet import four_bits
 from losia_dist.subnet.access import read_subnet, write_back
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.experts_overlay import ExpertsOverlay
-from losia_dist.subnet.overlay import check_form
+from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.packed import packed_weights
+from losia_dist.subnet.packed_kinds import FourBit
 from tests.support.families import tiny_model
 from tests.support.quantized import dequantized, quantize
 from tests.unit.test_packed import KEPT
@@ -78,13 +81,26 @@ def test_a_base_in_bf16_reads_the_same_block_by_block_and_whole(form, family):
         assert torch.equal(found, block) and not torch.equal(block, site.subnet)
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_of_more_values_than_bitsandbytes_counts_are_cut(monkeypatch, double):
+    values = torch.randn(5, 30, 22, dtype=torch.bfloat16)
+    codes, state = bitsandbytes.functional.quantize_4bit(values, quant_type="nf4", compress_statistics=double)
+    whole = FourBit(state, torch.uint8, "nf4", Layout(experts=(0, 5)))
+    expected = whole.decode(codes, torch.float32)
+    monkeypatch.setattr(four_bits, "_AT_ONCE", 1024)
+    for storage in (torch.uint8, torch.bfloat16):
+        cut, its = four_bits.quantize_4bit(values, "nf4", double=double, storage=storage)
+        packed = FourBit(its, storage, "nf4", Layout(experts=(0, 5)))
+        assert cut.dtype == storage and packed.print_of(cut) == whole.print_of(codes) and packed.figures() == whole.figures()
+        assert torch.equal(packed.decode(cut, torch.float32), expected) and packed.describe() == whole.describe()
+
+
 def some_places(E: int, size: int, kept: int) -> torch.Tensor:
     return torch.stack([torch.randperm(size)[:kept].sort().values for _ in range(E)])
 
 
 @pytest.mark.parametrize("form", KEPT)
 def test_what_subnets_leave_adds_up_for_each_expert(form):
-    check_form(form)
     E, m, n = 5, 40, 60
     overlay, matrices = ExpertsOverlay((E, m, n), form), torch.randn(E, n, m).transpose(1, 2)
     expected = matrices.clone()
@@ -107,7 +123,6 @@ def test_what_subnets_leave_adds_up_for_each_expert(form):
 @pytest.mark.parametrize("form", KEPT)
 @pytest.mark.parametrize("shape", [(40, 16, 32), (3, 5, 7)])
 def test_more_than_all_matrices_become_one_difference_of_them(form, shape):
-    check_form(form)
     E, m, n = shape
     overlay, expected = ExpertsOverlay(shape, form), torch.zeros(shape)
     for place in range(24):

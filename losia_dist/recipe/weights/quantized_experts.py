@@ -10,11 +10,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from losia_dist.errors import ConfigError
 from losia_dist.subnet.expert_weights import weights_of
-from losia_dist.subnet.packed_experts import MOST_VALUES
+from losia_dist.subnet.four_bits import quantize_4bit
 
 _METHOD = "losia_bitsandbytes_4bit"
 
@@ -61,25 +60,24 @@ def _quantizer_class() -> Any:
                 whole: Tensor = value[0] if isinstance(value, list) else value
                 home, computes = whole.device, _computing_device(whole)
                 module, parameter = get_module_from_name(model, name)
-                if _holds_experts(module, parameter):
-                    codes = self._experts(whole.to(computes))
-                else:
-                    codes = super().convert({name: whole.to(computes)}, model=model, **kwargs)[name]
-                made[name] = codes.to(home)
+                if not _holds_experts(module, parameter):
+                    made[name] = super().convert({name: whole.to(computes)}, model=model, **kwargs)[name].to(home)
+                    continue
+                codes, state = self._experts(whole.to(computes))
+                state.to(home)
+                held: Any = nn.Parameter(codes.to(home), requires_grad=False)
+                held.quant_state = state
+                made[name] = held
             return made
 
-        def _experts(self, whole: Tensor) -> Any:
-            from bitsandbytes.nn import Params4bit
-
+        def _experts(self, whole: Tensor) -> tuple[Tensor, Any]:
             settings = self.hf_quantizer.quantization_config
-            codes: Any = Params4bit(
+            return quantize_4bit(
                 whole,
-                requires_grad=False,
-                compress_statistics=settings.bnb_4bit_use_double_quant,
-                quant_type=settings.bnb_4bit_quant_type,
-                quant_storage=settings.bnb_4bit_quant_storage,
+                settings.bnb_4bit_quant_type,
+                double=settings.bnb_4bit_use_double_quant,
+                storage=settings.bnb_4bit_quant_storage,
             )
-            return codes.to(whole.device)
 
     class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Transformers' own for bitsandbytes in 4 bits, with experts."""
@@ -93,15 +91,6 @@ def _quantizer_class() -> Any:
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self)
-
-        def _process_model_before_weight_loading(self, model: Any, device_map: Any, **kwargs: Any) -> None:
-            super()._process_model_before_weight_loading(model, device_map, **kwargs)
-            for name, parameter in model.named_parameters():
-                if parameter.numel() > MOST_VALUES and self.param_needs_quantization(model, name):
-                    raise ConfigError(
-                        f"{name} holds {parameter.numel():,} values, and bitsandbytes quantizes up to {MOST_VALUES:,} at once: "
-                        "train this model without --quantization."
-                    )
 
     return Quantizer
 
