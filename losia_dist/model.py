@@ -11,7 +11,7 @@ from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.convert import convert, find_sites
-from losia_dist.subnet.packed_linear import adopt_quantized
+from losia_dist.subnet.quantized import adopt_quantized
 
 Model = TypeVar("Model", bound=nn.Module)
 

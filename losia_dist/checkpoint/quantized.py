@@ -1,8 +1,9 @@
 """A quantized base in a checkpoint: not its codes, which any run loads again, but their print, and what subnets left beside
 them.
 
-Names of tensors: `overlay/<layer>/<number>/rows`, `/columns` (where they are not all), `/codes` and `/scales`; where subnets
-are rounded into the codes instead (retired="stochastic"), the codes themselves, `codes/<layer>`.
+Names of tensors: `overlay/<layer>/<number>/rows`, `/columns`, `/experts` (where they are not all), `/codes` and `/scales`;
+where subnets are rounded into the codes instead (retired="stochastic"), the codes themselves, `codes/<layer>`. The layer of
+experts is their weight.
 """
 
 from __future__ import annotations
@@ -11,40 +12,41 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.errors import CheckpointError
 from losia_dist.sharding.packed_access import PackedAccess
 from losia_dist.subnet.overlay import Left
-from losia_dist.subnet.packed import packed_of, same_scales
+from losia_dist.subnet.packed import PackedParameter, same_scales
+from losia_dist.subnet.site import Site
 
 
-def describe_quantized(access: Any, quantized: Mapping[str, nn.Module]) -> dict[str, Any]:
+def describe_quantized(access: Any, quantized: Mapping[str, PackedParameter]) -> dict[str, Any]:
     """Kind, shape, dtype of the values, print of the codes, figures of their scales, by layer; called by all ranks, which
     gather each weight once.
     """
-    return {} if not quantized else {name: _describe(access, module) for name, module in quantized.items()}
+    return {} if not quantized else {name: _describe(access, one) for name, one in quantized.items()}
 
 
-def _describe(access: PackedAccess, module: Any) -> dict[str, Any]:
-    packed = packed_of(module)
-    assert packed is not None
-    entry = {"shape": list(packed.shape), "dtype": dtype_name(packed.dtype), "print": access.print_of(module)}
+def _describe(access: PackedAccess, one: PackedParameter) -> dict[str, Any]:
+    packed = one.packed
+    entry = {"shape": list(packed.shape), "dtype": dtype_name(packed.dtype), "print": access.print_of(one)}
+    if packed.layout.experts is not None:
+        entry |= {"experts": packed.shape[0], "transposed": packed.layout.transposed}
     return {**packed.describe(), **entry, "scales": packed.figures(), "retired": packed.retired, "moves": packed.moves}
 
 
 def read_quantized(
-    access: Any, quantized: Mapping[str, nn.Module], keep: Callable[[str, Tensor], None], rank: int, world_size: int
+    access: Any, quantized: Mapping[str, PackedParameter], keep: Callable[[str, Tensor], None], rank: int, world_size: int
 ) -> None:
     """Give `keep` this rank's share of what subnets left. Called by all ranks."""
-    for place, (name, module) in enumerate(quantized.items()):
-        packed, mine = packed_of(module), place % world_size == rank
-        assert packed is not None
+    for place, (name, one) in enumerate(quantized.items()):
+        packed, mine = one.packed, place % world_size == rank
         if packed.overlay is None:
-            if _has_subnet(module):
-                codes = access.read_codes(module.weight)
+            if _sites_of(one):
+                codes = access.read_codes(one.weight)
                 if mine:
                     keep(f"codes/{name}", codes.reshape(-1).view(torch.uint8))
             continue
@@ -54,23 +56,23 @@ def read_quantized(
                     keep(f"overlay/{name}/{number}/{part}", tensor)
 
 
-def write_quantized(access: Any, quantized: Mapping[str, nn.Module], reader: Reader) -> None:
+def write_quantized(access: Any, quantized: Mapping[str, PackedParameter], reader: Reader) -> None:
     """Put it back, each rank what it keeps. Called by all ranks, after `check_quantized`."""
-    for name, module in quantized.items():
-        packed, weight = packed_of(module), module.weight
-        assert packed is not None and isinstance(weight, Tensor)
+    for name, one in quantized.items():
+        packed, sites = one.packed, _sites_of(one)
         packed.moves = reader.manifest["quantized"][name]["moves"]
         if packed.overlay is not None:
             # On the device that computes: each pass reads it, and would send it there again.
-            device = getattr(module, "row_index", weight).device
-            packed.overlay.left = [one.to(device) for one in overlay_of(reader, name)]
-        elif _has_subnet(module):  # before the first move too: this run's may have been rounded since
+            device = sites[0].row_index.device if sites else one.weight.device
+            packed.overlay.left = [left.to(device) for left in overlay_of(reader, name)]
+        elif sites:  # before the first move too: this run's may have been rounded since
             codes = reader.tensor(f"codes/{name}").view(packed.storage)
-            access.write_codes(weight, codes)
+            access.write_codes(one.weight, codes)
 
 
-def _has_subnet(module: nn.Module) -> bool:
-    return bool(module.__dict__.get("sites"))
+def _sites_of(one: PackedParameter) -> list[Site]:
+    """Of the subnets that move in it."""
+    return [site for site in one.module.__dict__.get("sites", ()) if site.names.weight == one.parameter]
 
 
 def overlay_of(reader: Reader, layer: str) -> list[Left]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from losia_dist.run.conductor import LoSiA
 from losia_dist.subnet.convert import find_sites
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import PackedParameter, packed_weights
 from losia_dist.subnet.site import Site
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -25,7 +25,7 @@ class Contents:
         buffers: persistent buffers but the subnets' indices.
         sites: name of a site -> the site; that of a linear layer is the layer's.
         weight_of: name of a site -> the name of its weight.
-        quantized: name of a layer -> the module, of those whose weight is stored as codes; that is in no other list.
+        quantized: name of a layer, or of experts' weight -> the parameter, of those stored as codes; that is in no other list.
         aliases: further names of a shared parameter or buffer -> the first one.
     """
 
@@ -34,7 +34,7 @@ class Contents:
     buffers: dict[str, Tensor]
     sites: dict[str, Site]
     weight_of: dict[str, str]
-    quantized: dict[str, nn.Module]
+    quantized: dict[str, PackedParameter]
     aliases: dict[str, str]
 
 
@@ -47,8 +47,8 @@ def contents_of(losia: LoSiA) -> Contents:
     trained: dict[str, nn.Parameter] = {name: sites[name.removesuffix(".subnet")].subnet for name in subnets.values()}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
-    quantized = {plain_name(name): module for name, module in packed_modules(model).items()}
-    codes = {id(module.weight) for module in quantized.values()}
+    quantized = {plain_name(name): one for name, one in packed_weights(model).items()}
+    codes = {id(one.weight) for one in quantized.values()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = plain_name(name)
         if id(parameter) in subnets:

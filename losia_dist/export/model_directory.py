@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from losia_dist.checkpoint import atomic_files
-from losia_dist.checkpoint.safetensors_io import writing_order
+from losia_dist.checkpoint.safetensors_io import DTYPES, writing_order
 from losia_dist.errors import CheckpointError, ConfigError, LoSiAError
 from losia_dist.export.beside import TEMPLATES, copy_beside
 from losia_dist.export.inference import TOKENIZERS, add_end_tokens, write_tokenizer
@@ -49,6 +50,16 @@ class ModelDirectory:
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        """Of all weights."""
+        return list(self._where)
+
+    def like(self, name: str) -> Tensor:
+        """A tensor without data, of a weight's shape and dtype."""
+        part = self._where[name].get_slice(name)
+        return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
     def tensor(self, name: str) -> Tensor:
         """A weight, whole, in the shape and dtype that it is stored in, on the CPU."""

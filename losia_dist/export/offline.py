@@ -14,7 +14,7 @@ from losia_dist.checkpoint.atomic_files import Entry
 from losia_dist.checkpoint.reader import Reader, layout_of
 from losia_dist.export.model_directory import write_json_files, write_model_directory
 from losia_dist.export.plain_class import stored_form_of
-from losia_dist.export.requantized import Requantized
+from losia_dist.export.requantized import Requantized, flat_blocks
 from losia_dist.export.stored_form import StoredWeights
 
 
@@ -36,7 +36,7 @@ class ExportedWeights:
         subnets = {f"{site}.subnet" for site in manifest["subnets"]}
         trained = {name: entry for name, entry in manifest["trained"].items() if name not in subnets}
         self.quantized = Requantized(self.reader, base_model, onto=onto)
-        layers = {f"{layer}.weight": entry for layer, entry in self.quantized.layers.items()}
+        layers = {name: self.quantized.layers[layer] for name, layer in self.quantized.layer_of.items()}
         held = {**base["weights"], **layers, **trained, **manifest["buffers"]}
         self.entries = {name: Entry(getattr(torch, e["dtype"]), tuple(e["shape"])) for name, e in held.items()}
         self._alias: dict[str, str] = {}
@@ -71,9 +71,8 @@ class ExportedWeights:
 
     def _read(self, name: str) -> Tensor:
         name = self._alias.get(name, name)
-        layer = name.removesuffix(".weight")
-        if layer in self.quantized.layers:
-            return self.quantized.read(layer)
+        if name in self.quantized.layer_of:
+            return self.quantized.read(self.quantized.layer_of[name])
         if name in self.reader.base["weights"]:
             return self.reader.weight(name, with_subnet=True)
         return self.reader.model_copy(name) if name in self.reader.manifest["trained"] else self.reader.tensor(f"buffer/{name}")
@@ -86,15 +85,13 @@ class ExportedWeights:
         """
         found: list[tuple[Tensor, Tensor]] = []
         name = self._alias.get(name, name)
-        if name.removesuffix(".weight") in self.quantized.layers:
-            return self.quantized.blocks(name.removesuffix(".weight"))
+        if name in self.quantized.layer_of:
+            return self.quantized.blocks(self.quantized.layer_of[name])
         for site, entry in self.reader.manifest["subnets"].items():
             if entry["weight"] == name:
                 stored = tuple(self.reader.base["weights"][name]["shape"])
                 for rows, columns, _ in self.reader.blocks(site, with_subnet=True):
-                    *expert, first, second = layout_of(entry).places(stored, rows, columns)
-                    first = first + expert[0] * stored[-2] if expert else first
-                    found += zip(*(torch.atleast_2d(index.flatten(-2)) for index in (first, second)), strict=True)
+                    found += flat_blocks(stored, layout_of(entry).places(stored, rows, columns))
         return found
 
 

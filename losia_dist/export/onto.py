@@ -14,9 +14,10 @@ from torch import Tensor
 from losia_dist.checkpoint.session import session_of
 from losia_dist.checkpoint.tensor_names import plain_name, unwrap
 from losia_dist.errors import CheckpointError, ConfigError
-from losia_dist.export.model_directory import ModelDirectory
+from losia_dist.export.loaded_form import LoadedWeights
 from losia_dist.run.conductor import LoSiA
 from losia_dist.sharding.packed_access import PackedAccess
+from losia_dist.subnet.packed import PackedParameter
 
 
 class OntoOriginal(PackedAccess):
@@ -36,30 +37,29 @@ class OntoOriginal(PackedAccess):
         if original is None:
             raise ConfigError("onto=True needs base_model, the directory of the model that was quantized.")
         super().__init__(unwrap(model), access.engine)
-        if any(module.packed.overlay is None and module.packed.moves for module in self._modules):
+        if any(one.packed.overlay is None and one.packed.moves for one in self.layers.values()):
             raise ConfigError(
                 "onto=True with retired='stochastic': what subnets left was rounded into the codes, whose first values this "
                 "run no longer has. Save a checkpoint, and export that."
             )
-        self._access, self._original = access, ModelDirectory(original)
-        self._names = {id(module): f"{plain_name(name)}.weight" for name, module in self.layers.items()}
-        for module in self._modules:
-            name = self._names[id(module)]
-            if name not in self._original or tuple(self._original.tensor(name).shape) != module.packed.shape:
+        names = [plain_name(one.weight_name) for one in self.layers.values()]
+        self._access, self._original = access, LoadedWeights(original, lambda: unwrap(model), names)
+        for name, one in zip(names, self.layers.values(), strict=True):
+            if self._original.shape(name) != one.packed.shape:
                 raise CheckpointError(
-                    f"{original} has no weight {name!r} of {list(module.packed.shape)}: give the directory of the original."
+                    f"{original} has no weight {name!r} of {list(one.packed.shape)}: give the directory of the original."
                 )
 
-    def original(self, module: Any) -> Tensor:
-        """The original weight of a quantized layer [m, n], on the CPU, mapped from its file."""
-        return self._original.tensor(self._names[id(module)])
+    def original(self, one: PackedParameter) -> Tensor:
+        """The original of a quantized weight, as a plain one would be stored, on the CPU, read from its file."""
+        return self._original.tensor(plain_name(one.weight_name))
 
     def read_whole(self, parameter: Tensor) -> Tensor:
-        module = self._module(parameter)
-        if module is None:
+        one = self._find(parameter)
+        if one is None:
             return super().read_whole(parameter)
         change = self._access.read_change(parameter)
-        return (self.original(module).to(change.device, change.dtype) + change).to(self.dtype(parameter))
+        return (self.original(one).to(change.device, change.dtype) + change).to(self.dtype(parameter))
 
 
 @contextmanager
@@ -77,9 +77,11 @@ def computing_onto(losia: LoSiA, original: str | Path | None) -> Iterator[None]:
     layers = list(access.layers.values())
     try:
         for site in sites:
-            rows, columns = site.row_index, site.col_index
-            whole = access.original(site.module)[rows.cpu()][:, columns.cpu()].to(rows.device, torch.float32)
-            decoded = access.decoded_at(site.weight, rows, columns).to(torch.float32)
+            one = access.found(site.weight)
+            places = site.layout.places(one.packed.shape, site.row_index, site.col_index)
+            there = tuple(index.cpu() for index in places)
+            whole = access.original(one)[there].to(site.row_index.device, torch.float32)
+            decoded = access.decoded_at(site.weight, places).to(torch.float32)
             losia.parameters.write_whole(site.subnet, trained[site].to(torch.float32) + whole - decoded)
         for layer in layers:
             layer.packed.original = partial(_original, access, layer)
@@ -91,5 +93,5 @@ def computing_onto(losia: LoSiA, original: str | Path | None) -> Iterator[None]:
             losia.parameters.write_whole(site.subnet, trained[site])
 
 
-def _original(access: OntoOriginal, module: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return access.original(module).to(device, dtype, copy=True)
+def _original(access: OntoOriginal, one: PackedParameter, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return access.original(one).to(device, dtype, copy=True)

@@ -29,7 +29,7 @@ def stored_form_of(reader: Reader, entries: dict[str, Entry]) -> StoredForm:
     base = reader.base
     if "conversions" not in base:
         raise _refusal(reader, "the version of losia_dist that saved it did not note the rules")
-    model = _without_weights(reader)
+    model = model_without_weights(reader)
     known = [(describe_conversion(rule), rule) for rule in class_conversions(model, add_legacy=True)]
     rules = []
     for noted in base["conversions"]:
@@ -45,7 +45,8 @@ def stored_form_of(reader: Reader, entries: dict[str, Entry]) -> StoredForm:
         raise _refusal(reader, f"its rules fail ({type(error).__name__}: {error})") from error
 
 
-def _without_weights(reader: Reader) -> Any:
+def model_without_weights(reader: Reader) -> Any:
+    """A checkpoint's model on the meta device. Raises: CheckpointError: a class that Transformers does not have."""
     import transformers
 
     name, config = reader.base["model_class"], reader.base["config"]

@@ -15,6 +15,7 @@ from losia_dist.recipe.environment import Process
 from losia_dist.recipe.heldout import held_out_loss
 from losia_dist.recipe.loop import Reporter
 from losia_dist.recipe.weights.model_files import local_directory
+from losia_dist.recipe.weights.quantized_experts import four_bit_settings
 
 
 def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, process: Process) -> dict[str, Any]:
@@ -46,16 +47,10 @@ def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, 
         except ImportError as error:
             raise ConfigError(f"--quantization {form} needs bitsandbytes: pip install bitsandbytes.") from error
         dtype = torch.bfloat16 if choice.precision == "bf16" else torch.float32
-        if form == "int8":
-            settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        else:
-            settings = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=form,
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-    return {"quantization_config": settings, "device_map": {"": process.device}}
+        settings = transformers.BitsAndBytesConfig(load_in_8bit=True) if form == "int8" else four_bit_settings(form, dtype)
+    # Where each rank is to keep a part of every weight, a GPU need not hold all of them before; they are quantized on it.
+    is_cut = choice.cuts_weights and process.world_size > 1 and form in ("nf4", "fp4")
+    return {"quantization_config": settings, "device_map": {"": torch.device("cpu") if is_cut else process.device}}
 
 
 def choose_export(run: Engine, reporter: Reporter, options: argparse.Namespace) -> bool:

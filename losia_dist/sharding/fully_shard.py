@@ -23,7 +23,7 @@ from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.expert_parallel import check_parallelism, is_spread, is_whole_expert
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.subnet.layout import Places
-from losia_dist.subnet.packed import as_integers, packed_modules, packed_of
+from losia_dist.subnet.packed import as_integers, packed_of, packed_weights
 
 
 class FullyShardParameters:
@@ -207,7 +207,7 @@ def _find(weight: DTensor, places: Places) -> tuple[Places, Tensor]:
 
 def _refuse_codes(model: nn.Module, units: list[Any]) -> None:
     """Codes of a quantized weight that are left out of sharding, or would be cast whenever they are gathered."""
-    layers = packed_modules(model)
+    layers = packed_weights(model)
     for name, layer in layers.items():
         if not isinstance(layer.weight, DTensor):
             raise UnsupportedError(
@@ -217,8 +217,9 @@ def _refuse_codes(model: nn.Module, units: list[Any]) -> None:
     for unit in units:
         group = unit._get_fsdp_state()._fsdp_param_group
         for one in [] if group is None else group.fsdp_params:
-            packed, dtype = packed_of(one._module_info.module), one.mp_policy.param_dtype
-            if packed is not None and one._module_info.param_name == "weight" and dtype not in (None, packed.storage):
+            info, dtype = one._module_info, one.mp_policy.param_dtype
+            packed = packed_of(info.module, info.param_name)
+            if packed is not None and dtype not in (None, packed.storage):
                 packed.check_storage(torch.empty(0, dtype=dtype))
 
 

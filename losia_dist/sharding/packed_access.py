@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from losia_dist.sharding.interface import ParameterAccess
 from losia_dist.subnet.layout import Places
-from losia_dist.subnet.packed import PackedWeight, packed_modules, packed_of
+from losia_dist.subnet.packed import PackedParameter, PackedWeight, packed_weights
 
 
 class PackedAccess:
-    """Speaks of a quantized weight as of the matrix that its codes stand for; everything else is the engine's own access.
+    """Speaks of a quantized weight as of the matrix, or matrices, that its codes stand for; everything else is the engine's own
+    access.
 
     Writing a block into one is what a subnet does that moves on: its `Overlay` keeps it, on every rank. Reading a whole one
     gives what the layer computes with, the present subnet in it: nothing is ever written back for that (`LoSiA.consolidate`).
@@ -30,10 +30,20 @@ class PackedAccess:
     def __init__(self, model: nn.Module, engine: ParameterAccess) -> None:
         self.engine = engine
         self.weight_is_resident = engine.weight_is_resident
-        self.layers = packed_modules(model)  # by full name
-        self._modules = list(self.layers.values())
-        for module in self._modules:
-            module.packed.check_storage(module.weight)
+        self.layers = packed_weights(model)  # by name
+        for one in self.layers.values():
+            one.packed.check_storage(one.weight)
+        self._follow_casts()
+
+    def _follow_casts(self) -> None:
+        """Where `model.to(dtype)` has cast the model since it was converted, its values have that dtype too."""
+        cast = {}
+        for one in self.layers.values():
+            for site in one.module.__dict__.get("sites", ()):
+                if site.packed is one.packed and site.asked_dtype is None:
+                    cast[one.packed.dtype] = site.subnet.dtype
+        for one in self.layers.values():
+            one.packed.dtype = cast.get(one.packed.dtype, one.packed.dtype)
 
     def reshard(self) -> None:
         self.engine.reshard()
@@ -53,21 +63,19 @@ class PackedAccess:
         packed = self._packed(weight)
         if packed is None:
             return self.engine.read_block(weight, places)
-        rows, columns = (index.flatten() for index in places)
-        return packed.values_at(self._bits(weight, packed, packed.flat(rows, columns)), rows, columns)
+        return packed.values_at(self._bits(weight, packed, packed.flat(places)), places)
 
     @torch.no_grad()
     def write_block(self, weight: Tensor, places: Places, values: Tensor) -> None:
-        packed = self._packed(weight)
-        if packed is None:
+        one = self._find(weight)
+        if one is None:
             self.engine.write_block(weight, places, values)
             return
-        rows, columns = (index.flatten() for index in places)
-        flat, values = packed.flat(rows, columns), values.to(rows.device)
+        packed, flat, values = one.packed, one.packed.flat(places), values.to(places[0].device)
         if packed.overlay is not None:
-            packed.retire(self._bits(weight, packed, flat), rows, columns, values)
+            packed.retire(self._bits(weight, packed, flat), places, values)
             return
-        self.print_of(self._module(weight))  # of the codes as they were loaded
+        self.print_of(one)  # of the codes as they were loaded
         codes = packed.rounded(flat, values)
         for place in range(packed.per_element):  # codes that share an element, one after the other
             chosen = flat % packed.per_element == place
@@ -86,32 +94,30 @@ class PackedAccess:
 
     @torch.no_grad()
     def read_whole(self, parameter: Tensor) -> Tensor:
-        module = self._module(parameter)
+        one = self._find(parameter)
         stored = self.engine.read_whole(parameter)
-        return stored if module is None else self._present(module, stored)
+        return stored if one is None else self._present(one, stored)
 
-    def _present(self, module: Any, stored: Tensor) -> Tensor:
-        """What a layer computes with, from its whole stored tensor: [m, n]."""
-        packed: PackedWeight = module.packed
-        sites = module.__dict__.get("sites", ())
-        if not sites:
-            return packed.dense(stored, packed.dtype)
-        subnet = self.engine.read_whole(sites[0].subnet)
-        return sites[0].present(stored, subnet, packed.dtype, again=True)  # type: ignore[no-any-return]
+    def _present(self, one: PackedParameter, stored: Tensor) -> Tensor:
+        """What the module computes with, from the whole stored tensor, as a plain weight would be stored."""
+        values = one.packed.dense(stored, one.packed.dtype)
+        for site in one.module.__dict__.get("sites", ()):
+            if site.names.weight == one.parameter:
+                site.write_into(values, self.engine.read_whole(site.subnet))
+        return values
 
     @torch.no_grad()
     def read_change(self, parameter: Tensor) -> Tensor:
-        """`read_whole` of a quantized weight less its codes' values: what training changed, [m, n] fp32, on every rank."""
-        module: Any = self._module(parameter)
+        """`read_whole` of a quantized weight less its codes' values: what training changed, fp32, on every rank."""
+        one = self.found(parameter)
         stored = self.engine.read_whole(parameter)
-        base = module.packed.decode(stored, module.packed.dtype)
-        return self._present(module, stored).to(torch.float32) - base.to(torch.float32)
+        changed = self._present(one, stored).to(torch.float32)
+        return changed.sub_(one.packed.decode(stored, one.packed.dtype))
 
-    def decoded_at(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """The values of a quantized weight's codes alone, in these places: [r, c], on every rank."""
-        packed = self._packed(weight)
-        assert packed is not None
-        return packed.decoded_at(self._bits(weight, packed, packed.flat(rows, columns)), rows, columns)
+    def decoded_at(self, weight: Tensor, places: Places) -> Tensor:
+        """The values of a quantized weight's codes alone in these places (`Layout.places`), on every rank."""
+        packed = self.found(weight).packed
+        return packed.decoded_at(self._bits(weight, packed, packed.flat(places)), places)
 
     def read_codes(self, parameter: Tensor) -> Tensor:
         """The whole stored tensor, on every rank."""
@@ -122,22 +128,26 @@ class PackedAccess:
         self.engine.write_whole(parameter, codes.view(self.engine.shape(parameter)))
 
     @torch.no_grad()
-    def print_of(self, module: Any) -> int:
+    def print_of(self, one: PackedParameter) -> int:
         """`PackedWeight.print_of` the codes as they were loaded. Called by all ranks, which gather them the first time."""
-        packed = packed_of(module)
-        assert packed is not None
-        if packed.print is None:
-            packed.print = packed.print_of(self.engine.read_whole(module.weight))
-        return packed.print
+        if one.packed.print is None:
+            one.packed.print = one.packed.print_of(self.engine.read_whole(one.weight))
+        return one.packed.print
 
     def write_whole(self, parameter: Tensor, values: Tensor) -> None:
         assert self._packed(parameter) is None, "codes are not written"
         self.engine.write_whole(parameter, values)
 
-    def _module(self, parameter: Tensor) -> nn.Module | None:
+    def found(self, parameter: Tensor) -> PackedParameter:
+        """The quantized weight that this is the stored tensor of."""
+        one = self._find(parameter)
+        assert one is not None
+        return one
+
+    def _find(self, parameter: Tensor) -> PackedParameter | None:
         # Looked up each time: FSDP2 replaces the parameter whenever it gathers or frees it.
-        return next((module for module in self._modules if module.weight is parameter), None)
+        return next((one for one in self.layers.values() if one.weight is parameter), None)
 
     def _packed(self, parameter: Tensor) -> PackedWeight | None:
-        module = self._module(parameter)
-        return None if module is None else packed_of(module)
+        one = self._find(parameter)
+        return None if one is None else one.packed

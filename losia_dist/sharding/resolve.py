@@ -17,7 +17,7 @@ from losia_dist.sharding.torch_state import TorchState
 from losia_dist.sharding.whole import WholeParameters
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.groups import GROUP_KEY
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 
 
 def resolve_parameters(model: nn.Module) -> ParameterAccess:
@@ -27,7 +27,7 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
         UnsupportedError: the model is sharded in a way that LoSiA cannot reach, or not sharded though that was asked for.
     """
     access = _engine_access(model)
-    return access if not packed_modules(model) else PackedAccess(model, access)
+    return access if not packed_weights(model) else PackedAccess(model, access)
 
 
 def _engine_access(model: nn.Module) -> ParameterAccess:

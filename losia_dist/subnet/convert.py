@@ -17,7 +17,7 @@ from losia_dist.subnet.expert_weights import expert_weights, router_modules
 from losia_dist.subnet.experts import add_expert_site
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
 from losia_dist.subnet.listed_experts import watch_listed
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from losia_dist.subnet.routers import mark_router
 from losia_dist.subnet.site import Site, matrix_names
 from losia_dist.subnet.targets import Target, find_targets, in_localization_order, saved_modules
@@ -215,7 +215,7 @@ def _trained_in_full(model: nn.Module, config: LoSiAConfig, targets: list[Target
             raise ConfigError(f"train_embeddings=true, but {type(model).__name__} names no input embedding.")
         chosen += [name for name, candidate in names.items() if candidate is module]
     taken = {id(target.weight): target.weight_name for target in targets}
-    codes = {id(module.weight): name for name, module in packed_modules(model).items()}
+    codes = {id(one.weight): name for name, one in packed_weights(model).items()}
     parameters = []
     for name in dict.fromkeys(chosen):
         for parameter in names[name].parameters():

@@ -51,14 +51,23 @@ def expert_weights(model: nn.Module, shape: Shape) -> dict[str, ExpertWeight]:
 
 def why_unusable_experts(module: Any) -> str | None:
     """Why experts cannot hold subnets though their class can, as the end of a sentence ("it ..."), or None."""
+    read: dict[str, Any] = module.__dict__.get("packed_weights", {})  # codes that this library computes with
+    why = None if read else why_unfollowed(module)
+    if why is not None:
+        return why
+    packed = [name for name, parameter in module.named_parameters() if is_packed(parameter) and name not in read]
+    return f"has a quantized weight ({packed[0]}): load the model unquantized" if packed else None
+
+
+def why_unfollowed(module: Any) -> str | None:
+    """Why experts that compute by a forward of this library would not compute what they do now, as above."""
     if getattr(module, "_is_expert_parallel", False):
         return "is spread over ranks already (expert parallelism): use losia_dist.load_distributed_model, which converts before"
     if "forward" in vars(module):
         return "has its forward replaced on the object (device_map and offloading hooks do that): load without device_map"
     if not _has_known_forward(module):
         return "computes by a forward of its own, which subnets would not follow: leave the experts out of target_modules"
-    packed = [name for name, parameter in module.named_parameters() if is_packed(parameter)]
-    return f"has a quantized weight ({packed[0]}): load the model unquantized" if packed else None
+    return None
 
 
 def is_router(name: str, blocks: set[str]) -> bool:
@@ -90,9 +99,15 @@ def router_modules(model: nn.Module, experts: dict[str, ExpertWeight], shape: Sh
 
 def is_routed(module: Any) -> bool:
     """Experts with the forward that Transformers has for nearly all: (tokens [t, n], expert of each [t, k], weights [t, k])."""
-    parameters = module._parameters
-    down, up = parameters.get("down_proj"), parameters.get("gate_up_proj", parameters.get("up_proj"))
-    return hasattr(module, "_apply_gate") and hasattr(module, "num_experts") and down is not None and up is not None
+    has_both = _has(module, "down_proj") and (_has(module, "gate_up_proj") or _has(module, "up_proj"))
+    return hasattr(module, "_apply_gate") and hasattr(module, "num_experts") and has_both
+
+
+def _has(module: Any, parameter: str) -> bool:
+    """Whether a module has a parameter, which may be computed from another tensor (a quantizer's parametrization)."""
+    if module._parameters.get(parameter) is not None:
+        return True
+    return "parametrizations" in module._modules and parameter in module._modules["parametrizations"]
 
 
 def is_of(module: Any, family: str, name: str) -> bool:
@@ -113,7 +128,7 @@ def _has_known_forward(module: Any) -> bool:
 def weights_of(module: Any) -> list[tuple[Any, str, Layout]]:
     """(holder, parameter, layout of all experts) of what a module of experts computes with; nothing for other modules."""
     if is_routed(module):
-        up = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
+        up = "gate_up_proj" if _has(module, "gate_up_proj") else "up_proj"
         layout = Layout(bool(getattr(module, "is_transposed", False)), (0, module.num_experts))
         return [(module, name, layout) for name in (up, "down_proj")]
     if is_of(module, "llama4", "Llama4TextExperts"):

@@ -23,6 +23,7 @@ from losia_dist.subnet.experts_function import Routing, SubnetExpertsFunction
 from losia_dist.subnet.experts_operator import compiled_experts
 from losia_dist.subnet.grouped import grouped_linear
 from losia_dist.subnet.layout import Layout
+from losia_dist.subnet.packed import PackedWeight, packed_of
 from losia_dist.subnet.site import Site, TensorNames
 
 _MIXED: dict[tuple[Any, Any], Any] = {}
@@ -51,16 +52,18 @@ class SubnetWeights(HoldsSites):
             return self._compute(x.to(dtype), routing, parameter, sites)
 
     def _compute(self, x: Tensor, routing: Routing, parameter: str, sites: list[Site]) -> Tensor:
-        weight, layout = getattr(self, parameter), self.layouts[parameter]
+        weight, layout, packed = getattr(self, parameter), self.layouts[parameter], packed_of(self, parameter)
         if torch.compiler.is_compiling() and sites:
             y = compiled_experts(sites, x, routing, weight)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() and packed is None:
             y = grouped_linear(x, layout.matrices(weight).to(x.dtype), routing.offsets)
+        elif torch.compiler.is_compiling():
+            y = self.__dict__["compute"](x, routing, weight, layout, packed)
         else:
             for site in sites:
                 if site.copied is not None:
                     check_copy(site)
-            y = SubnetExpertsFunction.apply(x, routing, weight, layout, sites, *(site.subnet for site in sites))
+            y = SubnetExpertsFunction.apply(x, routing, weight, layout, packed, sites, *(site.subnet for site in sites))
         bias = getattr(self, f"{parameter}_bias", None)
         return y if bias is None else y + bias.to(y.dtype)[routing.owners]
 
@@ -127,6 +130,17 @@ class SubnetStackedExperts(nn.Module):
         x = module.mlp(dispatch.scatter(hidden_states.reshape(-1, shape[-1])), dispatch.routing)
         weights = top_k_weights.reshape(-1)[dispatch.order]
         return dispatch.gather(x * weights.unsqueeze(-1)).view(shape).to(hidden_states.dtype)
+
+
+def adopt_packed_experts(owner: Any) -> None:
+    """Turn a module of experts whose weights are stored as codes into one that computes with them, before it has subnets."""
+    for holder in dict.fromkeys(holder for holder, _, _ in weights_of(owner)):
+        _adopt(owner, holder)
+        holder.__dict__["compute"] = torch.compiler.disable(_frozen)
+
+
+def _frozen(x: Tensor, routing: Routing, weight: Tensor, layout: Layout, packed: PackedWeight) -> Tensor:
+    return SubnetExpertsFunction.apply(x, routing, weight, layout, packed, [])  # type: ignore[no-any-return]
 
 
 def add_expert_site(

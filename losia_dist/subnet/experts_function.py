@@ -5,7 +5,8 @@ subnet.
 
 As for a linear layer (`subnet.function`): the subnets' values are written into the frozen weight, y and dx are one grouped
 product each, and of the input only each token's own expert's columns are kept. dS is a grouped product of r x c; a full
-gradient is formed for the experts that localize alone.
+gradient is formed for the experts that localize alone. A quantized weight is made dense for the time of a product, and again
+in backward.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from losia_dist.subnet.grouped import count_of_each, grouped_linear, grouped_outer, narrow_outer, take_of_owner
 from losia_dist.subnet.layout import Layout
+from losia_dist.subnet.packed import PackedWeight
 from losia_dist.subnet.site import GradientSink, Site
 
 
@@ -42,19 +44,45 @@ def write_subnets(sites: Sequence[Site], weight: Tensor, subnets: Sequence[Tenso
     """
     for site, subnet in zip(sites, subnets, strict=True):
         if always or site.must_write(weight, subnet):
-            rows, columns = site.index_here(site.row_index), site.index_here(site.col_index)
-            places = site.here.places(tuple(weight.shape), rows, columns)
-            weight.data.index_put_(places, subnet.data.to(weight.dtype))
+            site.write_into(weight, subnet)
+
+
+def _whole(
+    sites: Sequence[Site],
+    weight: Tensor,
+    subnets: Sequence[Tensor],
+    packed: PackedWeight | None,
+    dtype: torch.dtype,
+    *,
+    again: bool,
+) -> Tensor:
+    """The whole weight with the subnets' present values, as it is stored plainly: its own memory, or a quantized one's values
+    in `dtype`. again: backward asks.
+    """
+    if packed is not None:
+        weight = packed.dense(weight, dtype)
+        write_subnets(sites, weight, subnets, always=True)
+    elif not again:
+        write_subnets(sites, weight, subnets)
+    elif not all(site.weight_is_resident for site in sites):
+        write_subnets(sites, weight, subnets, always=True)
+    return weight
 
 
 def experts_forward(
-    sites: Sequence[Site], x: Tensor, routing: Routing, weight: Tensor, layout: Layout, subnets: Sequence[Tensor]
+    sites: Sequence[Site],
+    x: Tensor,
+    routing: Routing,
+    weight: Tensor,
+    layout: Layout,
+    packed: PackedWeight | None,
+    subnets: Sequence[Tensor],
 ) -> Tensor:
     """y [t, m] of x [t, n], by the weight with the subnets' present values; rows of nobody's tokens are zero.
 
-    layout: of all experts of the weight. subnets: of `sites`.
+    layout: of all experts of the weight. packed: what a quantized weight stores; None: its values. subnets: of `sites`.
     """
-    write_subnets(sites, weight, subnets)
+    weight = _whole(sites, weight, subnets, packed, x.dtype, again=False)
     if sites and sites[0].module.training:
         counts = count_of_each(routing.offsets) if routing.counts is None else routing.counts
         for site in sites:
@@ -70,6 +98,7 @@ def experts_backward(
     routing: Routing,
     weight: Tensor,
     layout: Layout,
+    packed: PackedWeight | None,
     subnets: Sequence[Tensor],
     sinks: Sequence[GradientSink | None],
     *,
@@ -80,9 +109,8 @@ def experts_backward(
 
     kept: all of x [t, n] if any site has a sink, else each token's own columns [t, c].
     """
-    resident = all(site.weight_is_resident for site in sites)
-    if not resident and (needs_x or any(sink is not None for sink in sinks)):
-        write_subnets(sites, weight, subnets, always=True)  # dx reads the weight, and so do the sinks
+    if needs_x or any(sink is not None for sink in sinks):  # dx reads the weight, and so do the sinks
+        weight = _whole(sites, weight, subnets, packed, grad_y.dtype, again=True)
     if routing.nobodys is not None:
         grad_y = grad_y.masked_fill(routing.nobodys, 0)
     grad_x = None
@@ -148,7 +176,14 @@ class SubnetExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, routing: Routing, weight: Tensor, layout: Layout, sites: list[Site], *subnets: Tensor
+        ctx: Any,
+        x: Tensor,
+        routing: Routing,
+        weight: Tensor,
+        layout: Layout,
+        packed: PackedWeight | None,
+        sites: list[Site],
+        *subnets: Tensor,
     ) -> Tensor:
         ctx.sinks = [site.gradient_sink for site in sites]
         keeps_all = any(sink is not None for sink in ctx.sinks)
@@ -156,13 +191,20 @@ class SubnetExpertsFunction(torch.autograd.Function):
             ctx.save_for_backward(x if keeps_all else kept_of(sites, x, routing))
         # References, not saved tensors: a sharded engine empties the weight after forward and gathers it again before
         # backward under the same object.
-        ctx.weight, ctx.layout, ctx.sites, ctx.subnets, ctx.routing = weight, layout, sites, subnets, routing
-        return experts_forward(sites, x, routing, weight, layout, subnets)
+        ctx.weight, ctx.layout, ctx.packed, ctx.sites, ctx.subnets, ctx.routing = (
+            weight,
+            layout,
+            packed,
+            sites,
+            subnets,
+            routing,
+        )
+        return experts_forward(sites, x, routing, weight, layout, packed, subnets)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         kept = ctx.saved_tensors[0] if ctx.sites else grad_y
-        needs_x, needs_subnets = ctx.needs_input_grad[0], any(ctx.needs_input_grad[5:])
+        needs_x, needs_subnets = ctx.needs_input_grad[0], any(ctx.needs_input_grad[6:])
         grad_x, gradients = experts_backward(
             ctx.sites,
             grad_y.contiguous(),
@@ -170,9 +212,10 @@ class SubnetExpertsFunction(torch.autograd.Function):
             ctx.routing,
             ctx.weight,
             ctx.layout,
+            ctx.packed,
             ctx.subnets,
             ctx.sinks,
             needs_x=needs_x,
             needs_subnets=needs_subnets,
         )
-        return grad_x, None, None, None, None, *gradients
+        return grad_x, None, None, None, None, None, *gradients

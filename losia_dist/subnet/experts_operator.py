@@ -22,7 +22,7 @@ from losia_dist.subnet.site import Site
 def compiled_experts(sites: Sequence[Site], x: Tensor, routing: Routing, weight: Tensor) -> Tensor:
     """`SubnetExpertsFunction` for a graph: x [t, n] -> [t, m]."""
     first, subnets = sites[0], [site.subnet for site in sites]
-    y, _, _ = _experts(x, *routing, weight, subnets, first.row_index, first.col_index.shape[-1])
+    y, _, _ = _experts(x, *routing, weight, subnets, first.row_index, first.col_index.shape[-1], first.shape[0])
     return y
 
 
@@ -44,6 +44,7 @@ def _experts(
     subnets: Sequence[Tensor],
     row_index: Tensor,
     columns: int,
+    m: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, x[i, C[e(i)]] for backward (empty if C takes all columns), and a ticket for all of x while experts localize."""
     sites, layout = _found(row_index)
@@ -52,7 +53,7 @@ def _experts(
         ticket = next_ticket()
         sites[0].kept_inputs[ticket] = x.clone()  # the compiler may reuse the memory of x
     kept = x.new_empty(0) if sites[0].takes_all_columns else kept_of(sites, x, routing)
-    return experts_forward(sites, x, routing, weight, layout, subnets), kept, torch.tensor(ticket)
+    return experts_forward(sites, x, routing, weight, layout, sites[0].packed, subnets), kept, torch.tensor(ticket)
 
 
 @_experts.register_fake
@@ -66,15 +67,10 @@ def _(
     subnets: Sequence[Tensor],
     row_index: Tensor,
     columns: int,
+    m: int,
 ) -> Any:
-    m, n = _matrix_shape(x, weight, offsets)
-    kept = x.new_empty(0) if columns == n else x.new_empty(x.shape[0], columns)
+    kept = x.new_empty(0) if columns == x.shape[1] else x.new_empty(x.shape[0], columns)
     return x.new_empty(x.shape[0], m), kept, torch.empty((), dtype=torch.int64, device="cpu")
-
-
-def _matrix_shape(x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[int, int]:
-    n = x.shape[1]
-    return weight.numel() // (offsets.shape[0] * n), n
 
 
 @torch.library.custom_op("losia_dist::subnet_experts_backward", mutates_args=())
@@ -89,6 +85,7 @@ def _experts_backward(
     subnets: Sequence[Tensor],
     row_index: Tensor,
     needs_x: bool,
+    n: int,
 ) -> list[Tensor]:
     """dx (empty if it is not needed), and dS of each part."""
     sites, layout = _found(row_index)
@@ -101,7 +98,17 @@ def _experts_backward(
         kept = sites[0].kept_inputs.pop(number)
     routing = Routing(offsets, owners, nobodys)
     grad_x, gradients = experts_backward(
-        sites, grad_y, kept, routing, weight, layout, subnets, sinks, needs_x=needs_x, needs_subnets=True
+        sites,
+        grad_y,
+        kept,
+        routing,
+        weight,
+        layout,
+        sites[0].packed,
+        subnets,
+        sinks,
+        needs_x=needs_x,
+        needs_subnets=True,
     )
     found = [gradient for gradient in gradients if gradient is not None]
     return [grad_y.new_empty(0) if grad_x is None else grad_x, *found]
@@ -119,16 +126,17 @@ def _(
     subnets: Sequence[Tensor],
     row_index: Tensor,
     needs_x: bool,
+    n: int,
 ) -> list[Tensor]:
-    n = weight.numel() // (offsets.shape[0] * grad_y.shape[1])
     grad_x = grad_y.new_empty(grad_y.shape[0], n) if needs_x else grad_y.new_empty(0)
     return [grad_x, *(torch.empty_like(subnet, memory_format=torch.contiguous_format) for subnet in subnets)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, offsets, owners, nobodys, _, weight, subnets, row_index, columns = inputs
+    x, offsets, owners, nobodys, _, weight, subnets, row_index, columns, _ = inputs
     _, kept, ticket = output
-    takes_all = columns == x.shape[1]
+    ctx.n = x.shape[1]
+    takes_all = columns == ctx.n
     ctx.save_for_backward(x if takes_all else kept, ticket, offsets, owners, nobodys, weight, row_index, *subnets)
 
 
@@ -136,9 +144,9 @@ def _gradients(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     kept, ticket, offsets, owners, nobodys, weight, row_index, *subnets = ctx.saved_tensors
     needs_x = ctx.needs_input_grad[0]
     grad_x, *gradients = _experts_backward(
-        grad_y.contiguous(), kept, ticket, offsets, owners, nobodys, weight, subnets, row_index, needs_x
+        grad_y.contiguous(), kept, ticket, offsets, owners, nobodys, weight, subnets, row_index, needs_x, ctx.n
     )
-    return grad_x if needs_x else None, None, None, None, None, None, gradients, None, None
+    return grad_x if needs_x else None, None, None, None, None, None, gradients, None, None, None
 
 
 _experts.register_autograd(_gradients, setup_context=_setup)

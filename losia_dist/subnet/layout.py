@@ -67,3 +67,6 @@ class Layout:
         if self.experts is not None and self.experts != (0, weight.shape[0]):
             weight = weight[self.experts[0] : self.experts[1]]
         return weight.transpose(-2, -1) if self.transposed else weight
+
+
+ONE_MATRIX = Layout()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,20 +11,23 @@ from torch import Tensor
 
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.blocks import take_subnet, write_subnet
+from losia_dist.subnet.four_bits import dequantize_4bit
 
-_BLOCK = 64  # values that share a scale, in NF4
+BLOCK = 64  # values that share a scale, in NF4
 
 
 class Left(NamedTuple):
-    """What one subnet left: differences [r, c] to what was there before it, as codes and scales.
+    """What one subnet left: differences [r, c] to what was there before it, as codes and scales; of experts [X, r, c].
 
-    rows int64 [r] and columns int64 [c]; None: all of them.
+    rows int64 [r] or [X, r] and columns int64 [c] or [X, c]; None: all of them. experts: int64 [X], their numbers; None: all,
+    or there are none.
     """
 
     rows: Tensor | None
     columns: Tensor | None
     codes: Tensor
     scales: Tensor
+    experts: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -31,8 +35,10 @@ class Left(NamedTuple):
 
     def to(self, device: torch.device) -> Left:
         """The same on another device."""
-        rows, columns = (index if index is None else index.to(device) for index in (self.rows, self.columns))
-        return Left(rows, columns, self.codes.to(device), self.scales.to(device))
+        rows, columns, experts = (
+            index if index is None else index.to(device) for index in (self.rows, self.columns, self.experts)
+        )
+        return Left(rows, columns, self.codes.to(device), self.scales.to(device), experts)
 
 
 class Overlay:
@@ -56,11 +62,11 @@ class Overlay:
         """Keep a difference [r, c], fp32. Differences that take more than one of the whole weight would become that one."""
         m, n = self.shape
         all_rows, all_columns = rows.numel() == m, columns.numel() == n
-        codes, scales = _ENCODE[self.form](difference)
+        codes, scales = ENCODE[self.form](difference)
         self.left.append(Left(None if all_rows else rows.clone(), None if all_columns else columns.clone(), codes, scales))
-        if len(self.left) > 1 and self.nbytes > _whole_size(self.form, m, n):
+        if len(self.left) > 1 and self.nbytes > whole_size(self.form, self.shape):
             whole = self.add_to(torch.zeros(m, n, dtype=torch.float32, device=difference.device))
-            self.left = [Left(None, None, *_ENCODE[self.form](whole))]
+            self.left = [Left(None, None, *ENCODE[self.form](whole))]
 
     def add_to(self, matrix: Tensor) -> Tensor:
         """matrix [m, n] += all differences, in place; returns it."""
@@ -89,7 +95,7 @@ class Overlay:
     def _decode(self, one: Left, like: Tensor) -> Tensor:
         m, n = self.shape
         shape = (m if one.rows is None else one.rows.numel(), n if one.columns is None else one.columns.numel())
-        return _DECODE[self.form](one.codes.to(like.device), one.scales.to(like.device), shape, like.dtype)
+        return DECODE[self.form](one.codes.to(like.device), one.scales.to(like.device), shape, like.dtype)
 
 
 def check_form(form: str) -> None:
@@ -103,16 +109,6 @@ def check_form(form: str) -> None:
             ) from error
 
 
-def dequantize_4bit(
-    packed: Tensor, scales: Tensor, block: int, kind: str, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Values [m, n] of bitsandbytes' codes: packed uint8 [m n / 2, 1], scales fp32 of blocks of successive values."""
-    # In one row: where rows are no multiple of the block, bitsandbytes' CPU kernel takes other blocks than it made
-    # (findings/bitsandbytes_cpu_rows_and_blocks.sh).
-    flat = torch.ops.bitsandbytes.dequantize_4bit(packed, scales, block, kind, [shape[0] * shape[1]], dtype)
-    return flat.view(shape)  # type: ignore[no-any-return]
-
-
 def _find(index: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Where each wanted number stands in a sorted index (None: every number at its own place), and whether it does."""
     if index is None:
@@ -123,34 +119,34 @@ def _find(index: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _encode_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scales = torch.ops.bitsandbytes.quantize_4bit(values.contiguous(), _BLOCK, "nf4", torch.uint8)
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit(values.contiguous(), BLOCK, "nf4", torch.uint8)
     return codes.view(-1), scales.to(torch.bfloat16)
 
 
-def _decode_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return dequantize_4bit(codes.unsqueeze(1), scales.to(torch.float32), _BLOCK, "nf4", shape, dtype)
+def _decode_nf4(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return dequantize_4bit(codes.unsqueeze(1), scales.to(torch.float32), BLOCK, "nf4", shape, dtype)
 
 
 def _encode_int8(values: Tensor) -> tuple[Tensor, Tensor]:
-    scales = values.abs().amax(1, keepdim=True) / 127
+    scales = values.abs().amax(-1, keepdim=True) / 127
     return (values / scales.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8), scales
 
 
-def _decode_int8(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _decode_int8(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (codes * scales).to(dtype)
 
 
-def _decode_float(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _decode_float(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return codes.to(dtype)
 
 
-_ENCODE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+ENCODE: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "nf4": _encode_nf4,
     "int8": _encode_int8,
     "bf16": lambda values: (values.to(torch.bfloat16), values.new_empty(0)),
     "fp32": lambda values: (values, values.new_empty(0)),
 }
-_DECODE: dict[str, Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Tensor]] = {
+DECODE: dict[str, Callable[[Tensor, Tensor, tuple[int, ...], torch.dtype], Tensor]] = {
     "nf4": _decode_nf4,
     "int8": _decode_int8,
     "bf16": _decode_float,
@@ -158,6 +154,8 @@ _DECODE: dict[str, Callable[[Tensor, Tensor, tuple[int, int], torch.dtype], Tens
 }
 
 
-def _whole_size(form: str, m: int, n: int) -> float:
+def whole_size(form: str, shape: tuple[int, ...]) -> float:
     """Bytes of one difference of a whole weight."""
-    return {"nf4": m * n * (0.5 + 2 / _BLOCK), "int8": m * n + 4 * m, "bf16": 2 * m * n, "fp32": 4 * m * n}[form]
+    values = math.prod(shape)
+    rows = values // shape[-1]
+    return {"nf4": values * (0.5 + 2 / BLOCK), "int8": values + 4 * rows, "bf16": 2 * values, "fp32": 4 * values}[form]

@@ -4,8 +4,8 @@ A quantized base is never trained and, but for one policy, never written. A subn
 temporary that a layer computes with. Where a subnet moves on, what it changed stays beside the codes, as an `Overlay`: an
 update is a small part of the distance between two codes, so that rounding it back into them would erase it.
 
-Codes live in the module's `weight`, an ordinary frozen parameter that any engine replicates or cuts. Scales are known here,
-whole on every rank.
+Codes live in the module's `weight`, or the parameter of its experts, an ordinary frozen parameter that any engine replicates
+or cuts. Scales are known here, whole on every rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,17 +22,19 @@ from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.ranks.fingerprint import fingerprint
+from losia_dist.subnet.experts_overlay import ExpertsOverlay
+from losia_dist.subnet.layout import ONE_MATRIX, Layout, Places
 from losia_dist.subnet.overlay import Overlay
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class PackedWeight(ABC):
-    """A weight W [m, n] that a module stores as codes.
+    """A weight that a module stores as codes: W [m, n], or the matrices of experts, [E, m, n] or [E, n, m].
 
     Attributes:
         kind: "nf4", "fp4", "int8" or "fp8".
-        shape: (m, n).
+        shape: of the values, as a plain weight would be stored. layout: how that has the matrices.
         dtype: of its values, which a subnet of it gets too.
         storage: dtype of the tensor that holds the codes. An engine that casts it would destroy them.
         overlay: what subnets left in it; None: it is rounded into the codes.
@@ -42,25 +45,32 @@ class PackedWeight(ABC):
     kind: str
     codes_per_byte = 1
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, storage: torch.dtype, retired: str) -> None:
-        self.shape, self.dtype, self.storage = shape, dtype, storage
-        self.overlay = None if retired == "stochastic" else Overlay(shape, retired)
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, storage: torch.dtype, retired: str, layout: Layout = ONE_MATRIX
+    ) -> None:
+        self.shape, self.dtype, self.storage, self.layout = shape, dtype, storage, layout
+        self.overlay: Overlay | ExpertsOverlay | None = None
+        if retired != "stochastic":
+            m, n = layout.matrix_shape(shape)
+            self.overlay = Overlay((m, n), retired) if layout.experts is None else ExpertsOverlay((shape[0], m, n), retired)
         self.retired, self.moves, self.seed = retired, 0, ""
-        # Gives other values [m, n] in the codes' place, for a while: those of the original (`export.onto`).
+        # Gives other values of this shape in the codes' place, for a while: those of the original (`export.onto`).
         self.original: Callable[[torch.dtype, torch.device], Tensor] | None = None
         self.print: int | None = None  # `print_of` its codes as they were loaded, once known
         self._figures: list[float] | None = None
 
     def dense(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """W with all that subnets left in it, without the present one: [m, n], new, in a floating dtype.
+        """The values with all that subnets left in them, without the present one: of `shape`, new, in a floating dtype.
 
         codes: the whole stored tensor.
         """
         values = self.decode(codes, dtype) if self.original is None else self.original(dtype, codes.device)
-        return values if self.overlay is None else self.overlay.add_to(values)
+        if self.overlay is not None:
+            self.overlay.add_to(self.layout.matrices(values))
+        return values
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The values of the codes alone: [m, n], new."""
+        """The values of the codes alone: of `shape`, new."""
         self.check_storage(codes)
         return self._decode_all(codes, dtype)
 
@@ -73,36 +83,48 @@ class PackedWeight(ABC):
                 "and call neither model.to(dtype) nor model.half() on a quantized model."
             )
 
-    def values_at(self, bits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """W[R][:, C] with all that subnets left in it: [r, c] in `dtype`, to the bit what `dense` has there.
+    def values_at(self, bits: Tensor, places: Places) -> Tensor:
+        """The values in these places with all that subnets left in them, in `dtype`: to the bit what `dense` has there.
 
-        bits: int64 [r, c], the stored elements of `elements_at`. rows int64 [r], columns int64 [c].
+        bits: int64 [r, c], or [X, r, c] of experts, the stored elements of `elements_at`. places: `Layout.places`.
         """
-        values = self.decoded_at(bits, rows, columns)
-        return values if self.overlay is None else self.overlay.add_to_block(values, rows, columns)
+        values = self.decoded_at(bits, places)
+        return values if self.overlay is None else self.overlay.add_to_block(values, *self._index(places))
 
-    def decoded_at(self, bits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def decoded_at(self, bits: Tensor, places: Places) -> Tensor:
         """The values of the codes alone in these places, as above."""
-        flat = self.flat(rows, columns)
+        flat = self.flat(places)
         return (self._levels(bits.device)[self._code(bits, flat)] * self._scale_at(flat)).to(self.dtype)
 
-    def flat(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Places in W, counted row by row: int64 [r, c]."""
-        return rows.unsqueeze(-1) * self.shape[1] + columns.unsqueeze(-2)
+    def flat(self, places: Places) -> Tensor:
+        """Where the places lie among the values, counted row by row: int64 [r, c] or [X, r, c]."""
+        position = places[0]
+        for index, size in zip(places[1:], self.shape[1:], strict=True):
+            position = position * size + index
+        return position
 
     def elements_at(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Which elements of the stored tensor hold the codes of these places: an int64 index for each of its dimensions."""
-        return flat // self.shape[1], flat % self.shape[1]
+        return flat // self.shape[-1], flat % self.shape[-1]
 
-    def retire(self, bits: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        """Keep what a subnet leaves, W[R][:, C] = values [r, c], as closely as the overlay's form holds it. bits: as above."""
+    def retire(self, bits: Tensor, places: Places, values: Tensor) -> None:
+        """Keep the values that a subnet leaves in these places, as closely as the overlay's form holds them. bits: as above."""
         assert self.overlay is not None
-        before = self.values_at(bits, rows, columns)
-        self.overlay.add(rows, columns, values.to(torch.float32) - before.to(torch.float32))
+        before = self.values_at(bits, places)
+        add: Any = self.overlay.add
+        add(*self._index(places), values.to(torch.float32) - before.to(torch.float32))
         self.moves += 1
 
+    def _index(self, places: Places) -> tuple[Tensor, ...]:
+        """Rows [r] and columns [c]; of experts their numbers [X], rows [X, r] and columns [X, c]."""
+        if self.layout.experts is None:
+            return tuple(index.flatten() for index in places)
+        expert, first, second = places
+        row, column = (second, first) if self.layout.transposed else (first, second)
+        return expert.flatten(), row.squeeze(-1), column.squeeze(-2)
+
     def rounded(self, flat: Tensor, values: Tensor) -> Tensor:
-        """Codes int64 [r, c] of values [r, c]: of the two nearest, the farther one as seldom as makes the mean right."""
+        """Codes, int64, of values in these places: of the two nearest, the farther one as seldom as makes the mean right."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{self.moves}".encode()))
         chance = torch.rand(flat.shape, generator=generator).to(flat.device)
         self.moves += 1
@@ -164,17 +186,46 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def _decode_all(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The codes' values [m, n], new, in a floating dtype."""
+        """The codes' values, of `shape`, new, in a floating dtype."""
 
 
-def packed_of(module: nn.Module) -> PackedWeight | None:
-    """The weight that a module stores as codes, or None."""
-    return module.__dict__.get("packed")
+@dataclass(frozen=True)
+class PackedParameter:
+    """A parameter that holds codes, in the module that computes with it.
+
+    name: full name of the linear layer, or of the experts' weight.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    packed: PackedWeight
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The stored tensor. Another object from time to time: FSDP2 replaces it whenever it gathers or frees it."""
+        return getattr(self.module, self.parameter)  # type: ignore[no-any-return]
+
+    @property
+    def weight_name(self) -> str:
+        """What a plain model calls the weight."""
+        return self.name if self.packed.layout.experts is not None else f"{self.name}.{self.parameter}"
 
 
-def packed_modules(model: nn.Module) -> dict[str, Any]:
-    """Full name -> module, of all that store their weight as codes."""
-    return {name: module for name, module in model.named_modules() if packed_of(module) is not None}
+def packed_of(module: nn.Module, parameter: str = "weight") -> PackedWeight | None:
+    """What a module's parameter stores as codes, or None."""
+    found: dict[str, PackedWeight] = module.__dict__.get("packed_weights", {})
+    return found.get(parameter)
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedParameter]:
+    """All that a model stores as codes, by name."""
+    found = {}
+    for path, module in model.named_modules():
+        for parameter, packed in module.__dict__.get("packed_weights", {}).items():
+            name = path if packed.layout.experts is None else f"{path}.{parameter}"
+            found[name] = PackedParameter(name, module, parameter, packed)
+    return found
 
 
 def same_scales(one: list[float], other: list[float]) -> bool:

@@ -1,4 +1,4 @@
-"""The forms of quantized linear layers that can hold subnets: bitsandbytes' NF4, FP4 and LLM.int8, Transformers' block FP8."""
+"""The forms of quantized weights that can hold subnets: bitsandbytes' NF4, FP4 and LLM.int8, Transformers' block FP8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.errors import UnsupportedError
-from losia_dist.subnet.overlay import dequantize_4bit
+from losia_dist.subnet.four_bits import dequantize_4bit
+from losia_dist.subnet.layout import ONE_MATRIX, Layout
 from losia_dist.subnet.packed import PackedWeight
 
 _FP8 = torch.float8_e4m3fn
@@ -23,12 +24,18 @@ class FourBit(PackedWeight):
 
     codes_per_byte = 2
 
-    def __init__(self, state: Any, storage: torch.dtype, retired: str) -> None:
-        super().__init__(tuple(state.shape), state.dtype, storage, retired)
+    def __init__(self, state: Any, storage: torch.dtype, retired: str, layout: Layout = ONE_MATRIX) -> None:
+        super().__init__(tuple(state.shape), state.dtype, storage, retired, layout)
         self.kind, self._state = state.quant_type, state
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": self.kind, "blocksize": self._state.blocksize, "double": bool(self._state.nested)}
+        made_from = str(self._state.dtype).removeprefix("torch.")
+        return {
+            "kind": self.kind,
+            "blocksize": self._state.blocksize,
+            "double": bool(self._state.nested),
+            "made_from": made_from,
+        }
 
     def scales(self) -> list[Tensor]:
         state = self._state
@@ -74,23 +81,32 @@ class FourBit(PackedWeight):
 
 
 class EightBit(PackedWeight):
-    """Codes of a byte, one a value [m, n], and scales for rows (LLM.int8) or for blocks (FP8).
+    """Codes of a byte, one a value, and scales for rows (LLM.int8) or for blocks (FP8).
 
-    They are stored as uint8, whatever they are: engines and collectives know of that.
+    They are stored as uint8, whatever they are: engines and collectives know of that. Those of experts [E, m, n] are stored as
+    one matrix [E m, n], which engines cut more evenly than by experts.
 
     Args:
         kind: "int8" or "fp8".
-        codes: [m, n], int8 or float8.
-        scale: fp32 [m / block rows, n / block columns], rounded up; a value is its code times its block's scale.
+        codes: [m, n], int8 or float8; of experts [E, m, n], where the rows of a block divide m.
+        scale: fp32 [m / block rows, n / block columns], rounded up; a value is its code times its block's scale. Of experts
+            [E, m / block rows, n / block columns].
         block: rows and columns of one.
-        dtype, retired: as for `PackedWeight`.
+        dtype, retired, layout: as for `PackedWeight`.
     """
 
     def __init__(
-        self, kind: str, codes: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype, retired: str
+        self,
+        kind: str,
+        codes: Tensor,
+        scale: Tensor,
+        block: tuple[int, int],
+        dtype: torch.dtype,
+        retired: str,
+        layout: Layout = ONE_MATRIX,
     ) -> None:
-        super().__init__((codes.shape[0], codes.shape[1]), dtype, torch.uint8, retired)
-        self.kind, self._of, self._scale, self._block = kind, codes.dtype, scale, block
+        super().__init__(tuple(codes.shape), dtype, torch.uint8, retired, layout)
+        self.kind, self._of, self._scale, self._block = kind, codes.dtype, scale.reshape(-1, scale.shape[-1]), block
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "block": list(self._block)}
@@ -106,14 +122,16 @@ class EightBit(PackedWeight):
         return self._scale
 
     def _decode_all(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        (m, n), (rows, columns), scale, codes = self.shape, self._block, self._on(codes.device), codes.view(self._of)
+        (rows, columns), scale, codes = self._block, self._on(codes.device), codes.view(self._of)
+        m, n = codes.shape
         if rows == 1 and columns == n:
-            return torch.mul(codes, scale, out=torch.empty(m, n, dtype=dtype, device=codes.device))
+            return torch.mul(codes, scale, out=torch.empty(m, n, dtype=dtype, device=codes.device)).view(self.shape)
         values = codes.to(dtype)  # exact: FP8 has fewer digits than any
         if m % rows == 0 and n % columns == 0:
             values.view(m // rows, rows, n // columns, columns).mul_(scale[:, None, :, None])
-            return values
-        return values.mul_(scale.repeat_interleave(rows, 0)[:m].repeat_interleave(columns, 1)[:, :n])
+        else:
+            values.mul_(scale.repeat_interleave(rows, 0)[:m].repeat_interleave(columns, 1)[:, :n])
+        return values.view(self.shape)
 
     def with_code(self, bits: Tensor, flat: Tensor, code: Tensor) -> Tensor:
         return code
@@ -125,7 +143,7 @@ class EightBit(PackedWeight):
         return torch.arange(256, dtype=torch.uint8, device=device).view(self._of).to(torch.float32)
 
     def _scale_at(self, flat: Tensor) -> Tensor:
-        n, (rows, columns) = self.shape[1], self._block
+        n, (rows, columns) = self.shape[-1], self._block
         return self._on(flat.device)[flat // n // rows, flat % n // columns]
 
 
@@ -169,12 +187,26 @@ def _four_bit(module: Any, retired: str) -> tuple[PackedWeight, Tensor]:
             "a bitsandbytes layer in 4 bits has no codes yet: bitsandbytes makes them when the model is moved to its device. "
             "Load it with from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True)), or move it first."
         )
+    refuse_state(state, weight.dtype)
+    return FourBit(state, weight.dtype, retired), weight.detach()
+
+
+def refuse_state(state: Any, storage: torch.dtype) -> None:
+    """Look at bitsandbytes' codes, and at the dtype that they are stored as.
+
+    Raises:
+        UnsupportedError: they are not as its quantization makes them, or engines would cast them.
+    """
+    if storage == torch.float16:
+        raise UnsupportedError(
+            "its codes are stored as torch.float16 (bnb_4bit_quant_storage in BitsAndBytesConfig), which engines that train in "
+            "bf16 or fp32 would cast: set torch.uint8, the default, or torch.bfloat16 for FSDP2 with a param_dtype."
+        )
     if getattr(state, "packing_format_for_cpu", False):
         raise UnsupportedError(
             "an evaluation has laid the codes of a bitsandbytes layer out anew for this processor, and rounded its scales: "
             "load the model again, and call get_losia_model before the first forward pass."
         )
-    return FourBit(state, weight.dtype, retired), weight.detach()
 
 
 def _int8(module: Any, retired: str, dtype: torch.dtype) -> tuple[PackedWeight, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.subnet.blocks import take_last, write_subnet
-from losia_dist.subnet.layout import Layout
+from losia_dist.subnet.layout import ONE_MATRIX, Layout
 from losia_dist.subnet.packed import packed_of
 
 # Called in backward with the full gradient of this micro-batch and the whole weight: [m, n] both, or [X, m, n] of experts. A
@@ -47,7 +47,6 @@ class TensorNames(NamedTuple):
 
 
 LINEAR = TensorNames()  # of a linear layer
-ONE_MATRIX = Layout()
 
 
 def matrix_names(name: str, layout: Layout) -> list[str]:
@@ -88,7 +87,7 @@ class Site:
         self.module, self.names, self.layout = module, names, layout
         self.name, self.group_name, self.is_output = name, group_name, is_output
         self.shape, self.asked_dtype, self.part = shape, asked_dtype, part
-        self.packed = packed_of(module)  # what a quantized weight stores; None: the weight holds its values
+        self.packed = packed_of(module, names.weight)  # what a quantized weight stores; None: the weight holds its values
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)
@@ -208,13 +207,22 @@ class Site:
             again: backward asks, after forward did.
         """
         if self.packed is not None:
-            matrix = self.as_rows(self.packed.dense(weight, dtype))
-            write_subnet(matrix, subnet, self.rows, self.columns)
-            return matrix
+            values = self.packed.dense(weight, dtype)
+            self.write_into(values, subnet)
+            return self.as_rows(values)
         matrix = self.as_rows(weight)
         if not self.weight_is_resident if again else self.must_write(weight, subnet):
             write_subnet(matrix, subnet, self.rows, self.columns)
         return matrix
+
+    def write_into(self, weight: Tensor, subnet: Tensor) -> None:
+        """Write a subnet, whole and of any dtype, into a whole weight as it is stored: in place and unseen by autograd."""
+        if self.layout.experts is None:
+            write_subnet(self.as_rows(weight), subnet, self.rows, self.columns)
+            return
+        rows, columns = self.index_here(self.row_index), self.index_here(self.col_index)
+        places = self.here.places(tuple(weight.shape), rows, columns)
+        weight.data.index_put_(places, subnet.data.to(weight.dtype))
 
     def must_write(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether the weight may lack the subnet's present values; the caller then writes them.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from losia_dist import (
@@ -26,7 +27,7 @@ from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.save import save_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
 from losia_dist.export.onto import computing_onto
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
@@ -120,14 +121,14 @@ def test_codes_in_another_storage_are_the_same_base(saved):
 def test_scales_that_differ_in_the_last_digit_are_the_same_base(saved):
     """As bitsandbytes makes them on another device, or with another number of threads (the mean of a layer's scales)."""
     run, directory = made(), saved[0]
-    for module in packed_modules(run["model"]).values():
+    for module in packed_weights(run["model"]).values():
         state = module.packed._state
         state.offset = torch.nextafter(state.offset, torch.ones(()))
         state.state2.absmax = torch.nextafter(state.state2.absmax, torch.zeros(()))
     load_checkpoint(directory, **run)
     torch.testing.assert_close(run["model"](TOKENS).logits, saved[1]["model"](TOKENS).logits, rtol=0, atol=1e-4)
     other = made()
-    next(iter(packed_modules(other["model"]).values())).packed._state.offset.mul_(1.01)
+    next(iter(packed_weights(other["model"]).values())).packed._state.offset.mul_(1.01)
     with pytest.raises(CheckpointError, match="the codes or scales of .* are not those"):
         load_checkpoint(directory, **other)
 
@@ -145,7 +146,7 @@ def test_a_run_goes_back_to_before_its_first_move(tmp_path, retired):
 
 def test_what_subnets_left_is_loaded_onto_the_device_that_computes(saved):
     model = made()["model"].to("meta")
-    layers = packed_modules(model)
+    layers = packed_weights(model)
     write_quantized(None, layers, Reader(layout.find(saved[0], None)))
     left = [one for module in layers.values() for one in module.packed.overlay.left]
     assert left and all(one.codes.is_meta and one.scales.is_meta for one in left)
@@ -172,6 +173,25 @@ def test_what_is_exported_is_what_trained(tmp_path, form):
     train(again, 5)
     train(again, 2), train(run, 2)
     assert torch.equal(again["model"](TOKENS).logits, run["model"](TOKENS).logits)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_a_model_that_is_cast_after_it_was_converted_is_exported_in_one_dtype(tmp_path, original, targets):
+    model = quantize(tiny_llama(**SIZES), "nf4:double")
+    settings = LoSiAConfig(rank_factor=0.25, period=2, layers_per_slot=3, selection=Drawn(), target_modules=targets)
+    get_losia_model(model, settings).to(torch.bfloat16)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
+    run = {"model": model, "optimizer": optimizer, "losia": LoSiA(model, optimizer, settings)}
+    train(run, 5)
+    save_checkpoint(tmp_path / "run", **run)
+    export_model(run["losia"], tmp_path / "live")
+    export_model(tmp_path / "run", tmp_path / "saved", base_model=original)
+    live, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "saved"))
+    assert {tensor.dtype for tensor in live.values()} == {torch.bfloat16}
+    assert all(torch.equal(saved[name], live[name]) for name in live)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "live", attn_implementation="eager", dtype=torch.bfloat16)
+    loaded.model.rotary_emb = model.model.rotary_emb  # whose buffers were cast too
+    assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
 
 
 def test_a_model_that_was_stored_in_4_bits_goes_on_as_one_quantized_while_loading_and_is_exported(tmp_path, original):

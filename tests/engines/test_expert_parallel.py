@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from losia_dist import (
@@ -96,6 +96,11 @@ def train_tied_output(directory: str) -> None:
     load_distributed_model(directory, config, DistributedConfig(**SPREAD), tie_word_embeddings=True)
 
 
+def load_quantized(directory: str) -> None:
+    settings = BitsAndBytesConfig(load_in_4bit=True)
+    load_distributed_model(directory, PLAIN, DistributedConfig(**SPREAD), quantization_config=settings)
+
+
 def convert_late(directory: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(**SPREAD))
     get_losia_model(model, PLAIN)
@@ -126,6 +131,7 @@ def train_in_full_within(directory: str) -> None:
     "function, kind, message",
     [
         (train_tied_output, "UnsupportedError", "output_rank_factor=0.25: lm_head shares its weight with the input embedding"),
+        (load_quantized, "UnsupportedError", "load_distributed_model of a quantized Qwen3MoeForCausalLM.*Leave quantization_"),
         (load_too_many, "UnsupportedError", "ep_size=4 does not divide the 6 experts"),
         (
             convert_late,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -20,6 +21,7 @@ from losia_dist.recipe.options import add_training_arguments
 from losia_dist.recipe.preset import choose_preset, learning_rate_for
 from tests.launch.conftest import zero
 from tests.support.cases import only
+from tests.support.families import tiny_model
 from tests.support.launching import arguments
 
 
@@ -123,6 +125,35 @@ def test_a_quantized_base_on_two_ranks_equals_one_process(ranks, alone, material
     saved, reference = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (tmp_path / "two", directory))
     for (name, weight), other in zip(saved.named_parameters(), reference.parameters(), strict=True):
         assert torch.allclose(weight, other, atol=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def mixture(material, tmp_path_factory):
+    """A mixture of experts for the material's tokenizer."""
+    directory = tmp_path_factory.mktemp("mixture") / "model"
+    shutil.copytree(material["model"], directory)
+    vocabulary = LlamaConfig.from_pretrained(directory).vocab_size
+    tiny_model("qwen3_moe", vocab_size=vocabulary, num_experts=5).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("own", only(["FSDP2"], {"FSDP2": {"sharding": "fsdp2"}, "DDP": {}, "ZeRO-3": {"deepspeed": zero(3)}}))
+def test_experts_quantized_while_they_are_read_train_on_two_ranks_as_on_one(ranks, alone, mixture, material, tmp_path, own):
+    config = tmp_path / "losia.yaml"
+    config.write_text("rank_factor: 0.25\nperiod: 2\nselection: random\nretired: fp32\n")
+    shared = {"model": mixture, "losia_config": config, "quantization": "nf4", "max_steps": 4}
+    expected, directory = alone(**shared)
+    summary = ranks(2, train, arguments(material, tmp_path / "two", **shared, **own))[0][0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(directory), abs=1e-5)
+    assert summary["held_out_loss_after"] == pytest.approx(expected["held_out_loss_after"], abs=1e-5)
+    original, saved, reference = (
+        load_file(place / "model.safetensors") for place in (mixture, tmp_path / "two" / "model", directory / "model")
+    )
+    assert original.keys() == saved.keys()
+    for name, weight in saved.items():
+        assert torch.allclose(weight, reference[name], atol=1e-5), name
+        if ".experts." in name:  # the values of codes, and not the file's but for a subnet
+            assert (weight != original[name]).float().mean() > 0.8
 
 
 def test_the_better_of_what_trained_and_its_changes_onto_the_original_is_written(material, tmp_path):

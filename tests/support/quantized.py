@@ -1,7 +1,8 @@
-"""Models with quantized linear layers, and the plain models that their codes stand for, by the quantizers' own libraries."""
+"""Models with quantized layers and experts, and the plain models that their codes stand for, by the quantizers' libraries."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 def quantize(model: nn.Module, form: str) -> nn.Module:
     """Quantize every linear layer of the decoder, in place. form: "nf4", "fp4", "int8" or "fp8"; behind a colon the storage.
 
-    "nf4:bfloat16:double" quantizes the scales too.
+    "nf4:bfloat16:double" quantizes the scales too, "nf4:experts" the experts in fused weights.
     """
     kind, *rest = form.split(":")
-    storage = getattr(torch, rest[0]) if rest and rest[0] != "double" else torch.uint8
+    storage = next((getattr(torch, one) for one in rest if one not in ("double", "experts")), torch.uint8)
     for name, linear in list(_linears(model)):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, _quantized(linear, kind, storage, double="double" in rest))
+    if "experts" in rest:
+        for name, module in list(_experts(model)):
+            _quantize_experts(model, name, module, kind, storage, double="double" in rest)
     return model
 
 
@@ -33,7 +37,82 @@ def dequantized(model: nn.Module) -> nn.Module:
             plain.bias.data = layer.bias.data.float().clone()
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)
+    for name, module in list(_experts(model)):
+        for parameter in ("gate_up_proj", "down_proj"):
+            _dequantize_experts(model, name, module, parameter)
     return model
+
+
+def _experts(model: nn.Module) -> list[tuple[str, Any]]:
+    """Modules of experts with a gate, quantized or not."""
+    found = [(name, module) for name, module in model.named_modules() if name.endswith(".experts")]
+    return [(name, module) for name, module in found if hasattr(module, "_apply_gate")]
+
+
+def _quantize_experts(model: Any, name: str, module: Any, kind: str, storage: torch.dtype, *, double: bool) -> None:
+    import bitsandbytes as bnb
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    if kind == "fp8":
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, fp8_experts(module, model.config))
+        return
+    settings = {"quant_type": kind, "compress_statistics": double}
+    for parameter in ("gate_up_proj", "down_proj"):
+        if storage == torch.uint8:  # as users do it
+            replace_parameter_4bit(module, parameter, **settings)
+            continue
+        values = getattr(module, parameter).data
+        made = bnb.nn.Params4bit(values, requires_grad=False, quant_storage=storage, **settings).to("cpu")
+        module._parameters[parameter] = made
+
+
+def fp8_experts(module: Any, config: Any) -> Any:
+    """Transformers' experts in FP8 with a scale for each block of 6 x 8."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    block = (6, 8)
+    made = FP8Experts(config, block_size=block)
+    for parameter in ("gate_up_proj", "down_proj"):
+        values = getattr(module, parameter).data
+        E, m, n = values.shape
+        padded = nn.functional.pad(values, (0, -n % block[1]))
+        blocks = padded.view(E, m // block[0], block[0], -1, block[1])
+        scale = blocks.abs().amax((2, 4)) / 448
+        codes = (blocks / scale[:, :, None, :, None]).reshape(E, m, -1)[..., :n]
+        made._parameters[parameter] = nn.Parameter(codes.to(torch.float8_e4m3fn), requires_grad=False)
+        made._parameters[f"{parameter}_scale_inv"] = nn.Parameter(scale, requires_grad=False)
+    return made
+
+
+def _dequantize_experts(model: nn.Module, name: str, module: Any, parameter: str) -> None:
+    from torch.nn.utils import parametrize
+
+    if parametrize.is_parametrized(module, parameter):
+        held = module.parametrizations[parameter]
+        values = _four_bits(held.original.data, held[0].quant_state)
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+    elif hasattr(module._parameters[parameter], "quant_state"):
+        values = _four_bits(module._parameters[parameter].data, module._parameters[parameter].quant_state)
+    elif type(module).__name__ == "FP8Experts":
+        _dequantize_fp8(model, name, module)
+        return
+    else:
+        return
+    module._parameters[parameter] = nn.Parameter(values.float().clone())
+
+
+def _dequantize_fp8(model: Any, name: str, module: Any) -> None:
+    parent, _, leaf = name.rpartition(".")
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    plain = Qwen3MoeExperts(model.config)
+    for parameter in ("gate_up_proj", "down_proj"):
+        values, scale = getattr(module, parameter).data.float(), getattr(module, f"{parameter}_scale_inv").data
+        for e, i, j in itertools.product(*(range(size) for size in scale.shape)):
+            values[e, i * 6 : (i + 1) * 6, j * 8 : (j + 1) * 8] *= scale[e, i, j]
+        plain._parameters[parameter] = nn.Parameter(values)
+    setattr(model.get_submodule(parent), leaf, plain)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -88,8 +167,9 @@ def _four_bits(stored: Tensor, state: Any) -> Tensor:
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     halves = stored.reshape(-1).view(torch.uint8).long()
     codes = torch.stack((halves >> 4, halves & 15), 1).view(-1)
-    values = [state.code[code] * scales[place // state.blocksize] for place, code in enumerate(codes.tolist())]
-    return torch.stack(values)[: state.shape.numel()].view(state.shape)
+    codes = codes[: state.shape.numel()]
+    values = state.code[codes] * scales[torch.arange(codes.numel()) // state.blocksize]
+    return values.view(state.shape)
 
 
 def _values(layer: Any) -> Tensor:

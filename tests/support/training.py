@@ -152,7 +152,7 @@ def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
     config = LoSiAConfig(**run.config)
     is_mixture = run.family in MIXTURES and config.target_modules == "all-linear"
     plain = replace(config, retired=None)  # of the model that the reference has
-    targets = mixture_targets(build(run), run.config) if is_mixture else converted_targets(build_plain(run), plain)
+    targets = mixture_targets(build_plain(run), run.config) if is_mixture else converted_targets(build_plain(run), plain)
     model = build_plain(run)
     kind = DenseLoSiA if not run.optimizer else partial(DenseWithOptimizer, optimizer_of(run))
     dense = kind(

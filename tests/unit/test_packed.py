@@ -14,7 +14,7 @@ from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import read_subnet, write_back
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.overlay import Overlay
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from tests.support.families import tiny_model
 from tests.support.models import tiny_llama
 from tests.support.quantized import dequantized, quantize
@@ -128,7 +128,7 @@ def test_4_bits_with_quantized_scales_take_at_most_0_56_bytes_a_value_and_the_ov
         tiny_llama(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4), "nf4:double"
     )
     get_losia_model(model, LoSiAConfig(rank_factor=0.25))
-    for layer in packed_modules(model).values():
+    for layer in packed_weights(model).values():
         packed = layer.packed
         held = layer.weight.nbytes + sum(scale.nbytes for scale in packed.scales())
         assert held <= 0.56 * packed.shape[0] * packed.shape[1]
@@ -246,6 +246,21 @@ def test_codes_that_an_evaluation_has_laid_out_anew_are_refused():
     layer.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UnsupportedError, match="layers.1.mlp.up_proj: an evaluation has laid the codes.*load the model again"):
         get_losia_model(model, LoSiAConfig())
+
+
+def test_codes_stored_as_fp16_are_refused_with_the_setting():
+    model = quantize(tiny_llama(**SIZES), "nf4:float16")
+    with pytest.raises(UnsupportedError, match="layers.0.*codes are stored as torch.float16 .bnb_4bit_quant_storage.*uint8"):
+        get_losia_model(model, LoSiAConfig())
+
+
+def test_a_quantized_model_on_several_devices_is_refused():
+    model = quantize(tiny_llama(**SIZES), "nf4")
+    model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+    with pytest.raises(UnsupportedError, match="by device_map .0, 1; 'model.layers.1' is not where.*device_map={'': device}"):
+        get_losia_model(model, LoSiAConfig())
+    model.hf_device_map = {"": "cpu"}
+    get_losia_model(model, LoSiAConfig())
 
 
 def test_layers_without_codes_yet_are_refused():

@@ -10,10 +10,12 @@ from losia_dist.errors import ConfigError
 from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import write_back
 from losia_dist.subnet.convert import find_sites
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 from losia_dist.tools.plan.memory import plan_memory
+from losia_dist.tools.plan.quantized import dense_bytes
 from losia_dist.tools.plan.shapes import find_shape, shape_of
 from losia_dist.tools.plan.workload import GB, Cluster, Workload
+from tests.support.families import tiny_model
 from tests.support.models import tiny_llama
 from tests.support.quantized import quantize
 
@@ -21,15 +23,26 @@ ONE = Cluster(nodes=1, gpus_per_node=1)
 CONFIG = LoSiAConfig(rank_factor=0.125, selection=Drawn())
 
 
-@pytest.mark.parametrize("form", ["nf4:double", "int8"])
-def test_planned_weights_and_overlay_are_those_of_a_quantized_model(form):
-    model = tiny_llama(hidden_size=256, intermediate_size=512, vocab_size=128, num_attention_heads=4, num_key_value_heads=4)
+LLAMA = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+MIXTURE = {"hidden_size": 256, "moe_intermediate_size": 128, "num_experts": 6, "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    "form, model",
+    [
+        ("nf4:double", lambda: tiny_llama(**LLAMA)),
+        ("int8", lambda: tiny_llama(**LLAMA)),
+        ("nf4:double:experts", lambda: tiny_model("qwen3_moe", **MIXTURE)),
+    ],
+)
+def test_planned_weights_and_overlay_are_those_of_a_quantized_model(form, model):
+    model = model()
     planned = Workload(
         shape_of(model.config, "tiny"), ONE, engine="ddp", sequence=32, config=CONFIG, quantization=form.split(":")[0]
     )
     quantize(model, form)
     get_losia_model(model, CONFIG)
-    access, layers = resolve_parameters(model), packed_modules(model)
+    access, layers = resolve_parameters(model), packed_weights(model)
     for site in find_sites(model):
         write_back(access, site, site.row_index, site.col_index, site.subnet.data * 1.1)
     codes = {id(layer.weight) for layer in layers.values()}
@@ -47,6 +60,21 @@ def test_70b_in_4_bits_fits_one_gpu_of_80_gb_and_not_in_bf16(model):
     shape = find_shape(model)
     assert plan_memory(Workload(shape, ONE, quantization="nf4", **asked)).total < 80 * GB
     assert plan_memory(Workload(shape, ONE, **asked)).total > 150 * GB
+
+
+def test_qwen3_235b_in_4_bits_fits_four_gpus_of_80_gb_and_not_in_bf16():
+    shape, cluster = find_shape("qwen3-235b-a22b"), Cluster(nodes=1, gpus_per_node=4)
+    asked = {"engine": "fsdp2", "sequence": 4096, "config": CONFIG}
+    found = plan_memory(Workload(shape, cluster, quantization="nf4", **asked))
+    assert found.total < 80 * GB and found.parts["weights"] < 40 * GB
+    assert plan_memory(Workload(shape, cluster, **asked)).total > 120 * GB
+
+
+def test_all_experts_of_a_weight_are_made_dense_together():
+    shape = find_shape("qwen3-235b-a22b")
+    largest = max(w.elements for _, layer in shape.kinds for w in layer.weights)
+    workload = Workload(shape, Cluster(nodes=1, gpus_per_node=4), engine="fsdp2", config=CONFIG, quantization="nf4")
+    assert dense_bytes(workload) == 2 * largest == 2 * 128 * 2 * 1536 * 4096
 
 
 def test_a_layer_is_gathered_in_its_codes():
@@ -70,7 +98,7 @@ def test_the_command_shows_qlora_beside_it_and_full_fine_tuning_in_bf16(capsys):
     [
         ({"quantization": "nf3"}, "--quantization nf3: give one of nf4, fp4, int8, fp8"),
         ({"quantization": "nf4", "method": "full"}, "codes cannot train in full"),
-        ({"quantization": "nf4", "model": "qwen3-30b-a3b"}, "experts in fused weights, which are not quantized"),
+        ({"quantization": "int8", "model": "qwen3-30b-a3b"}, "experts in fused weights, which bitsandbytes does not.*use nf4"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(settings, message):

@@ -53,9 +53,9 @@ def load_distributed_model(
 
     Raises:
         ConfigError: as `get_losia_model`; a release of Transformers that has no `DistributedConfig`; fewer than two ranks.
-        UnsupportedError: tensor or pipeline parallelism, offload, a tied output layer that is to train, an expert count that
-            ep_size does not divide or that leaves a rank without any, experts that localize in parts, or a configuration that
-            expert parallelism does not go with. Same on every rank, before weights are read.
+        UnsupportedError: tensor or pipeline parallelism, offload, a quantized model, a tied output layer that is to train, an
+            expert count that ep_size does not divide or that leaves a rank without any, experts that localize in parts, or a
+            configuration that expert parallelism does not go with. Same on every rank, before weights are read.
     """
     try:
         from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -90,6 +90,7 @@ def load_distributed_model(
         parts = replace(config, experts_per_slot=_ALL)  # each rank forms the gradient of its own experts alone
 
     def give_subnets(model: Any) -> None:
+        _refuse_quantized(model)
         _refuse_tied(model, config)
         get_losia_model(model, parts, subnet_dtype)
         sites = find_sites(model)
@@ -121,6 +122,15 @@ def load_distributed_model(
     note_held_experts(model)
     _cut_first(model, Draw.of(config))
     return model
+
+
+def _refuse_quantized(model: Any) -> None:
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedError(
+            f"load_distributed_model of a quantized {type(model).__name__}: codes were not tried where Transformers cuts a "
+            "model while loading it, nor with expert parallelism. Leave quantization_config out (and load files that are not "
+            "quantized), or use from_pretrained, get_losia_model and fully_shard."
+        )
 
 
 def _refuse_tied(model: Any, config: LoSiAConfig) -> None:

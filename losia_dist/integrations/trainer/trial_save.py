@@ -15,7 +15,7 @@ from losia_dist.errors import ConfigError, LoSiAError
 from losia_dist.export.inference import write_tokenizer
 from losia_dist.export.live import write_texts
 from losia_dist.ranks.agreement import Agreement
-from losia_dist.subnet.packed import packed_modules
+from losia_dist.subnet.packed import packed_weights
 
 
 def try_to_save(model: Any, args: Any, processor: Any, agreement: Agreement, *, in_output_dir: bool) -> None:
@@ -49,7 +49,7 @@ def try_to_save(model: Any, args: Any, processor: Any, agreement: Agreement, *, 
                 f"{' '.join(str(error).split())} Mend what is named "
                 "(a setting of model.generation_config, the tokenizer, output_dir ...) and start again."
             ) from error
-        if args.load_best_model_at_end and packed_modules(plain):
+        if args.load_best_model_at_end and packed_weights(plain):
             raise ConfigError(
                 "load_best_model_at_end=True over a quantized base: the best checkpoint holds whole weights, and codes take "
                 "none. Set load_best_model_at_end=False and load the best checkpoint with from_pretrained."

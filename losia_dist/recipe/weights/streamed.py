@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.errors import ConfigError, some
+from losia_dist.export.loaded_form import Conversion
 from losia_dist.recipe.weights.empty import Where
 from losia_dist.recipe.weights.model_files import ReadWhole
-from losia_dist.recipe.weights.renaming import Conversion, match_names
+from losia_dist.recipe.weights.renaming import match_names
 from losia_dist.recipe.weights.stored import StoredTensor
 
 

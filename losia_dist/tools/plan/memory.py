@@ -113,8 +113,11 @@ def _of_layer(workload: Workload, layer: Layer, block: int) -> tuple[int, int]:
     def padded(count: int) -> int:
         return -(-count // block) * block if count > 1 else count
 
-    weights = layer.parameters + sum((padded(w.experts) - w.experts) * w.m * w.n for w in layer.weights)
-    weights -= saved_elements(workload, sum(w.elements for w in layer.weights))
+    weights = layer.parameters
+    if workload.quantization is None:
+        weights += sum((padded(w.experts) - w.experts) * w.m * w.n for w in layer.weights)
+    else:  # codes of all experts are one vector
+        weights -= saved_elements(workload, sum(w.elements for w in layer.weights))
     if workload.method == "full":
         return weights, weights
     if workload.method == "lora":

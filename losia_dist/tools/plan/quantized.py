@@ -44,7 +44,7 @@ def overlay_bytes(workload: Workload, trained: int) -> int:
 
 
 def dense_bytes(workload: Workload) -> int:
-    """The largest weight in bf16, which is there while its layer computes."""
+    """The largest weight in bf16, with all of its experts, which is there while its layer computes."""
     if workload.quantization is None:
         return 0
-    return 2 * max(w.m * w.n for _, layer in workload.shape.kinds for w in layer.weights)
+    return 2 * max(w.elements for _, layer in workload.shape.kinds for w in layer.weights)

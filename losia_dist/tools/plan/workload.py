@@ -152,9 +152,10 @@ class Workload:
             raise ConfigError(f"--quantization {self.quantization}: give one of {', '.join(QUANTIZATIONS)}.")
         if self.method == "full":
             raise ConfigError(f"--quantization {self.quantization} with --method full: codes cannot train in full.")
-        if self.shape.has_experts:
+        if self.shape.has_experts and self.quantization == "int8":
             raise ConfigError(
-                f"--quantization {self.quantization}: {self.shape.name} has experts in fused weights, which are not quantized."
+                f"--quantization int8: {self.shape.name} has experts in fused weights, which bitsandbytes does not quantize in "
+                "8 bits: use nf4, fp4 or fp8."
             )
         if self.offload == "all":
             raise ConfigError(f"--quantization {self.quantization} with --offload all was not tried: use none or optimizer.")
