@@ -135,6 +135,19 @@ def test_every_subnet_is_logged_at_the_start_and_whenever_it_moves(script_run):
         assert line["random_share"] < line["captured"] <= 1  # chosen by importance, it holds more than a random one
 
 
+def test_memory_is_counted_by_kind(script_run):
+    told = json.loads((script_run / "losia_memory.json").read_text())
+    held, trained, indices = told["held"], 0, 0
+    for line in lines_of(script_run / "subnets.jsonl")[: 3 * 7 + 1]:
+        sides = zip((line["rows"], line["columns"]), line["shape"], strict=True)
+        r, c = (size if written == "all" else len(written) for written, size in sides)
+        trained, indices = trained + r * c, indices + r + c
+    assert told["step"] == STEPS and told["peak"] > sum(held.values())
+    assert held["trained"] == 4 * trained + 8 * indices
+    assert held["optimizer"] == 8 * trained + 4 * (3 * 7 + 1)  # fp32: two moments, no masters; a step count each
+    assert held["importance"] > 0 and held["weights"] > 0 and held["host"] == 0
+
+
 def make_losia(config):
     model = get_losia_model(tiny_llama(), config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
@@ -296,7 +309,13 @@ def test_the_page_shows_the_run_and_loads_nothing(script_run, tmp_path):
     summary = json.loads((script_run / "summary.json").read_text())
     for value in (summary["held_out_loss_before"], summary["held_out_loss_after"]):
         assert f"{value:.3f}" in words
-    for part in ("Importance captured", "Overlap of successive subnets", "mlp.up_proj", "Learning rate of every layer"):
+    for part in (
+        "Memory by kind",
+        "Importance captured",
+        "Overlap of successive subnets",
+        "mlp.up_proj",
+        "Learning rate of every layer",
+    ):
         assert part in words
     for part in (torch.__version__, "layers_per_slot", "22 of 22", summary["samples_after"][0]["prompt"]):
         assert part in words

@@ -15,6 +15,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.tools.report import maps
 from losia_dist.tools.report.curves import draw_comparison, draw_learning, draw_measurements
 from losia_dist.tools.report.drawing import style
+from losia_dist.tools.report.memory import HEAD, draw_memory, memory_row
 from losia_dist.tools.report.page import Section, render
 from losia_dist.tools.report.run_directory import Run, read_run
 
@@ -65,6 +66,12 @@ def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
     return [
         Section("Training", pictures=draw_learning(run)),
         Section("Gradient norm, speed and memory", pictures=draw_measurements(run), small=True),
+        Section(
+            "What memory is taken by",
+            pictures=draw_memory([run, *others]),
+            head=HEAD,
+            rows=[memory_row(one) for one in (run, *others) if one.memory],
+        ),
         Section(
             "How much importance the subnets hold",
             "Measured when a subnet is chosen: importance inside it over that of the whole layer.",
