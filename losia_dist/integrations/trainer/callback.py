@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.integrations.trainer.tracker_config import tell_trackers
 from losia_dist.model import count_trainable
 from losia_dist.run.conductor import LoSiA
 from losia_dist.run.finite import refuse_skipped
@@ -62,6 +63,8 @@ class LoSiACallback(TrainerCallback):
         self.when_made: Callable[[LoSiA], None] | None = None
         # The trainer's own loss of a batch, for calibration; None: the model's.
         self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+        # The trainer's callbacks, of which trackers are told of LoSiA's settings.
+        self.others: Sequence[Any] = ()
         self._localized: list[str] = []
         self._experts: dict[str, float] = {}
         self._subnets: SubnetLog | None = None
@@ -101,6 +104,7 @@ class LoSiACallback(TrainerCallback):
         if not self.losia.located:
             self.losia.locate(self._first_batches(kwargs["train_dataloader"]), self.compute_loss)
         if self._subnets is not None:
+            tell_trackers(self.others, self.losia_config)
             self._describe(args, state)
             self._subnets.begin(Path(args.output_dir), continues=state.global_step > 0)
 
