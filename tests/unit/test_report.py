@@ -314,7 +314,7 @@ def test_the_page_shows_the_run_and_loads_nothing(script_run, tmp_path):
         "Importance captured",
         "Overlap of successive subnets",
         "mlp.up_proj",
-        "Learning rate of every layer",
+        "Every layer was stepped with it",
     ):
         assert part in words
     for part in (torch.__version__, "layers_per_slot", "22 of 22", summary["samples_after"][0]["prompt"]):
@@ -377,6 +377,7 @@ def test_a_drawn_runs_page_says_how_much_has_trained_and_draws_no_maps_of_noise(
     words = " ".join(read.text)
     assert "How much of the weights has trained" in words and "Trained so far, by layer" in words
     assert "Where the subnets are" not in words and "Overlap of successive subnets" not in words
+    assert "layers drawn anew" in words and "layers re-localized" not in words
     covered, moves = {}, read_run(drawn_run).movement
     for line in lines_of(drawn_run / "subnets.jsonl"):
         m, n = line["shape"]
@@ -404,7 +405,18 @@ def test_a_wide_layers_coverage_is_told_by_some_of_its_rows_and_columns():
 def test_several_runs_on_one_page(script_run, drawn_run, tmp_path):
     assert main(["report", str(script_run), str(drawn_run), "--output", str(tmp_path / "page.html")]) == 0
     words = " ".join(Reader((tmp_path / "page.html").read_text()).text)
-    assert "Losses of all runs" in words and words.count(f"{drawn_run.parent.name}/run") >= 1
+    assert "Losses of all runs" in words and words.count(f"{drawn_run.parent.name}/run") >= 2  # its losses, its memory
+    assert words.index("All runs") < words.index("Learning rate")
+    for run in (script_run, drawn_run):
+        counted = json.loads((run / "losia_memory.json").read_text())["held"]
+        assert f"{counted['optimizer'] / 1000:.3g} kB" in words
+
+
+def test_memory_that_is_no_count_is_left_out_and_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "losia_memory.json").write_text('{"peak": 5, "held": {"weights": 1}}')
+    words = " ".join(Reader(report(tmp_path)).text)
+    assert "losia_memory.json could not be read" in words and "Memory by kind" not in words
 
 
 # What is wrong with a run's files.

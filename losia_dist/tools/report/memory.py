@@ -19,30 +19,32 @@ HEAD = ["run", *(name for name, _ in _KINDS.values()), _REST[0], "peak", "on the
 
 
 def draw_memory(runs: Sequence[Run]) -> list[Picture]:
-    """A bar for each run that counted its memory; nothing where none did."""
+    """A bar for each run that counted its memory; nothing where none did. The rest of a process is mostly Python, which would
+    dwarf a small model: it stands in the table alone."""
     counted = [run for run in runs if run.memory]
     if not counted:
         return []
+    on_devices = all(run.facts.get("memory_of") == "device" for run in counted)
+    drawn = {**_KINDS, "rest": _REST} if on_devices else _KINDS
     parts = [_parts(run) for run in counted]
-    unit, name = _unit(max(sum(one.values()) for one in parts))
+    drawn = {kind: of for kind, of in drawn.items() if any(one[kind] for one in parts)}
+    unit, name = _unit(max(sum(one[kind] for kind in drawn) for one in parts))
     figure, axis = new_figure(1.25 + 0.42 * len(counted), width=11.0)
     for place, one in enumerate(parts):
         start = 0.0
-        for kind, (label, colour) in (*_KINDS.items(), ("rest", _REST)):
-            width = one[kind] / unit
-            axis.barh(place, width, left=start, height=0.62, color=colour, label="_" * (place > 0) + label)
-            start += width
-    axis.set_yticks(range(len(counted)), [run.name for run in counted] if len(counted) > 1 else [""])
+        for kind, (label, colour) in drawn.items():
+            axis.barh(place, one[kind] / unit, left=start, height=0.62, color=colour, label="_" * (place > 0) + label)
+            start += one[kind] / unit
+    several = len(counted) > 1
+    axis.set_yticks(range(len(counted)) if several else [], [run.name for run in counted] if several else [])
     axis.invert_yaxis()
-    axis.set_xlabel(name)
+    axis.set_xlabel(f"{name} (10{_POWERS[name]} bytes)")
     axis.grid(False, axis="y")
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(_KINDS) + 1, labelcolor=INK)
-    rest = "activations, gradients, and what passes"
-    if any(run.facts.get("memory_of") == "process" for run in counted):
-        rest += "; of a process Python and its libraries too"
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), labelcolor=INK)
+    rest = f"{'' if on_devices else 'Python, its libraries, '}activations, gradients and what passes"
     caption = (
-        "Of the first rank. Tensors of the first four kinds were counted between two steps; the rest is what was measured at "
-        f"most, less these: {rest}."
+        "Of the first rank. Tensors of these kinds were counted between two steps. The rest of the peak is what was measured "
+        f"at most, less these: {rest}."
     )
     sums = "; ".join(f"{run.name} {_shown(run.memory['peak'])}" for run in counted)
     alt = f"Memory of the first rank by kind; at most: {sums}."
@@ -52,10 +54,8 @@ def draw_memory(runs: Sequence[Run]) -> list[Picture]:
 def memory_row(run: Run) -> list[str]:
     """A line of the table, under HEAD."""
     parts = _parts(run)
-    peak = run.memory["peak"]
-    held = [_shown(parts[kind]) for kind in _KINDS]
-    host = run.memory["held"].get("host", 0)
-    return [run.name, *held, _shown(parts["rest"]), _shown(peak), _shown(host) if host else "-"]
+    sizes = [*(parts[kind] for kind in _KINDS), parts["rest"], run.memory["peak"], run.memory["held"].get("host", 0)]
+    return [run.name, *map(_shown, sizes)]
 
 
 def _parts(run: Run) -> dict[str, int]:
@@ -64,10 +64,13 @@ def _parts(run: Run) -> dict[str, int]:
     return {**parts, "rest": max(0, run.memory["peak"] - sum(parts.values()))}
 
 
+_POWERS = {"GB": "\u2079", "MB": "\u2076", "kB": "\u00b3"}
+
+
 def _unit(most: int) -> tuple[float, str]:
-    return (1e9, "GB (10⁹ bytes)") if most >= 2e8 else (1e6, "MB (10⁶ bytes)")
+    return (1e9, "GB") if most >= 1e8 else (1e6, "MB") if most >= 1e5 else (1e3, "kB")
 
 
 def _shown(size: int) -> str:
     unit, name = _unit(size)
-    return f"{short(size / unit)} {name.split()[0]}"
+    return f"{short(size / unit)} {name}" if size else "-"
