@@ -30,7 +30,7 @@ _NAMES = {
     *("adapter_config.json", "params.json"),  # of weights in other forms
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),  # exports are not
     *("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", "zero_to_fp32.py", "latest"),
-    *("checkpoint-is-incomplete.txt", "losia_config.json", "losia_run.json", "summary.json"),
+    *("checkpoint-is-incomplete.txt", "losia_config.json", "losia_run.json", "losia_memory.json", "summary.json"),
 }
 
 

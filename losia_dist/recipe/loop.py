@@ -21,6 +21,7 @@ from losia_dist.recipe.engines import Engine
 from losia_dist.recipe.heldout import held_out_loss, sample_answers
 from losia_dist.recipe.logs import RunLog
 from losia_dist.recipe.trajectory import Progress
+from losia_dist.run.memory_kinds import write_memory
 from losia_dist.run.run_facts import GB, peak_memory
 
 
@@ -76,7 +77,7 @@ def train_steps(
     batches = _endless(loader, begun.step * options.gradient_accumulation)
     seconds, tokens, logged = begun.seconds, begun.tokens, begun.logged
     loss_sum = torch.full((), begun.loss_sum, device=run.device)
-    interruption = Interruption(checkpoints.saves, options.timeout)
+    interruption, is_first = Interruption(checkpoints.saves, options.timeout), True
     with interruption.watched():
         for step in range(begun.step + 1, steps + 1):
             began = time.perf_counter()
@@ -106,6 +107,10 @@ def train_steps(
                 summary["train_loss"] = values["loss"]
                 _check_finite(values["loss"], step)
             log.advance(step, **values)
+            if values and log.enabled and (step == steps or is_first):
+                is_first = False
+                accumulators = run.losia.accumulators.values() if run.losia is not None else ()
+                write_memory(log.directory, step, run.model, run.optimizer, accumulators, run.device)
             if options.eval_steps and step % options.eval_steps == 0 and step < steps:
                 reporter.loss(step)
             stops = interruption.end_step()

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from losia_dist.checkpoint import layout
 from losia_dist.data import places_of
 from losia_dist.errors import ConfigError
-from losia_dist.run.log_files import FACTS, METRICS, SUBNETS, SUMMARY
+from losia_dist.run.log_files import FACTS, MEMORY, METRICS, SUBNETS, SUMMARY
 
 MODEL, MODEL_FILES, _CURVES = layout.OF_MODEL, "model_files.json", "tensorboard"
 _EVENTS = ("events.out.tfevents.*",)
@@ -99,7 +99,7 @@ class OutputDirectory:
                 _remove(self.model, tuple(self._recorded()), by_path=True)
                 (self.path / MODEL_FILES).unlink(missing_ok=True)
             _remove(self.path / _CURVES, _EVENTS)
-            for name in (*_LOGS, FACTS):  # what says whose all this is goes last
+            for name in (*_LOGS, MEMORY, FACTS):  # what says whose all this is goes last
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"--output_dir {self._options.output_dir}: {error}; nothing was trained.") from error

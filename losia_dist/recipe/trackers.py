@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from losia_dist.errors import ConfigError
+from losia_dist.run.run_facts import flat_settings
 
 PROJECT = "losia_dist"  # unless WANDB_PROJECT, TRACKIO_PROJECT or MLFLOW_EXPERIMENT_NAME names another
-_LONGEST = 5000  # characters of a value in a run's configuration, of which MLflow takes 6000
 
 
 class Tracker(Protocol):
@@ -110,7 +110,7 @@ def start_trackers(names: Sequence[str], directory: Path, about: Mapping[str, An
     Raises:
         ConfigError: one of them cannot be begun (no login, no network).
     """
-    flat = {name: _text(value) for name, value in _flat(about)}
+    flat = flat_settings(about)
     started: list[Tracker] = []
     for name in names:
         if name == "none":
@@ -120,16 +120,3 @@ def start_trackers(names: Sequence[str], directory: Path, about: Mapping[str, An
         except Exception as error:  # a tracker's own, of any kind
             raise ConfigError(f"--report_to {name}: it could not begin: {type(error).__name__}: {error}") from error
     return started
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        found += _flat(value, f"{before}{name}/") if isinstance(value, dict) else [(f"{before}{name}", value)]
-    return found
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bool | int | float):
-        return value
-    return str(value)[:_LONGEST]

@@ -10,6 +10,7 @@ from typing import Any
 
 # Names in a run's directory. losia_config.json lies beside them.
 METRICS, SUBNETS, FACTS, SUMMARY = "metrics.jsonl", "subnets.jsonl", "losia_run.json", "summary.json"
+MEMORY = "losia_memory.json"
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any] | None]:

@@ -6,7 +6,7 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from losia_dist.run.log_files import FACTS
 
 _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "trl", "datasets", "triton", "flash-attn", "liger-kernel")
 GB = 10**9
+_LONGEST = 5000  # characters of a value in a tracker's configuration of a run, of which MLflow takes 6000
 
 
 def write_facts(directory: Path, config: LoSiAConfig | None, groups: Sequence[str], device: torch.device, **facts: Any) -> None:
@@ -70,6 +71,18 @@ def versions() -> dict[str, str]:
             continue
     toolkit = getattr(torch.version, "cuda", None) or getattr(torch.version, "hip", None)
     return found | ({"cuda or hip": str(toolkit)} if toolkit else {})
+
+
+def flat_settings(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings as trackers take them: a mapping in them becomes one value for each of its own, losia_config/period; numbers
+    stay numbers, and the rest is text."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flat_settings(value, f"{before}{name}/")
+        else:
+            found[f"{before}{name}"] = value if isinstance(value, bool | int | float) else str(value)[:_LONGEST]
+    return found
 
 
 def _name_of(device: torch.device) -> str:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups, print_trainable_parameters
 from losia_dist.ranks import compat
+from losia_dist.run.memory_kinds import held_by_kind
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
 from tests.support.training import Run, train, variant
@@ -64,6 +65,12 @@ def count(engine_name: str, dtype: str) -> dict[str, int]:
         weights = {p.data_ptr() for p in engine.module.parameters()}
         full = [t for t in live_tensors() if tuple(t.shape) in shapes and id(t) not in older and t.data_ptr() not in weights]
         seen["full_size"] = len(full)
+        device = torch.device("cpu")
+        seen["held"] = held_by_kind(engine.module, engine.optimizer, losia.accumulators.values(), device)
+        seen["frozen_elements"] = sum(m * n for m, n in (losia.parameters.shape(layer.weight) for layer in losia.sites))
+        seen["indices"] = sum(layer.row_index.numel() + layer.col_index.numel() for layer in losia.sites)
+        localizing = [layer for layer in losia.sites if layer.group_name in losia.localizing]
+        seen["localizing_elements"] = sum(m * n for m, n in (losia.parameters.shape(layer.weight) for layer in localizing))
 
     train(engine_name, variant(RUN, dtype=dtype), inspect)
     return seen
@@ -91,6 +98,21 @@ def test_state_of_all_ranks_together_is_that_of_the_subnets_plus_padding(ranks, 
 @pytest.mark.parametrize("stage", [slow(1), 2, 3])
 def test_no_buffer_of_a_whole_weights_size_stays_alive(ranks, stage):
     assert [rank["full_size"] for rank in ranks(2, count, f"zero{stage}", "fp32")] == [0, 0]
+
+
+@pytest.mark.parametrize("engine", [slow("zero1"), slow("zero2"), "zero3"])
+def test_memory_by_kind_is_that_of_the_tensors(ranks, engine):
+    seen = ranks(2, count, engine, "fp32")
+    elements, padding = seen[0]["subnet_elements"], 8 * seen[0]["parameters"]
+    held = {kind: sum(rank["held"][kind] for rank in seen) for kind in seen[0]["held"]}
+    step_counts = 2 * FLOAT * seen[0]["parameters"]
+    assert 3 * FLOAT * elements <= held["optimizer"] <= 3 * FLOAT * (elements + padding) + step_counts
+    copies = 1 if engine == "zero3" else 2  # of what the engine shards over the ranks
+    indices = 2 * 8 * seen[0]["indices"]
+    assert copies * FLOAT * elements + indices <= held["trained"] <= copies * FLOAT * (elements + padding) + indices
+    assert 2 * FLOAT * seen[0]["localizing_elements"] <= held["importance"]  # rows of the two averages, a part on either rank
+    assert held["importance"] <= 2 * FLOAT * (seen[0]["localizing_elements"] + 7 * 64)
+    assert copies * FLOAT * seen[0]["frozen_elements"] <= held["weights"] and held["host"] == 0
 
 
 class FullSizeResults(TorchDispatchMode):

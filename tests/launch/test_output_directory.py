@@ -74,7 +74,7 @@ def test_overwrite_replaces_what_the_script_wrote_and_keeps_every_other_file(mat
     notes = {path for path in contents(earlier) if path.name in ("notes.txt", "mine.json")}
     train(arguments(material, earlier, **{**SHORT, "max_steps": 1}, no_save=True, overwrite=True))
     assert steps_of(earlier) == [1] and len(list((earlier / "tensorboard").glob("events*"))) == 1
-    new = {"losia_run.json", "losia_config.json", "metrics.jsonl", "subnets.jsonl", "summary.json"}
+    new = {"losia_run.json", "losia_config.json", "metrics.jsonl", "subnets.jsonl", "summary.json", "losia_memory.json"}
     left = {str(path) for path in contents(earlier).keys() - notes if path.parent.name != "tensorboard"}
     assert left == new
     assert notes <= contents(earlier).keys()

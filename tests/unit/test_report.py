@@ -135,6 +135,19 @@ def test_every_subnet_is_logged_at_the_start_and_whenever_it_moves(script_run):
         assert line["random_share"] < line["captured"] <= 1  # chosen by importance, it holds more than a random one
 
 
+def test_memory_is_counted_by_kind(script_run):
+    told = json.loads((script_run / "losia_memory.json").read_text())
+    held, trained, indices = told["held"], 0, 0
+    for line in lines_of(script_run / "subnets.jsonl")[: 3 * 7 + 1]:
+        sides = zip((line["rows"], line["columns"]), line["shape"], strict=True)
+        r, c = (size if written == "all" else len(written) for written, size in sides)
+        trained, indices = trained + r * c, indices + r + c
+    assert told["step"] == STEPS and told["peak"] > sum(held.values())
+    assert held["trained"] == 4 * trained + 8 * indices
+    assert held["optimizer"] == 8 * trained + 4 * (3 * 7 + 1)  # fp32: two moments, no masters; a step count each
+    assert held["importance"] > 0 and held["weights"] > 0 and held["host"] == 0
+
+
 def make_losia(config):
     model = get_losia_model(tiny_llama(), config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
@@ -296,7 +309,13 @@ def test_the_page_shows_the_run_and_loads_nothing(script_run, tmp_path):
     summary = json.loads((script_run / "summary.json").read_text())
     for value in (summary["held_out_loss_before"], summary["held_out_loss_after"]):
         assert f"{value:.3f}" in words
-    for part in ("Importance captured", "Overlap of successive subnets", "mlp.up_proj", "Learning rate of every layer"):
+    for part in (
+        "Memory by kind",
+        "Importance captured",
+        "Overlap of successive subnets",
+        "mlp.up_proj",
+        "Every layer was stepped with it",
+    ):
         assert part in words
     for part in (torch.__version__, "layers_per_slot", "22 of 22", summary["samples_after"][0]["prompt"]):
         assert part in words
@@ -358,6 +377,7 @@ def test_a_drawn_runs_page_says_how_much_has_trained_and_draws_no_maps_of_noise(
     words = " ".join(read.text)
     assert "How much of the weights has trained" in words and "Trained so far, by layer" in words
     assert "Where the subnets are" not in words and "Overlap of successive subnets" not in words
+    assert "layers drawn anew" in words and "layers re-localized" not in words
     covered, moves = {}, read_run(drawn_run).movement
     for line in lines_of(drawn_run / "subnets.jsonl"):
         m, n = line["shape"]
@@ -385,7 +405,18 @@ def test_a_wide_layers_coverage_is_told_by_some_of_its_rows_and_columns():
 def test_several_runs_on_one_page(script_run, drawn_run, tmp_path):
     assert main(["report", str(script_run), str(drawn_run), "--output", str(tmp_path / "page.html")]) == 0
     words = " ".join(Reader((tmp_path / "page.html").read_text()).text)
-    assert "Losses of all runs" in words and words.count(f"{drawn_run.parent.name}/run") >= 1
+    assert "Losses of all runs" in words and words.count(f"{drawn_run.parent.name}/run") >= 2  # its losses, its memory
+    assert words.index("All runs") < words.index("Learning rate")
+    for run in (script_run, drawn_run):
+        counted = json.loads((run / "losia_memory.json").read_text())["held"]
+        assert f"{counted['optimizer'] / 1000:.3g} kB" in words
+
+
+def test_memory_that_is_no_count_is_left_out_and_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "losia_memory.json").write_text('{"peak": 5, "held": {"weights": 1}}')
+    words = " ".join(Reader(report(tmp_path)).text)
+    assert "losia_memory.json could not be read" in words and "Memory by kind" not in words
 
 
 # What is wrong with a run's files.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from transformers import TrainerCallback
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.integrations.trainer.tracker_config import tell_trackers
 from losia_dist.model import count_trainable
 from losia_dist.run.conductor import LoSiA
 from losia_dist.run.finite import refuse_skipped
-from losia_dist.run.log_files import FACTS
+from losia_dist.run.log_files import FACTS, MEMORY
+from losia_dist.run.memory_kinds import write_memory
 from losia_dist.run.run_facts import GB, peak_memory, write_facts
 from losia_dist.run.subnet_log import SubnetLog
 
@@ -61,10 +63,13 @@ class LoSiACallback(TrainerCallback):
         self.when_made: Callable[[LoSiA], None] | None = None
         # The trainer's own loss of a batch, for calibration; None: the model's.
         self.compute_loss: Callable[[nn.Module, dict[str, Any]], Tensor] | None = None
+        # The trainer's callbacks, of which trackers are told of LoSiA's settings.
+        self.others: Sequence[Any] = ()
         self._localized: list[str] = []
         self._experts: dict[str, float] = {}
         self._subnets: SubnetLog | None = None
         self._device = torch.device("cpu")
+        self._memory_written = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.losia_config is None:
@@ -91,7 +96,7 @@ class LoSiACallback(TrainerCallback):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         self.losia = LoSiA(kwargs["model"], optimizer, self.losia_config, total_steps=state.max_steps, watch=True)
-        self._localized, self._device = [], args.device
+        self._localized, self._device, self._memory_written = [], args.device, False
         if state.is_world_process_zero:
             self._subnets = SubnetLog(self.losia)
         if self.when_made is not None:
@@ -99,6 +104,7 @@ class LoSiACallback(TrainerCallback):
         if not self.losia.located:
             self.losia.locate(self._first_batches(kwargs["train_dataloader"]), self.compute_loss)
         if self._subnets is not None:
+            tell_trackers(self.others, self.losia_config)
             self._describe(args, state)
             self._subnets.begin(Path(args.output_dir), continues=state.global_step > 0)
 
@@ -118,6 +124,9 @@ class LoSiACallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log and self.losia is not None:  # on all ranks alike
             self._experts = {f"losia/{name}": value for name, value in self.losia.expert_load.read().items()}
+        if self._subnets is not None and (state.global_step == state.max_steps or not self._memory_written):
+            self._memory_written = True
+            self._count_memory(args, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.losia is not None
@@ -171,6 +180,15 @@ class LoSiACallback(TrainerCallback):
             write_facts(Path(args.output_dir), self.losia_config, losia.clock.names, self._device, **facts)
         except OSError as error:
             warnings.warn(f"{FACTS} cannot be written ({error}): the run's report will lack it.", stacklevel=2)
+
+    def _count_memory(self, args: Any, state: Any) -> None:
+        losia = self.losia
+        assert losia is not None
+        parts = (losia.model, losia.state.optimizer, losia.accumulators.values(), self._device)
+        try:
+            write_memory(Path(args.output_dir), state.global_step, *parts)
+        except OSError as error:
+            warnings.warn(f"{MEMORY} cannot be written ({error}): the run's report will lack it.", stacklevel=2)
 
     def _first_batches(self, loader: Any) -> list[Any]:
         """The batches that training begins with, as many as calibration asks for; the order of the data stays what it was."""

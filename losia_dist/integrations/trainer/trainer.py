@@ -119,6 +119,7 @@ class LoSiATrainerMixin:
         if any(isinstance(callback, LoSiACallback) for callback in self.callback_handler.callbacks):
             raise ConfigError("LoSiATrainerMixin adds LoSiACallback itself: remove it from callbacks.")
         self.callback_handler.add_callback(self.losia_callback)
+        self.losia_callback.others = self.callback_handler.callbacks
         self._at_step_end = take_over(self)
         if not find_sites(self.model):
             get_losia_model(self.model, losia_config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,15 @@ _MEMORY_OF = {
 
 def draw_learning(run: Run) -> list[Picture]:
     """Losses and learning rates, as far as the run logged them."""
-    draw_rates = _rates if run.curves.rates else _scheduled_rate
+    draw_rates = _rates if run.curves.rates and not _all_as_scheduled(run) else _scheduled_rate
     return [picture for picture in (_losses(run), draw_rates(run)) if picture is not None]
+
+
+def _all_as_scheduled(run: Run) -> bool:
+    """No layer rewarmed at any logged step: one curve says it all."""
+    scheduled = run.curves.rate.points
+    logged = [(scheduled.get(step), rate) for curve in run.curves.rates.values() for step, rate in curve.points.items()]
+    return all(wanted is not None and math.isclose(rate, wanted, rel_tol=1e-4) for wanted, rate in logged)
 
 
 def draw_measurements(run: Run) -> list[Picture]:
@@ -122,11 +130,12 @@ def _rates(run: Run) -> Picture:
 def _scheduled_rate(run: Run) -> Picture | None:
     if not run.curves.rate:
         return None
-    figure, axis = new_figure()
+    figure, axis = new_figure(_TALL)
     _plot(axis, run.curves.rate, "-", color=ROWS)
     axis.set(xlabel=_STEP, ylabel="learning rate", ylim=(0, None))
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    return Picture("learning_rate", "Learning rate", "As scheduled.", "Learning rate over optimizer steps.", figure)
+    caption = "As scheduled." + (" Every layer was stepped with it." if run.curves.rates else "")
+    return Picture("learning_rate", "Learning rate", caption, "Learning rate over optimizer steps.", figure)
 
 
 def _measured(curve: Curve, name: str, title: str, caption: str, unit: str, limit: float) -> Picture:

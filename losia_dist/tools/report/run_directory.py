@@ -10,7 +10,8 @@ from typing import Any
 
 from losia_dist.config.losia_config import CONFIG_NAME, LoSiAConfig
 from losia_dist.errors import ConfigError, LoSiAError
-from losia_dist.run.log_files import FACTS, METRICS, SUBNETS, SUMMARY, read_records
+from losia_dist.run.log_files import FACTS, MEMORY, METRICS, SUBNETS, SUMMARY, read_records
+from losia_dist.run.memory_kinds import KINDS
 from losia_dist.tools.report.movement import Movement
 from losia_dist.tools.report.series import STATE, Curves, note_unreadable, read_curves
 
@@ -20,6 +21,7 @@ class Run:
     """What was found; parts that were not are empty.
 
     facts: losia_run.json. config: losia_config.json. summary: summary.json, which only a run that ended has.
+    memory: losia_memory.json: "peak" and, by kind, "held", in bytes.
     files: what was read. notes: what could not be read, and what is missing, for the reader of the page.
     """
 
@@ -30,6 +32,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -64,6 +67,10 @@ def read_run(directory: Path) -> Run:
 def _read(directory: Path) -> Run:
     notes: list[str] = []
     facts, config, summary = (_object(directory / name, notes) for name in (FACTS, CONFIG_NAME, SUMMARY))
+    memory = _object(directory / MEMORY, notes)
+    if memory and not _is_memory(memory):
+        notes.append(f"{MEMORY} could not be read; it does not say what the memory is taken by.")
+        memory = {}
     groups = facts.get("groups")
     curves, files = read_curves(directory, groups if isinstance(groups, list) else [], notes)
     movement = Movement()
@@ -79,8 +86,8 @@ def _read(directory: Path) -> Run:
             f"{directory} holds no logs of a run ({METRICS}, {STATE}, TensorBoard's events, {SUBNETS}): give the output_dir of "
             "losia-dist train, or of a Trainer that reports to TensorBoard or saves its state."
         )
-    files += [name for name in (SUBNETS, FACTS, CONFIG_NAME, SUMMARY) if (directory / name).is_file()]
-    run = Run(directory, directory.resolve().name, curves, movement, facts, config, summary, files, notes)
+    files += [name for name in (SUBNETS, FACTS, CONFIG_NAME, SUMMARY, MEMORY) if (directory / name).is_file()]
+    run = Run(directory, directory.resolve().name, curves, movement, facts, config, summary, memory, files, notes)
     steps = run.fact("steps")
     if METRICS in files and isinstance(steps, int) and curves.reached < steps:  # a Trainer need not log its last step
         reached = max(0, curves.reached)
@@ -91,6 +98,11 @@ def _read(directory: Path) -> Run:
     if run.fact("method") != "full" and not movement.layers:
         notes.append(f"There is no {SUBNETS}: nothing is known of where the subnets lie.")
     return run
+
+
+def _is_memory(value: dict[str, Any]) -> bool:
+    held = value.get("held")
+    return isinstance(held, dict) and all(isinstance(one, int) for one in (value.get("peak"), *map(held.get, KINDS)))
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:

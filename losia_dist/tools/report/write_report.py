@@ -15,6 +15,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.tools.report import maps
 from losia_dist.tools.report.curves import draw_comparison, draw_learning, draw_measurements
 from losia_dist.tools.report.drawing import style
+from losia_dist.tools.report.memory import HEAD, draw_memory, memory_row
 from losia_dist.tools.report.page import Section, render
 from losia_dist.tools.report.run_directory import Run, read_run
 
@@ -63,8 +64,23 @@ def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
     """Everything that the run has logged, drawn. Where subnets are drawn, a map of where they lie is noise: how much of each
     weight has trained is told instead."""
     return [
+        Section(
+            "All runs",
+            f"Below, {run.name} alone is shown; memory is that of all.",
+            pictures=draw_comparison([run, *others]) if others else [],
+            head=[
+                "run", "method", "parameters that train", "training loss", "held-out before", "after", "tokens/s", "peak GB",
+            ],
+            rows=[_compared(one) for one in (run, *others)] if others else [],
+        ),
         Section("Training", pictures=draw_learning(run)),
         Section("Gradient norm, speed and memory", pictures=draw_measurements(run), small=True),
+        Section(
+            "What memory is taken by",
+            pictures=draw_memory([run, *others]),
+            head=HEAD,
+            rows=[memory_row(one) for one in (run, *others) if one.memory],
+        ),
         Section(
             "How much importance the subnets hold",
             "Measured when a subnet is chosen: importance inside it over that of the whole layer.",
@@ -90,14 +106,6 @@ def _sections(run: Run, others: Sequence[Run]) -> list[Section]:
             pictures=maps.draw_movement(run),
             head=["kind", "layers", "weight", "subnet", "moves", "rows kept", "columns kept", "captured", "random"],
             rows=[_kind(run, kind) for kind in run.movement.kinds()],
-        ),
-        Section(
-            "Comparison",
-            pictures=draw_comparison([run, *others]) if others else [],
-            head=[
-                "run", "method", "parameters that train", "training loss", "held-out before", "after", "tokens/s", "peak GB",
-            ],
-            rows=[_compared(one) for one in (run, *others)] if others else [],
         ),
         Section("Answers", "To held-out prompts, greedily.", samples=_answers(*map(run.summary.get, _SAMPLES))),
         Section("Configuration and versions", folded=_settings(run)),
@@ -136,7 +144,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     moves = run.movement.moves
     if run.movement.layers:
         moved = {move.layer.name for move in moves if move.reason == "relocalized"}
-        how = "drawn anew" if run.config.get("selection") == "random" else "re-localized"
+        how = "drawn anew" if run.is_drawn else "re-localized"
         tiles.append((f"{len(moved)} of {len(run.movement.layers)}", f"layers {how}"))
     if (captured := maps.mean_captured(moves)) is not None:
         chance = percent(float(np.mean([move.layer.random_share for move in moves if move.captured is not None])))
