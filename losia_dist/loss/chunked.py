@@ -87,7 +87,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden, targets = ctx.saved_tensors
         trained = _trained(ctx.head) if ctx.trains else []
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        sums = [_Sum() for _ in trained]
+        sums = [GradientSum() for _ in trained]
         device, dtype, enabled = ctx.autocast
         pieces = zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), strict=True)
         with torch.enable_grad(), torch.autocast(device, dtype, enabled), _one_sink_call(ctx.head):
@@ -104,7 +104,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden, None, None, None, None, *gradients
 
 
-class _Sum:
+class GradientSum:
     """A sum over chunks, in fp32 from the second on: a bf16 sum would lose what one matmul over all tokens keeps."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ def _one_sink_call(head: nn.Module) -> Iterator[None]:
     if site is None or site.gradient_sink is None:
         yield
         return
-    sink, sum_ = site.gradient_sink, _Sum()
+    sink, sum_ = site.gradient_sink, GradientSum()
     seen: list[tuple[torch.dtype, Tensor]] = []  # the gradient's dtype, and the weight
 
     def collect(gradient: Tensor, weight: Tensor) -> None:

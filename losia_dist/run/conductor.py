@@ -40,7 +40,7 @@ from losia_dist.run.first_subnets import check_batches, find_outliers, locate_al
 from losia_dist.run.masters import FirstMove, check_masters
 from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
-from losia_dist.run.sequence_checks import SequenceChecks, refuse_experts
+from losia_dist.run.sequence_checks import SequenceChecks, refuse_layers
 from losia_dist.run.when_made import WHEN_MADE
 from losia_dist.sharding.clearing import check_clearing
 from losia_dist.sharding.resolve import check_asked_sharding, resolve_parameters, resolve_state
@@ -96,7 +96,7 @@ class LoSiA:
         self.collectives = RowCollectives(group)
         # Those that compute each sequence together, under DeepSpeed's Ulysses; from here on their gradients are averaged.
         self.sequence = SequenceRanks.of(model, optimizer, agreement)
-        refuse_experts(self.sites, config, self.sequence)
+        refuse_layers(self.sites, config, self.sequence)
         groups, data_ranks = len(group_names(self.sites)), self.collectives.world_size // self.sequence.size
         self.config = config = resolve_layers_per_slot(config, total_steps, groups, data_ranks)
         agreement.same("the model", {site.name: list(site.subnet.shape) for site in self.sites})

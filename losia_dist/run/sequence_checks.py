@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from losia_dist.config.losia_config import LoSiAConfig
@@ -20,12 +21,20 @@ _NEAR_THE_LOSS = 64  # nodes of the graph among which a loss is gathered over ra
 _GATHERS = ("AllGather", "AllReduce", "SequenceSum")
 
 
-def refuse_experts(sites: list[Site], config: LoSiAConfig, sequence: SequenceRanks) -> None:
-    """Look at a model whose ranks share sequences, before training. No communication; the same on every rank.
+def refuse_layers(sites: list[Site], config: LoSiAConfig, sequence: SequenceRanks) -> None:
+    """Look at a model for long sequences, before training. No communication; the same on every rank.
 
     Raises:
-        UnsupportedError: experts that are modules of their own, or that are located before training.
+        UnsupportedError: tiles under another engine than DeepSpeed; where ranks share sequences, experts that are modules of
+            their own, or that are located before training.
     """
+    tiled = [site.name for site in sites if site.is_tiled]
+    if tiled and sequence.engine is None and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UnsupportedError(
+            f"{some(tiled, 1)} is computed in tiles (use_tiled_mlp), each with a backward pass of its own: DDP and FSDP2 would "
+            "reduce its gradient after every one, DeepSpeed alone waits for the last. Train with DeepSpeed, or leave the tiles "
+            "out."
+        )
     if sequence.size == 1 or config.located is None:
         return
     listed = [site.name for site in sites if is_listed(site.name)]

@@ -108,6 +108,7 @@ class Site:
         self.kept_inputs: dict[int, Tensor] = {}  # under torch.compile: inputs of this step that await their backward
         self.gradient_witness: Callable[[Tensor], None] | None = None  # set until the subnet was seen to train
         self.converted_with = {name: shape}  # of all sites that the model was converted with: name -> (m, n)
+        self.is_tiled = False  # one forward calls the layer several times, and backward again, for parts of the tokens
         self.shares_embedding = False  # the input embedding has the same weight, and looks up in it (TiedSubnetEmbedding)
         # Of a deep copy that no conductor drives: version and print of the subnet it was made with.
         self.copied: tuple[int, int] | None = None

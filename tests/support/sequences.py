@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from losia_dist import LoSiAConfig, initialize, sequence_loss, split_sequence
+from losia_dist import LoSiAConfig, get_losia_model, initialize, sequence_loss, split_sequence
 from losia_dist.checkpoint.tensor_names import unwrap
+from losia_dist.integrations.deepspeed.tiled_mlp import use_tiled_mlp
 from losia_dist.loss.sequence_loss import sum_over_sequence
 from tests.reference.dense import DenseLoSiA
 from tests.support.expected import converted_targets
@@ -35,6 +36,7 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=lambda: {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 5})
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    tiles: int = 0  # parts that MLPs compute a micro-batch in
     calibration: int = 0  # micro-batches of 2 sequences that the first subnets are located from
 
 
@@ -140,6 +142,8 @@ def begin(run: Run, stage: int, size: int, **arguments: Any) -> Any:
     model = build(run)
     if run.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.tiles:
+        use_tiled_mlp(get_losia_model(model, LoSiAConfig(**run.config)), run.tiles)
     engine, *_ = initialize(model=model.train(), losia_config=LoSiAConfig(**run.config), config=settings, lr=RATE, **arguments)
     return engine
 
