@@ -1,6 +1,5 @@
 """Drawn subnets of layers with one input: they take the same columns, gather them once and keep them once."""
 
-
 import pytest
 import torch
 from torch import nn
