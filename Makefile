@@ -49,10 +49,10 @@ quickstart-full: venv
 		$(QUICKSTART) $(PRECISION) --output_dir runs/quickstart-full
 
 test: venv
-	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-full: venv
-	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu"
+	$(RUN) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 # axolotl pins other releases of Transformers, TRL and Accelerate: its plugin is tested in an environment of its own.
 AXOLOTL_VENV ?= .venv-axolotl

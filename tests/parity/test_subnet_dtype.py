@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import ConfigError, UnsupportedError
+from tests.support.cases import slow
 from tests.support.models import batches, tiny_llama
 
 CONFIG = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 3}
@@ -82,7 +83,7 @@ def test_one_process_gives_the_same_bits_without_a_master_copy(with_masters):
     assert result["losses"][-1] < result["losses"][0] - 0.4
 
 
-@pytest.mark.parametrize("engine, param_dtype", [("ddp", None), ("fsdp2", None), ("fsdp2", torch.bfloat16)])
+@pytest.mark.parametrize("engine, param_dtype", [("ddp", None), slow("fsdp2", None), ("fsdp2", torch.bfloat16)])
 def test_two_ranks_stay_within_bf16_rounding_of_it(ranks, with_masters, engine, param_dtype):
     results = ranks(2, train, engine, torch.float32, param_dtype)
     mean = [sum(pair) / 2 for pair in zip(*(result["losses"] for result in results), strict=True)]

@@ -27,7 +27,7 @@ def compared(model: str, gpus: int, layers: int | None, **settings) -> tuple[int
 
 CASES = [
     ("llama-2-70b", 4, {"sequence": 4096}),
-    ("llama-2-70b", 64, {"sequence": 4096, "method": "full"}),
+    slow("llama-2-70b", 64, {"sequence": 4096, "method": "full"}),
     ("llama-2-70b", 4, {"sequence": 4096, "method": "lora", "checkpointing": False}),
     slow("qwen2.5-7b", 4, {"sequence": 2048, "accumulation": 2, "config": LoSiAConfig(layers_per_slot=2)}),
     ("qwen3-0.6b", 2, {"sequence": 1024, "micro_batch": 2, "checkpointing": False}),
