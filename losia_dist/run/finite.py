@@ -79,8 +79,7 @@ class FiniteCheck:
             gradients = [gradient for gradient in gradients if gradient.numel()]
             if not gradients:
                 continue
-            # One pass over memory. The largest entry: a sum of squares would overflow by finite gradients. NaN is above all.
-            norm = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
+            norm = _largest(gradients)
             known = self._norms.get(group[GROUP_KEY])
             self._norms[group[GROUP_KEY]] = norm if known is None else torch.maximum(known, norm)
 
@@ -112,6 +111,16 @@ class FiniteCheck:
             raise self._found
         if copies_changed:
             raise changed_copy(f"seen after step {step}, of this rank or another")
+
+
+def _largest(gradients: list[Tensor]) -> Tensor:
+    """Largest magnitude among them, scalar; NaN is above all. One pass over memory, and the host does not wait.
+
+    Not a sum of squares, which would overflow by finite gradients.
+    """
+    if gradients[0].device.type == "cpu":  # a norm takes seventeen times as long there
+        return torch.stack([end for gradient in gradients for end in torch.aminmax(gradient)]).abs().max()
+    return torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
 
 
 def refuse_skipped(step: int) -> None:
