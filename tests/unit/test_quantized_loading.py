@@ -46,6 +46,7 @@ def test_experts_of_each_family_are_quantized_and_have_the_values_of_their_codes
         expected = dequantize_4bit(codes, state.absmax, 64, "nf4", tuple(values.shape), torch.float32)
         # Scales are quantized too, to 8 bits.
         torch.testing.assert_close(access.read_whole(held[name].weight), expected, rtol=0.05, atol=0.02)
+        assert held[name].packed.describe()["double"]
         assert held[name].weight.nbytes == -(-values.numel() // 2)
     assert getattr(model.config, "quantization_config", None) is None
 
