@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from losia_dist import Drawn, Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from tests.support.cases import grid, slow
 from tests.support.compare import assert_same_run
-from tests.support.training import Run, reference, train, variant
+from tests.support.training import Run, build, reference, train, variant
 
 # What subnets leave is kept in fp32, for the reason given in tests/parity/test_quantized.py.
 CONFIG = {"rank_factor": (0.3, 0.2), "output_rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "retired": "fp32"}
@@ -23,6 +25,8 @@ MODES = {
     "fp4": variant(LOCATED, quantized="fp4:experts"),
     "fp8": variant(LOCATED, quantized="fp8:experts"),
     "bf16 storage": variant(LOCATED, quantized="nf4:bfloat16:experts"),
+    "warm start": variant(LOCATED, calibration=6, config={**CONFIG, "selection": Located(start="importance")}),
+    "without outliers": variant(LOCATED, calibration=6, config={**CONFIG, "selection": Drawn(outlier_limit=2.0)}),
 }
 OFTEN = ("located", "transposed parts")
 ENGINES = ["ddp", "zero2", "zero3", "fsdp2"]
@@ -72,3 +76,28 @@ def test_so_does_checkpointing(ranks, expected, engine):
     run = variant(LOCATED, checkpointing="non-reentrant")
     for result in [train("one", run)] if engine == "one" else ranks(2, train, engine, run):
         assert_same_run(result, expected(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIG, {**CONFIG, "experts_per_slot": 2}])
+def test_so_does_a_model_whose_layers_are_compiled(expected, config):
+    run = variant(LOCATED, steps=8, config=config)
+
+    def compile_layers(stage, losia, engine):
+        if stage == "before" and losia.steps == 0:
+            for layer in losia.model.model.layers:
+                layer.compile(backend="aot_eager")
+
+    assert_same_run(train("one", run, compile_layers), expected(run))
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_with_experts_that_hold_no_subnet():
+    config = LoSiAConfig(rank_factor=0.25, target_modules=["q_proj"], selection=Drawn())
+    model = get_losia_model(build(LOCATED), config)
+    LoSiA(model, LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3), config)
+    tokens = torch.arange(3, 35).reshape(2, 16)
+    before = model(tokens).logits
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    torch.testing.assert_close(model(tokens).logits, before, rtol=0, atol=1e-5)
