@@ -79,7 +79,8 @@ class TiledForward(nn.Module):
     def adopt(cls, module: Any, tiles: int) -> None:
         """Turn an MLP in place into one that does; its parameters and names stay what they were."""
         if not isinstance(module, TiledForward):
-            module.__class__ = _tiled(type(module))
+            kind: Any = type(module)
+            module.__class__ = _tiled(kind)
         module.tiles = tiles
         for site in _sites(module):
             site.is_tiled = True
