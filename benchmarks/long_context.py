@@ -8,7 +8,7 @@ and the longest sequence that trains within a limit of memory; what tiles, recom
 
 kept: storages that autograd saves in a forward pass, each once, without parameters; "host": made by offloading hooks.
 sent: heads for tokens, there and back, in a forward and backward pass, counted at the collectives. longest: the peak of the
-process, imports and weights included; a try is a whole optimizer step, and lengths grow by a quarter, from sp times --length,
+process, imports and weights included; a try is a whole optimizer step, and lengths grow by --growth, from sp times --length,
 until one does not fit. forms: the peak of a step above what the process had before it, each form in a process of its own; on a
 CPU what is offloaded stays in the same memory, so that for it the bytes kept on either side are what is to be read.
 
@@ -43,7 +43,6 @@ from losia_dist.integrations.deepspeed.tiled_mlp import use_tiled_mlp
 from losia_dist.loss.sequence_loss import sum_over_sequence
 from losia_dist.recipe import offloaded
 
-GROWTH = 1.25
 CHECKPOINTING = ("off", "recomputed", "offloaded")
 
 
@@ -203,10 +202,11 @@ def seconds(sizes: list[int], options: argparse.Namespace) -> dict[int, list[flo
     return found
 
 
-def longest(size: int, options: argparse.Namespace) -> dict[str, float]:
+def longest(size: int, options: argparse.Namespace) -> dict[str, Any]:
     """Runs on every rank of one group: the last length of a step within the limit, on all of them."""
     engine = start(size, options)
     limit, length, fits, at, before = options.limit * 1e9, size * options.length, 0, 0.0, peak()
+    tries: list[tuple[int, float]] = []
     while True:
         length -= length % size
         part = part_of(length, 0, size, options.vocab_size)
@@ -214,12 +214,13 @@ def longest(size: int, options: argparse.Namespace) -> dict[str, float]:
         engine.step()
         reached = torch.tensor([peak()], dtype=torch.float64)
         dist.all_reduce(reached, dist.ReduceOp.MAX)
+        tries.append((length, reached.item()))
         if reached.item() > limit:
             break
         fits, at = length, reached.item()
-        length = int(length * GROWTH)
+        length = int(length * options.growth)
     end(engine)
-    return {"length": fits, "peak": at, "before": before}
+    return {"length": fits, "peak": at, "before": before, "tries": tries}
 
 
 def peak() -> int:
@@ -241,6 +242,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--loss", choices=("plain", "chunked"), default="plain", help="forms: chunked")
     parser.add_argument("--loss_chunk", type=int, default=512, help="tokens")
     parser.add_argument("--limit", type=float, default=2.0, help="with longest: GB of a process (2.0)")
+    parser.add_argument("--growth", type=float, default=1.25, help="with longest: a length beside the one before (1.25)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", help="file for the numbers")

@@ -70,6 +70,11 @@ def choose_engine(options: argparse.Namespace, process: Process) -> EngineChoice
             f"--sequence_parallel {together}: each sequence is computed by that many of the {process.world_size} ranks, under "
             "DeepSpeed. Give --deepspeed, and a divisor of the number of ranks."
         )
+    if options.tiled_mlp > 1 and source is None and process.world_size > 1:
+        raise ConfigError(
+            f"--tiled_mlp {options.tiled_mlp}: DDP and FSDP2 would reduce the gradient of an MLP's subnet once a tile, and "
+            "DeepSpeed alone waits for the last. Give --deepspeed, or leave --tiled_mlp out."
+        )
     settings = None if source is None else _deepspeed_settings(source, options, process, precision, together)
     if precision is None:
         in_bf16 = process.device.type == "cuda" if settings is None else settings["bf16"]["enabled"]

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.data import prepare_for_packing
-from losia_dist.errors import ConfigError, some
+from losia_dist.errors import ConfigError, UnsupportedError, some
 from losia_dist.loss import use_chunked_loss
 from losia_dist.model import get_losia_model
 from losia_dist.recipe.choice import EngineChoice
@@ -62,6 +62,13 @@ def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: Engine
     flatten = prepare_for_packing(model) if options.packing else True
     if config is not None:
         model = get_losia_model(model, config)
+    if options.tiled_mlp > 1:
+        from losia_dist.integrations.deepspeed.tiled_mlp import use_tiled_mlp
+
+        try:
+            use_tiled_mlp(model, options.tiled_mlp)
+        except (ConfigError, UnsupportedError) as error:
+            raise type(error)(f"--tiled_mlp {options.tiled_mlp}: {error}") from error
     if options.loss == "chunked":
         use_chunked_loss(model, options.loss_chunk)
     return LoadedModel(model, flatten, use_cache, weights, notes)

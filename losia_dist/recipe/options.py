@@ -21,7 +21,7 @@ EXPORTS = ("trained", "onto", "better")
 CHECKPOINTING = ("off", "non-reentrant", "reentrant", "offloaded")
 _COUNTS = "micro_batch gradient_accumulation logging_steps sample_tokens max_steps loss_chunk data_workers keep_last"
 _MAY_BE_0 = "eval_steps samples seed weight_decay max_grad_norm save_steps"
-_LEAST = {"sequence_parallel": 1, **dict.fromkeys(_COUNTS.split(), 1), **dict.fromkeys(_MAY_BE_0.split(), 0)}
+_LEAST = {"sequence_parallel": 1, "tiled_mlp": 1, **dict.fromkeys(_COUNTS.split(), 1), **dict.fromkeys(_MAY_BE_0.split(), 0)}
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -85,6 +85,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         default=1,
         metavar="N",
         help="with --losia and --deepspeed: N neighbouring ranks compute each sequence together, for long ones (1)",
+    )
+    engine.add_argument(
+        "--tiled_mlp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --losia and --deepspeed: MLPs compute a micro-batch in N parts, again in backward, for long sequences (1)",
     )
     engine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 if the DeepSpeed file says so or on a GPU")
     engine.add_argument(
@@ -283,6 +290,8 @@ def _rules(o: argparse.Namespace) -> Iterator[tuple[Any, str]]:
     yield together and o.sharding, text
     text = f"--max_length {o.max_length} is not divided by --sequence_parallel {o.sequence_parallel}, which cuts packed rows."
     yield together and o.packing and o.max_length % o.sequence_parallel, text
+    text = f"--tiled_mlp {o.tiled_mlp} works with --losia only: add it, or leave --tiled_mlp out."
+    yield o.tiled_mlp > 1 and not o.losia, text
     given = {"--keep_last": o.keep_last is not None, "--async_save": o.async_save, "--resume auto": o.resume == "auto"}
     for name, there in given.items():
         yield there and not o.save_steps, f"{name} has no effect without --save_steps: add it, or leave {name} out."

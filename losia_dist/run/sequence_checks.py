@@ -25,9 +25,16 @@ def refuse_layers(sites: list[Site], config: LoSiAConfig, sequence: SequenceRank
     """Look at a model for long sequences, before training. No communication; the same on every rank.
 
     Raises:
-        UnsupportedError: tiles under another engine than DeepSpeed; where ranks share sequences, experts that are modules of
-            their own, or that are located before training.
+        UnsupportedError: weights that FSDP2 cut over ranks of context parallelism; tiles under another engine than DeepSpeed;
+            where ranks share sequences, experts that are modules of their own, or that are located before training.
     """
+    meshes: list[Any] = [site.weight.device_mesh for site in sites if hasattr(site.weight, "device_mesh")]
+    names = sorted({name for mesh in meshes for name in mesh.mesh_dim_names or () if "cp" in name.split("_")})
+    if names:
+        raise UnsupportedError(
+            f"weights are sharded over {names[0]!r}, ranks of context parallelism (cp_size): each would localize by its own "
+            "part of every sequence. For long sequences train with DeepSpeed's sequence parallelism (sp_size)."
+        )
     tiled = [site.name for site in sites if site.is_tiled]
     if tiled and sequence.engine is None and dist.is_initialized() and dist.get_world_size() > 1:
         raise UnsupportedError(

@@ -33,6 +33,7 @@ def together(stage: int, **options):
 
 CASES = {
     "ZeRO-3, packed, chunked loss": (3, {"packing": True, "loss": "chunked", "eval_steps": 3}),
+    "ZeRO-3, MLPs in tiles": (3, {"tiled_mlp": 3, "eval_steps": 3}),
     "ZeRO-2, samples": (2, {"samples": 1, "sample_tokens": 4, "gradient_accumulation": 2, "max_steps": 4}),
     "ZeRO-3, located": (3, {"losia_config": "LOCATED"}),
 }
@@ -101,9 +102,16 @@ def test_another_number_of_ranks_goes_on(shared, ranks, uninterrupted, tmp_path,
         ({"sequence_parallel": 2, "losia": None, "losia_config": None}, "works with --losia only"),
         ({"sequence_parallel": 3, "packing": True}, "--max_length 64 is not divided by --sequence_parallel 3"),
         ({"sequence_parallel": 0}, "--sequence_parallel 0: at least 1 is needed"),
+        ({"tiled_mlp": 0}, "--tiled_mlp 0: at least 1 is needed"),
+        ({"tiled_mlp": 2, "losia": None, "losia_config": None}, "--tiled_mlp 2 works with --losia only"),
     ],
 )
 def test_what_does_not_go_together_is_refused(shared, tmp_path, options, words):
     with pytest.raises(ConfigError) as raised:
         train(arguments(shared, tmp_path, **options))
     assert words in str(raised.value)
+
+
+def test_tiles_without_deepspeed_are_refused_where_ranks_reduce_gradients(shared, ranks, tmp_path):
+    for kind, message in ranks.errors(2, train, arguments(shared, tmp_path, tiled_mlp=2)):
+        assert kind == "ConfigError" and "--tiled_mlp 2: DDP and FSDP2 would reduce" in message

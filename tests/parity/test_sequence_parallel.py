@@ -10,7 +10,7 @@ from tests.support.sequences import Run, reference, train
 
 STAGES = [0, 1, 2, 3]
 CLIPPED = Run(accumulation=2, max_grad_norm=0.2)
-RANKS = {"2": (2, 2), "4": (4, 2)}  # ranks, and those that share a sequence
+RANKS = {"2": (2, 2), "4": (4, 2), "4 together": (4, 4)}  # ranks, and those that share a sequence
 
 
 @pytest.fixture(scope="module")
