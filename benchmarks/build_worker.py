@@ -1,6 +1,6 @@
 """One build's side of `benchmarks.builds`: steps when it is asked to. Run by path, with that build first on PYTHONPATH.
 
-Reads a setting as one line of JSON, then names of methods ("floor", "losia", "end"), one a line; answers each in one line of JSON.
+Reads a setting as one line of JSON, then names of methods ("floor", "losia", "end"), a line each; answers each in a line of JSON.
 Imports nothing of `benchmarks`: the other build has one of its own.
 """
 

@@ -4,8 +4,9 @@
     python -m benchmarks.builds --other ../before [--forms published short] [--dtype fp32 bf16] [--rounds 40]
 
 Each build has a process; one alone computes at a time, and which comes first is drawn each time. A step lies between two of the
-floor in the same process (the same model frozen, forward and dx), and its ratio is to their mean. Steps that end a slot are counted with the others: with
-`--rounds` a whole number of cycles the mean is that of a cycle. `--set NAME=VALUE` changes this build's configuration alone.
+floor in the same process (the same model frozen, forward and dx), and its ratio is to their mean. Steps that end a slot are
+counted with the others: with `--rounds` a whole number of cycles the mean is that of a cycle. `--set NAME=VALUE` changes this
+build's configuration alone.
 """
 
 from __future__ import annotations
