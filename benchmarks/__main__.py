@@ -17,6 +17,8 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None]] = {
     "long_context": ("what do ranks that share sequences keep, send, and reach?", None),
     "data": ("how long is tokenizing, the first time and again, and what does a rank hold?", None),
     "profile_step": ("in which operators does a method spend more than the floor?", None),
+    "builds": ("two builds by turns: what each takes beyond the floor?", None),
+    "importance_steps": ("what does importance from a few steps of a slot choose?", None),
     "quality": ("does it learn as much as full fine-tuning, LoRA, DoRA, GaLore, and forget as little?", None),
     "figures": ("the stored results as pictures", []),
     "gpu": ("everything that only a GPU can show (benchmarks/gpu.sh)", None),
