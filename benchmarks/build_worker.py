@@ -1,6 +1,6 @@
 """One build's side of `benchmarks.builds`: steps when it is asked to. Run by path, with that build first on PYTHONPATH.
 
-Reads a setting as one line of JSON, then names of methods ("floor", "losia", "end"), a line each; a line of JSON answers each.
+Reads a setting as a line of JSON, then names of methods ("floor", "losia", "end"), a line each; a line of JSON answers each.
 Imports nothing of `benchmarks`: the other build has one of its own.
 """
 

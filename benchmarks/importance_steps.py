@@ -3,8 +3,8 @@
     python -m benchmarks.importance_steps [--steps 100] [--period 20] [--layers_per_slot 6] [--counts 1 2 4 8]
 
 One run of the quickstart's model on the GSM8K problems of the quality benchmark, driven by all steps of every slot. Beside
-them, averages of k steps are kept for the same layers; when a slot ends, each of them chooses too. Shown are the share of places
-that are equal, the importance (by the averages of all steps) that each choice holds, as a share of what all steps chose, and how
+them, averages of k steps are kept for the same layers; when a slot ends, each of them chooses too. Shown: the share of places
+that are equal; the importance (by the averages of all steps) that each choice holds, as a share of what all steps chose; how
 many layers have equal places throughout.
 """
 
