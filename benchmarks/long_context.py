@@ -227,7 +227,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kept", "time", "longest", "forms"))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2])
@@ -246,7 +246,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", help="file for the numbers")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = options_of(arguments)
     stored = read_results(options.json) if options.json else []
     print(header())
     print(f"Llama, {options.layers} layers, hidden {options.hidden_size}, fp32, ZeRO-{options.stage}, p = 1/8")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import authors, figures, growth, memory, methods, profile_step, relocalization, step_time
+from benchmarks import authors, figures, growth, long_context, memory, methods, profile_step, relocalization, step_time
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.common import bar, bar_table
 from benchmarks.gpu import Task, run, summary, tasks
@@ -172,3 +172,21 @@ def test_the_most_important_gpu_tasks_fit_into_eight_minutes():
     planned = tasks(rehearse=False)
     first = [task.name for task in planned[:5]]
     assert first[:2] == ["tests", "nccl"] and sum(task.seconds for task in planned[:5]) <= 480
+
+
+SEQUENCES = ["--hidden_size", "64", "--intermediate_size", "96", "--vocab_size", "64", "--layers", "2", "--heads", "4"]
+
+
+@pytest.mark.slow
+def test_long_context_counts_what_ranks_tiles_and_offload_keep(ranks):
+    def kept(size, *more):
+        options = long_context.options_of(["kept", *SEQUENCES, "--length", "64", *more])
+        return ranks(size, long_context.kept, size, options)[0]
+
+    alone, together = kept(1), kept(2)
+    assert together["kept"] == pytest.approx(alone["kept"] / 2, rel=0.05)
+    assert alone["sent"] == 0 < together["sent"]
+    assert kept(1, "--tiles", "4")["kept"] < alone["kept"]
+    stays, away = kept(1, "--checkpointing", "recomputed"), kept(1, "--checkpointing", "offloaded")
+    assert away["host"] == 2 * 64 * 64 * 4  # the inputs of both layers
+    assert away["kept"] + away["host"] == stays["kept"] and stays["host"] == 0

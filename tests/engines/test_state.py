@@ -65,12 +65,6 @@ def count(engine_name: str, dtype: str) -> dict[str, int]:
         weights = {p.data_ptr() for p in engine.module.parameters()}
         full = [t for t in live_tensors() if tuple(t.shape) in shapes and id(t) not in older and t.data_ptr() not in weights]
         seen["full_size"] = len(full)
-        device = torch.device("cpu")
-        seen["held"] = held_by_kind(engine.module, engine.optimizer, losia.accumulators.values(), device)
-        seen["frozen_elements"] = sum(m * n for m, n in (losia.parameters.shape(layer.weight) for layer in losia.sites))
-        seen["indices"] = sum(layer.row_index.numel() + layer.col_index.numel() for layer in losia.sites)
-        localizing = [layer for layer in losia.sites if layer.group_name in losia.localizing]
-        seen["localizing_elements"] = sum(m * n for m, n in (losia.parameters.shape(layer.weight) for layer in localizing))
 
     train(engine_name, variant(RUN, dtype=dtype), inspect)
     return seen
@@ -100,19 +94,44 @@ def test_no_buffer_of_a_whole_weights_size_stays_alive(ranks, stage):
     assert [rank["full_size"] for rank in ranks(2, count, f"zero{stage}", "fp32")] == [0, 0]
 
 
-@pytest.mark.parametrize("engine", [slow("zero1"), slow("zero2"), "zero3"])
-def test_memory_by_kind_is_that_of_the_tensors(ranks, engine):
-    seen = ranks(2, count, engine, "fp32")
-    elements, padding = seen[0]["subnet_elements"], 8 * seen[0]["parameters"]
+def count_kinds(engine_name: str) -> dict[str, dict[str, int]]:
+    """What this rank holds after a step, by kind, and the elements of which that should be."""
+    seen: dict[str, dict[str, int]] = {}
+
+    def inspect(stage, losia, engine):
+        if stage == "before":
+            return
+        seen["held"] = held_by_kind(losia.model, losia.state.optimizer, losia.accumulators.values(), torch.device("cpu"))
+        sizes = {layer: losia.parameters.shape(layer.weight) for layer in losia.sites}
+        seen["elements"] = {
+            "trained": sum(layer.row_index.numel() * layer.col_index.numel() for layer in losia.sites),
+            "indices": sum(layer.row_index.numel() + layer.col_index.numel() for layer in losia.sites),
+            "frozen": sum(m * n for m, n in sizes.values()),
+            "localizing": sum(m * n for layer, (m, n) in sizes.items() if layer.group_name in losia.localizing),
+            "layers": len(losia.sites),
+        }
+
+    train(engine_name, RUN, inspect)
+    return seen
+
+
+@pytest.mark.parametrize("engine", [slow("ddp"), slow("zero1"), slow("zero2"), "zero3", "fsdp2"])
+def test_memory_by_kind_of_all_ranks_together_is_that_of_the_tensors(ranks, engine):
+    seen = ranks(2, count_kinds, engine)
     held = {kind: sum(rank["held"][kind] for rank in seen) for kind in seen[0]["held"]}
-    step_counts = 2 * FLOAT * seen[0]["parameters"]
-    assert 3 * FLOAT * elements <= held["optimizer"] <= 3 * FLOAT * (elements + padding) + step_counts
-    copies = 1 if engine == "zero3" else 2  # of what the engine shards over the ranks
-    indices = 2 * 8 * seen[0]["indices"]
-    assert copies * FLOAT * elements + indices <= held["trained"] <= copies * FLOAT * (elements + padding) + indices
-    assert 2 * FLOAT * seen[0]["localizing_elements"] <= held["importance"]  # rows of the two averages, a part on either rank
-    assert held["importance"] <= 2 * FLOAT * (seen[0]["localizing_elements"] + 7 * 64)
-    assert copies * FLOAT * seen[0]["frozen_elements"] <= held["weights"] and held["host"] == 0
+    elements = seen[0]["elements"]
+    padding = 0 if engine in ("ddp", "fsdp2") else 8 * elements["layers"]
+    whole = 1 if engine in ("zero3", "fsdp2") else 2  # copies of a parameter, one on each rank
+    each = 3 if engine.startswith("zero") else 2 * (2 if engine == "ddp" else 1)  # masters and moments; or moments alone
+    step_counts = 2 * FLOAT * elements["layers"]
+    assert each * FLOAT * elements["trained"] <= held["optimizer"]
+    assert held["optimizer"] <= each * FLOAT * (elements["trained"] + padding) + step_counts
+    indices = 2 * 8 * elements["indices"]
+    assert whole * FLOAT * elements["trained"] + indices <= held["trained"]
+    assert held["trained"] <= whole * FLOAT * (elements["trained"] + padding) + indices
+    # Two averages, of which either rank has its rows.
+    assert 2 * FLOAT * elements["localizing"] <= held["importance"] <= 2 * FLOAT * (elements["localizing"] + 7 * 64)
+    assert whole * FLOAT * elements["frozen"] <= held["weights"] and held["host"] == 0
 
 
 class FullSizeResults(TorchDispatchMode):
