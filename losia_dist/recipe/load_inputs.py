@@ -63,12 +63,14 @@ def load(options: argparse.Namespace, config: LoSiAConfig | None, choice: Engine
     if config is not None:
         model = get_losia_model(model, config)
     if options.tiled_mlp > 1:
-        from losia_dist.integrations.deepspeed.tiled_mlp import use_tiled_mlp
+        from losia_dist.integrations.deepspeed.tiled_mlp import TiledForward, use_tiled_mlp
 
         try:
             use_tiled_mlp(model, options.tiled_mlp)
         except (ConfigError, UnsupportedError) as error:
             raise type(error)(f"--tiled_mlp {options.tiled_mlp}: {error}") from error
+        tiles = [module.tiles for module in model.modules() if isinstance(module, TiledForward)]
+        notes.append(f"{len(tiles)} MLPs compute a micro-batch in {tiles[0]} tiles each")
     if options.loss == "chunked":
         use_chunked_loss(model, options.loss_chunk)
     return LoadedModel(model, flatten, use_cache, weights, notes)

@@ -53,6 +53,8 @@ def test_ranks_that_share_sequences_train_as_one_process(shared, ranks, tmp_path
     assert losses(tmp_path / "ours") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
     for name in ("held_out_loss_before", "held_out_loss_after"):
         assert summary[name] == pytest.approx(alone[name], abs=1e-5)
+    if "tiled_mlp" in options:
+        assert "3 MLPs compute a micro-batch in 3 tiles each" in summary["notes"]
     assert summary["ranks_per_sequence"] == 2 and summary["tokens"] == alone["tokens"]
     assert summary["samples_after"] == alone["samples_after"]
     assert_same_model(tmp_path / "ours", tmp_path / "alone", atol=1e-5)
