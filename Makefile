@@ -18,7 +18,7 @@ QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval
 LOSIA_FLAGS = --losia --losia_config short --learning_rate 2e-3
 FULL_FLAGS = --learning_rate 5e-5
 
-.PHONY: venv quickstart quickstart-4bit quickstart-full test test-full test-axolotl lint format clean
+.PHONY: venv quickstart quickstart-4bit quickstart-full test test-full test-axolotl test-releases lint format clean
 
 venv: $(VENV)/.ready
 
@@ -59,6 +59,11 @@ AXOLOTL_VENV ?= .venv-axolotl
 test-axolotl: venv
 	@test -x $(AXOLOTL_VENV)/bin/axolotl || { $(PYTHON) -m venv $(AXOLOTL_VENV) && $(AXOLOTL_VENV)/bin/pip install -q "$(TORCH)" "axolotl==0.19.*"; }
 	$(RUN) env LOSIA_AXOLOTL_BIN="$(abspath $(AXOLOTL_VENV))/bin" python -m pytest -q tests/integrations/test_axolotl.py
+
+# The oldest and the newest releases that setup.cfg admits, each in an environment of its own; the table of docs/releases.md.
+RELEASES ?= oldest newest
+test-releases:
+	$(PYTHON) tests/releases.py $(RELEASES)
 
 lint: venv
 	$(BIN)/ruff check .

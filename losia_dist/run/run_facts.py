@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def write_facts(directory: Path, config: LoSiAConfig | None, groups: Sequence[st
     else:
         (directory / CONFIG_NAME).unlink(missing_ok=True)
     content = {
-        "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
         "device": _name_of(device),
         "memory_of": "device" if device.type == "cuda" else "process",
