@@ -1,4 +1,4 @@
-"""examples/swift_plugin.py over stand-ins for two classes of ms-swift, which pins other releases of TRL and PEFT."""
+"""configs/swift/plugin.py over stand-ins for two classes of ms-swift, which pins other releases of TRL and PEFT."""
 
 import importlib.util
 import sys
@@ -37,7 +37,7 @@ def swift_trainer(monkeypatch):
     monkeypatch.setitem(sys.modules, "swift", ModuleType("swift"))
     monkeypatch.setitem(sys.modules, "swift.trainers", trainers)
     monkeypatch.setattr(TrainerFactory, "TRAINER_MAPPING", dict(TrainerFactory.TRAINER_MAPPING))
-    spec = importlib.util.spec_from_file_location("_external", ROOT / "examples" / "swift_plugin.py")
+    spec = importlib.util.spec_from_file_location("_external", ROOT / "configs" / "swift" / "plugin.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "_external", module)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""LoSiA inside ms-swift 4.6: `swift sft --tuner_type full --external_plugins examples/swift_plugin.py ...`.
+"""LoSiA inside ms-swift 4.6: `swift sft --tuner_type full --external_plugins configs/swift/plugin.py ...`.
 
 LOSIA_CONFIG names a preset or a file of settings; without it they are the published ones.
 """
