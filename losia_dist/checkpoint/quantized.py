@@ -99,7 +99,7 @@ def check_quantized(here: dict[str, Any], saved: dict[str, Any], path: Any) -> N
                 f"{name} is quantized in {'this run' if one is None else path}, and not in the other of the two: "
                 "load the base model as for the saved run."
             )
-        for key in [key for key in one if key not in ("moves", "print", "scales")]:
+        for key in [key for key in one if key not in ("moves", "print", "scales", "made_from")]:
             if one[key] != other.get(key):
                 raise CheckpointError(f"{path} has {name} with {key} {one[key]}, and this run has {other.get(key)}.")
         if one["print"] != other["print"] or not same_scales(one["scales"], other["scales"]):

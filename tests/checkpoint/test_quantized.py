@@ -194,6 +194,22 @@ def test_a_model_that_is_cast_after_it_was_converted_is_exported_in_one_dtype(tm
     assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)
 
 
+def test_a_cast_run_goes_on_over_a_base_that_was_loaded_in_that_dtype(tmp_path):
+    settings, runs_of = LoSiAConfig(rank_factor=0.25, period=2, layers_per_slot=3, selection=Drawn()), []
+    for loaded_so in (False, True):
+        model = quantize(tiny_llama(**SIZES), "nf4:double")
+        for module in model.modules():
+            if loaded_so and hasattr(module, "weight") and hasattr(module.weight, "quant_state"):
+                module.weight.quant_state.dtype = torch.bfloat16
+        get_losia_model(model, settings).to(torch.bfloat16)
+        optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
+        runs_of.append({"model": model, "optimizer": optimizer, "losia": LoSiA(model, optimizer, settings)})
+    train(runs_of[0], 3)
+    save_checkpoint(tmp_path, **runs_of[0])
+    load_checkpoint(tmp_path, **runs_of[1])
+    assert torch.equal(runs_of[1]["model"](TOKENS).logits, runs_of[0]["model"](TOKENS).logits)
+
+
 def test_a_model_that_was_stored_in_4_bits_goes_on_as_one_quantized_while_loading_and_is_exported(tmp_path, original):
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     loaded = AutoModelForCausalLM.from_pretrained(original, quantization_config=settings, dtype=torch.float32)
