@@ -8,7 +8,6 @@ from typing import Any
 
 from losia_dist import Drawn, Located, LoSiAConfig
 
-
 # Settings that came after the first runs were stored, and what those runs did; a run names what it does otherwise.
 _LATER: dict[str, Any] = {"share_columns": False, "importance_steps": None}
 
