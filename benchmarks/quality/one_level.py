@@ -8,16 +8,18 @@ from typing import Any
 
 from losia_dist import Drawn, Located, LoSiAConfig
 
+# Settings that came after the first runs were stored, and what those runs did; a run names what it does otherwise.
+_LATER: dict[str, Any] = {"share_columns": False, "importance_steps": None}
+
 
 def config_of(settings: dict[str, Any]) -> LoSiAConfig:
     """The configuration that these settings are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the form of an earlier version is kept here on purpose
-        shares = settings.get("share_columns", False)
-        config = LoSiAConfig.from_dict({name: value for name, value in settings.items() if name != "share_columns"})
-    if isinstance(config.selection, Drawn):
-        config = replace(config, selection=replace(config.selection, share_columns=shares))
-    return config
+        config = LoSiAConfig.from_dict({name: value for name, value in settings.items() if name not in _LATER})
+    selection, given = config.selection, {name: settings.get(name, before) for name, before in _LATER.items()}
+    fields = vars(selection)
+    return replace(config, selection=replace(selection, **{name: value for name, value in given.items() if name in fields}))
 
 
 def flat(config: LoSiAConfig) -> dict[str, Any]:
@@ -32,5 +34,5 @@ def flat(config: LoSiAConfig) -> dict[str, Any]:
         "localization": "rank_parallel" if config.by_rank else "reduced",
         "calibration_batches": config.calibration_batches,
         "outlier_limit": config.outlier_limit,
-        **({"share_columns": True} if config.share_columns else {}),  # runs of before have columns of their own
+        **{name: value for name, value in vars(config.selection).items() if name in _LATER and value != _LATER[name]},
     }
