@@ -78,7 +78,13 @@ def versions(python: Path) -> dict[str, str]:
 def run_core(python: Path) -> tuple[int, str]:
     """(exit status, pytest's last line)."""
     words = [str(python), "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-m", "not slow and not gpu", *CORE]
-    settings = {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    settings = {
+        **os.environ,
+        "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        # What DeepSpeed compiles belongs to one release of torch, and its usual place is the same for all.
+        "TORCH_EXTENSIONS_DIR": str(python.parent.parent / "torch_extensions"),
+    }
     found = subprocess.run(words, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
     sys.stdout.write("".join(line + "\n" for line in found.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))))
     return found.returncode, (found.stdout.strip().splitlines() or [found.stderr.strip()])[-1].strip("= ")

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from losia_dist.config.losia_config import LoSiAConfig, matches
-from losia_dist.errors import ConfigError
+from losia_dist.errors import ConfigError, UnsupportedError
 from losia_dist.formulas import subnet_size
 from losia_dist.subnet.access import BlockAccess, read_subnet, whole_shape
 from losia_dist.subnet.drawn import Draw
@@ -33,6 +34,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     shapes = {target.name: whole_shape(access, target) for target in targets}
     sizes = {target.name: _subnet_shape(target, shapes[target.name], config) for target in targets}
     _refuse_shared_experts(model, targets)
+    _refuse_old_torch(targets)
     embeddings = {target.name: _tied_embedding(model, target) for target in targets}
     trained_in_full = _trained_in_full(model, config, targets)
     routers = _routers(model, config, access)
@@ -54,6 +56,15 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
         parameter.requires_grad_(True)
     for router in routers:
         mark_router(router, frozen)
+
+
+def _refuse_old_torch(targets: list[Target]) -> None:
+    experts = [target.weight_name for target in targets if target.layout.experts is not None]
+    if experts and not hasattr(functional, "grouped_mm"):
+        raise UnsupportedError(
+            f"the experts of {experts[0]!r} need torch.nn.functional.grouped_mm, and torch {torch.__version__} has none: "
+            "install torch 2.10 or newer, or give target_modules without experts."
+        )
 
 
 def _make_site(

@@ -60,3 +60,8 @@ def test_what_shifts_the_choice_of_experts_stays_frozen_where_routers_train(name
 def test_a_router_inside_a_module_that_trains_in_full_has_one_rate():
     message = refusal(tiny_model("mixture:qwen3_moe"), router_lr_scale=0.1, modules_to_save=["mlp"])
     assert "both name 'model.layers.0.mlp.gate'" in message
+
+
+def test_experts_under_a_torch_without_grouped_products_are_refused(monkeypatch):
+    monkeypatch.delattr("torch.nn.functional.grouped_mm", raising=False)
+    assert "install torch 2.10 or newer" in refusal(tiny_model("mixture:qwen3_moe"))
