@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import header
 from benchmarks.quality.loss import mean_loss
-from benchmarks.quality.methods import METHODS, Method, lora, losia
+from benchmarks.quality.methods import METHODS, Method, equal_rank, lora, losia
 from benchmarks.quality.setting import Setting
 from benchmarks.quality.training import Bench, fit
 from losia_dist.subnet.packed import PackedWeight
@@ -77,7 +77,9 @@ def main() -> None:
 def _run(bench: Bench, model: str, way: str, seed: int, steps: int) -> dict[str, Any]:
     form, kind, retired = WAYS[way]
     data = bench.data("gsm8k")
-    options = {**MOVING, "retired": retired} if kind == "losia" else {"equal_to": 0.0625}
+    # The rank from the weights as they were: codes have other shapes.
+    rank = {"equal_to": 0.0625, "rank": equal_rank(bench.model, 0.0625)}
+    options = {**MOVING, "retired": retired} if kind == "losia" else rank
     setting = Setting(
         task="gsm8k", method=f"quantized {kind}", rate=2e-3, seed=seed, steps=steps, options=options, precision="fp32"
     )
