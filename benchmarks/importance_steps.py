@@ -120,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if losia.step():
             beside.open_slot()
         optimizer.zero_grad(set_to_none=True)
-    results = [{**vars(options), "data": str(options.data), "layers": beside.found}]
+    kept = {name: value for name, value in vars(options).items() if name not in ("json", "data")}
+    results = [{**kept, "layers": beside.found}]
     print("\n" + as_table(beside.found, options))
     write_json(options.json, results)
     return results
