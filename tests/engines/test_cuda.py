@@ -49,9 +49,10 @@ def test_bf16_trains_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_a_step_waits_for_no_host_synchronisation():
+@pytest.mark.parametrize("selection", ["greedy", "random"])
+def test_a_step_waits_for_no_host_synchronisation(selection):
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(4)]).cuda()
-    config = LoSiAConfig(rank_factor=0.125, period=50, target_modules=["0", "1", "2", "3"])
+    config = LoSiAConfig(rank_factor=0.125, period=50, target_modules=["0", "1", "2", "3"], selection=selection)
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     losia = LoSiA(model, optimizer, config)
