@@ -27,7 +27,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(ranks, tmp_path, e
 
 @pytest.mark.parametrize(
     "source, target",
-    grid(["one", "ddp", "zero3", "fsdp2"], ["one", "zero2", "zero3", "fsdp2"], often=["zero3-fsdp2", "fsdp2-one"]),
+    grid(["one", "ddp", "zero3", "fsdp2"], ["one", "zero2", "zero3", "fsdp2"], often=["fsdp2-one"]),
 )
 def test_a_run_goes_on_on_another_engine(ranks, tmp_path, source, target):
     undisturbed = ranks(ENGINES[source], runs.train_and_save, source, RUN, tmp_path, (STEP,))[0]

@@ -49,7 +49,7 @@ def test_a_run_that_rarely_saves_holds_places_only_and_resumes_exactly(tmp_path,
     runs.assert_equal(runs.resume("one", run, tmp_path, 44), undisturbed)
 
 
-@pytest.mark.parametrize("engine", [slow("ddp"), slow("zero3"), "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", slow("zero3"), slow("fsdp2")])
 def test_sharded_weights_give_what_moved_subnets_left_in_them(ranks, tmp_path, engine):
     """Few moves and many: single places, and weights that became whole (one rank's share of each)."""
     run = replace(RUN, steps=40)

@@ -120,6 +120,7 @@ def test_relocalization_and_growth_at_tiny_sizes(tmp_path):
     assert any(entry["difference"] for entry in profile_step.compare(TINY, "losia", 1))
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_stored_results(tmp_path):
     pytest.importorskip("matplotlib")
     step_time.main(

@@ -98,6 +98,7 @@ def test_the_plain_model_is_the_trained_one(bench, task, method):
     assert mean_loss(plain, examples, "fp32") == pytest.approx(mean_loss(trained, examples, "fp32"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_every_time_and_every_method_sees_the_same_data(bench, task, tmp_path):
     arguments = ["--tasks", task, "--methods", "losia", "lora", "--rates", "1e-3", "--seeds", "0"]
     first = runs_of(quality(bench, tmp_path / "a", *arguments), task)
@@ -138,6 +139,7 @@ def test_an_interrupted_night_goes_on_where_it_stopped(bench, task, tmp_path, ca
     assert stored["share_of_full"] == whole["share_of_full"] and stored["share_of_full"]["full"] == 1.0
 
 
+@pytest.mark.slow
 def test_stored_runs_are_summarized_without_making_any_and_what_is_not_there_is_said(bench, task, tmp_path, no_search, capsys):
     arguments = ["--tasks", task, "--methods", "full", "losia", "random", "--seeds", "0", "1"]
     quality(bench, tmp_path, "--tasks", task, "--methods", "full", "losia", "--rates", "2e-3", "--seeds", "0")

@@ -221,6 +221,7 @@ def test_trls_trainers_resume_too(tmp_path, kind):
     assert_equal([resumed], [undisturbed])
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_as_one_process_and_the_other_way_round(ranks, tmp_path):
     together = ranks(2, train, tmp_path, "ddp", save=(REWARMING_IN_A_SLOT,))[0]
     name = str(tmp_path / f"checkpoint-{REWARMING_IN_A_SLOT}")

@@ -109,7 +109,7 @@ CASES = {
     "gpt_oss, with biases": Case(family="gpt_oss", config=NAMED),
     "deepseek_v3": Case(family="deepseek_v3"),
 }
-OFTEN = ("located, clipped, accumulated", "experts without tokens")
+OFTEN = ("located, clipped, accumulated",)
 
 
 def save_model(case: Case, directory: Path) -> str:

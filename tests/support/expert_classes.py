@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -47,15 +48,17 @@ def other_classes() -> list[ExpertClass]:
     return [ExpertClass(family, node.name) for family, node in _classes() if not _is_decorated(node) and _holds_experts(node)]
 
 
-def _classes() -> list[tuple[str, ast.ClassDef]]:
-    found = []
+@functools.cache
+def _classes() -> tuple[tuple[str, ast.ClassDef], ...]:
+    """(family, class) of all families whose files speak of experts. Read once: parsing is slow, and every test run collects."""
+    found: list[tuple[str, ast.ClassDef]] = []
     for file in sorted(ROOT.glob("*/modeling_*.py")):
         if file.stem != f"modeling_{file.parent.name}":
             continue  # of TensorFlow and Flax
-        found += [
-            (file.parent.name, node) for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)
-        ]
-    return found
+        text = file.read_text("utf-8")
+        if "Expert" in text or "use_experts_implementation" in text:
+            found += [(file.parent.name, node) for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return tuple(found)
 
 
 def _is_decorated(node: ast.ClassDef) -> bool:

@@ -209,9 +209,17 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             answer = pickle.dumps((False, failure))
             del error
         gc.collect()
+        _forget_sequences()
         for group in _process_groups() - known - _kept_by_libraries():
             dist.destroy_process_group(group)
         pipe.send_bytes(answer)
+
+
+def _forget_sequences() -> None:
+    """DeepSpeed's next engine would take over the groups of a run with sequence parallelism, which end with its request."""
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        groups.mpu = None  # type: ignore[attr-defined]
 
 
 def _end_with_parent() -> None:

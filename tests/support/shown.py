@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,13 +59,7 @@ def run_python_block(text: str, earlier: list[str], place: str, name: str) -> bo
     for given in sorted(_free_names(text) & GIVEN.keys() - names.keys(), key=list(GIVEN).index):
         if given not in names:
             names |= GIVEN[given](names)
-    try:
-        exec(compile(text, name, "exec"), names)
-    finally:
-        if "deepspeed" in sys.modules:  # later engines on this rank shall not share sequences
-            from losia_dist.integrations.deepspeed.ulysses import forget_sequences
-
-            forget_sequences()
+    exec(compile(text, name, "exec"), names)
     return True
 
 

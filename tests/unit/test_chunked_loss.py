@@ -231,7 +231,8 @@ def test_the_output_layer_sees_one_gradient_a_micro_batch():
     assert torch.allclose(runs[0][1], runs[1][1], atol=1e-6)
 
 
-@pytest.mark.parametrize("head", [pytest.param("frozen", marks=pytest.mark.slow), "subnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["frozen", "subnet"])
 def test_torch_compile_gives_the_same_gradients(head):
     plain, chunked = pair(head)
     loss, expected = gradients(plain, **a_batch())
