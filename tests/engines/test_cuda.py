@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist.errors import UnsupportedError
 from tests.support.models import batches, tiny_llama
 
 STEPS = 12
@@ -96,3 +100,17 @@ def test_a_step_needs_less_memory_than_full_fine_tuning():
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(full=False) < 0.5 * peak(full=True)
+
+
+@pytest.mark.gpu
+def test_weights_cut_over_ranks_of_context_parallelism_are_refused(tmp_path):
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        config = LoSiAConfig(rank_factor=0.25)
+        model = get_losia_model(tiny_llama().to("cuda"), config)
+        fully_shard(model, mesh=init_device_mesh("cuda", (1,), mesh_dim_names=("dp_shard_cp",)))
+        optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
+        with pytest.raises(UnsupportedError, match="sharded over 'dp_shard_cp', ranks of context parallelism"):
+            LoSiA(model, optimizer, config)
+    finally:
+        dist.destroy_process_group()
