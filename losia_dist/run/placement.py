@@ -75,8 +75,9 @@ class Placement:
                 "the model is still on the meta device: after get_losia_model (and fully_shard) call "
                 "model.to_empty(device=...) and load the weights, then build the optimizer and LoSiA(...)."
             )
+        draw = Draw.of(config)
         for site in self.sites:
-            rows, columns = Draw.of(config).subnets(site.matrix_names, site.shape, site.subnet_shape, linear=site.is_linear)
+            rows, columns = draw.subnets(site.matrix_names, site.shape, site.subnet_shape, linear=site.is_linear)
             device, shapes = site.row_index.device, (site.row_index.shape, site.col_index.shape)
             self.cut(site, rows.view(shapes[0]).to(device), columns.view(shapes[1]).to(device))
             site.awaits_weights = False

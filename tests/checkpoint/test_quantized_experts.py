@@ -26,6 +26,7 @@ from losia_dist.checkpoint.tensor_names import contents_of
 from losia_dist.errors import CheckpointError
 from losia_dist.export.offline import ExportedWeights
 from losia_dist.export.onto import computing_onto
+from tests.checkpoint.test_quantized import TOKENS, train
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.families import tiny_model
@@ -34,7 +35,6 @@ from tests.support.quantized import dequantized, quantize
 CONFIG = {"rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "experts_per_slot": 2, "train_norms": True}
 RUN = replace(runs.RUN, family="mixture:qwen3_moe", steps=14, config=CONFIG, quantized="nf4:double:experts")
 STEP = 9  # inside a slot, after subnets of all groups have moved
-TOKENS = torch.arange(3, 35).reshape(2, 16)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,6 @@ def made(family: str = "qwen3_moe", form: str = "nf4:double:experts", **config):
     get_losia_model(model, settings)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
     return {"model": model, "optimizer": optimizer, "losia": LoSiA(model, optimizer, settings)}
-
-
-def train(run, steps: int) -> None:
-    for _ in range(steps):
-        run["model"](input_ids=TOKENS, labels=TOKENS).loss.backward()
-        run["optimizer"].step()
-        run["losia"].step()
-        run["optimizer"].zero_grad()
 
 
 def loss_of(model) -> float:

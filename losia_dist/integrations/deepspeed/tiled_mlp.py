@@ -95,9 +95,8 @@ class TiledForward(nn.Module):
             x = x.detach().requires_grad_()  # else nothing would tell autograd to come back here
         flat = x.reshape(1, -1, x.shape[-1])
         tokens = flat.shape[1]
-        if (
-            math.ceil(tokens / math.ceil(tokens / self.tiles)) != self.tiles
-        ):  # they make fewer parts: DeepSpeed would wait for the last one
+        parts = math.ceil(tokens / math.ceil(tokens / self.tiles))
+        if parts != self.tiles:  # fewer: DeepSpeed would wait for the last one
             flat = functional.pad(flat, (0, 0, 0, -tokens % self.tiles))
         y: Tensor = _function().apply(_one_tile, self, flat, self.tiles, trained)
         return y[:, :tokens].reshape(x.shape)
