@@ -5,10 +5,12 @@ import os
 import re
 import signal
 import subprocess
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from losia_dist.config.losia_config import LoSiAConfig
 from losia_dist.recipe.fsdp import Sharding
@@ -41,6 +43,12 @@ def accepted(words: list[str]) -> None:
     assert options.losia and options.resume == "auto" and options.save_steps > 0
     if options.sharding:
         Sharding.parse(options.sharding).check(16)
+
+
+def test_the_image_brings_a_torch_that_the_package_admits():
+    image = re.search(r"^FROM pytorch/pytorch:(\d+\.\d+\.\d+)-cuda", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
+    bounds = next(needed for needed in map(Requirement, requires("losia_dist")) if needed.name == "torch")
+    assert bounds.specifier.contains(image[1])
 
 
 # Kubernetes
