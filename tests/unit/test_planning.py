@@ -284,6 +284,16 @@ def test_drawn_subnets_cost_nothing_beyond_the_subnets_step(engine):
     assert drawn.traffic.gradients == greedy.traffic.gradients
 
 
+def test_importance_from_some_steps_costs_their_share_of_whole_gradients():
+    def planned(selection):
+        return make_plan(workload(engine="ddp", config=LoSiAConfig(selection=selection)))
+
+    drawn, every, some = (planned(s) for s in (Drawn(), Located(), Located(importance_steps=8)))
+    assert some.traffic.localization == pytest.approx(0.08 * every.traffic.localization)
+    assert some.compute.weights - drawn.compute.weights == pytest.approx(0.08 * (every.compute.weights - drawn.compute.weights))
+    assert some.peak == every.peak  # such a step is still the fullest one
+
+
 def test_the_command_says_nothing_of_averages_where_subnets_are_drawn(capsys, tmp_path):
     file = tmp_path / "losia.yaml"
     file.write_text("selection: random\nlayers_per_slot: 4\n")

@@ -47,7 +47,7 @@ def plan_compute(workload: Workload) -> Compute:
     """Matrix products and attention (counted whole: under a mask no half is skipped); everything else is small beside them.
 
     A unit is 2 operations a weight and token: forward takes one, gradients of activations one, gradients of weights one where
-    they train: p_r p_c under LoSiA, and all of the layers that localize.
+    they train: p_r p_c under LoSiA, and all of the layers that localize, in the steps that take importance. The mean step.
     """
     shape = workload.shape
     tokens = workload.tokens * workload.accumulation
@@ -59,7 +59,7 @@ def plan_compute(workload: Workload) -> Compute:
     recomputed = body + attention + added if workload.checkpointing else 0.0
     inputs = body + head + 2 * attention + added
     trained = body + head if workload.method == "full" else trained
-    localizing = sum(w.taken * w.m * w.n for layer in workload.localizing for w in layer)
+    localizing = workload.importance_share * sum(w.taken * w.m * w.n for layer in workload.localizing for w in layer)
     weights = trained + 2.0 * tokens * localizing * (1 - workload.config.row_factor * workload.config.column_factor)
     total = forward + recomputed + inputs + weights
     return Compute(forward, recomputed, inputs, weights, total, total / _rate(workload))
@@ -119,7 +119,7 @@ def plan_traffic(workload: Workload) -> Traffic:
         ring("gradients", BF16 * trained, gpus, passes if engine == "zero2" else 1)
         ring("weights", BF16 * trained, gpus)  # the updated values
     if not workload.config.by_rank:
-        ring("localization", BF16 * found.localizing, gpus, passes)
+        ring("localization", int(BF16 * found.localizing * workload.importance_share), gpus, passes)
     exchanged = _exchanged(workload)
     sent, far = exchanged * (workload.sequence_ranks - 1), exchanged * max(0, workload.sequence_ranks - cluster.gpus_per_node)
     inside["sequence"], between = sent // workload.sequence_ranks, between + far // workload.sequence_ranks

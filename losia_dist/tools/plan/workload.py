@@ -228,6 +228,13 @@ class Workload:
         collects = self.method == "losia" and self.config.located is not None
         return min(self.layers_per_slot, self.groups) if collects else 0
 
+    @property
+    def importance_share(self) -> float:
+        """Share of the steps in which the layers that localize form full gradients (`Located.importance_steps`)."""
+        located = self.config.located
+        steps = None if located is None else located.importance_steps
+        return 1.0 if steps is None else steps / self.config.period
+
     @cached_property
     def localizing(self) -> list[list[Weight]]:
         """The weights of which a slot forms full gradients: a list for each decoder layer in which a group localizes.
