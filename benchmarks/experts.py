@@ -52,9 +52,11 @@ class ExpertShape:
     batch: int = 2
     length: int = 512
     dtype: str = "fp32"
+    device: str = "cpu"
+    checkpointing: bool = False
 
     def model(self) -> Any:
-        """Random weights, every one trainable, the same for every method."""
+        """Random weights, every one trainable, the same for every method; made on the device."""
         torch.manual_seed(0)
         config = Qwen3MoeConfig(
             vocab_size=self.vocabulary,
@@ -75,14 +77,18 @@ class ExpertShape:
         before = torch.get_default_dtype()
         torch.set_default_dtype(DTYPES[self.dtype])
         try:
-            return Qwen3MoeForCausalLM(config).train()
+            with torch.device(self.device):
+                model = Qwen3MoeForCausalLM(config).train()
         finally:
             torch.set_default_dtype(before)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
     def tokens(self, number: int = 0) -> Tensor:
         """A micro-batch, int64 [batch, length], by its number."""
         generator = torch.Generator().manual_seed(1 + number)
-        return torch.randint(0, self.vocabulary, (self.batch, self.length), generator=generator)
+        return torch.randint(0, self.vocabulary, (self.batch, self.length), generator=generator).to(self.device)
 
     def equal_rank(self) -> int:
         """The LoRA rank that trains about as many parameters as subnets do."""

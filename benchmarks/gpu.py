@@ -49,6 +49,8 @@ def tasks(rehearse: bool) -> list[Task]:
         Task("1b-2048", 60, [*train, *base]),
         Task("8b-2048", 75, [*train, "8b", "--length", "2048"]),
         Task("8b-4096-checkpointed", 75, [*train, "8b", "--length", "4096", "--checkpointing"]),
+        Task("8b-nf4-2048", 60, [*train, "8b-nf4", "--length", "2048"], needs=("bitsandbytes", "peft")),
+        Task("moe-2048", 60, [*train, "moe", "--length", "2048"], needs=("peft",)),
         Task(
             "1b-2048-compiled",
             75,
@@ -56,6 +58,11 @@ def tasks(rehearse: bool) -> list[Task]:
         ),
         Task("8b-2048-full", 45, [*train, "8b", "--length", "2048", "--checkpointing", "--floor-first", "--methods", "full"]),
         Task("deepspeed", 60, [*checks, "deepspeed"], needs=("deepspeed",)),
+        Task(
+            "8b-16384-checkpointed",
+            75,
+            [*train, "8b", "--length", "16384", "--checkpointing", "--methods", "losia", "lora64"],
+        ),
         Task("1b-4096", 40, [*train, "1b", "--length", "4096"]),
         Task("1b-2048-checkpointed", 40, [*train, *base, "--checkpointing"]),
         Task("8b-2048-checkpointed", 60, [*train, "8b", "--length", "2048", "--checkpointing"]),

@@ -18,50 +18,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import RESULTS, bar, bar_table, header, table, write_json
 from benchmarks.experts import kept_bytes
 from benchmarks.methods import Method, plain_step
-from benchmarks.shapes import DTYPES
+from benchmarks.shapes import DTYPES, Shape
 from benchmarks.timing import interleave
 from losia_dist import Drawn, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 
 
-@dataclass(frozen=True)
-class QuantizedShape:
-    """Sizes of the model and its batch."""
+@dataclass
+class QuantizedShape(Shape):
+    """A Llama whose decoder's linear layers are in NF4 with quantized scales, and its batch."""
 
-    layers: int = 8
-    hidden: int = 1024
-    intermediate: int = 2816
     vocabulary: int = 2048
-    batch: int = 2
-    length: int = 512
-    dtype: str = "fp32"
 
     def model(self) -> Any:
-        """Its decoder's linear layers in NF4 with quantized scales; the same for every method."""
-        torch.manual_seed(0)
-        sizes = {"hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers}
-        heads = self.hidden // 64
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            attn_implementation="sdpa",
-            **sizes,
-        )
-        model = LlamaForCausalLM(config).to(DTYPES[self.dtype]).train().requires_grad_(False)
+        """Random weights, frozen; the same for every method."""
+        model = super().model().requires_grad_(False)
         for module in list(model.model.layers.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, in_nf4(child))
         return model
-
-    def tokens(self) -> Tensor:
-        """One micro-batch, int64 [batch, length]."""
-        return torch.randint(0, self.vocabulary, (self.batch, self.length), generator=torch.Generator().manual_seed(1))
 
 
 def in_nf4(linear: nn.Linear) -> nn.Module:
@@ -71,7 +50,7 @@ def in_nf4(linear: nn.Linear) -> nn.Module:
     m, n = linear.weight.shape
     settings: Any = {"quant_type": "nf4", "compress_statistics": True}
     made = bnb.nn.Linear4bit(n, m, bias=False, compute_dtype=linear.weight.dtype, **settings)
-    made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=made, **settings).to("cpu")
+    made.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, module=made, **settings).to(linear.weight.device)
     return made
 
 
