@@ -28,6 +28,7 @@ from losia_dist.ranks.agreement import Agreement
 from losia_dist.ranks.compat import DDP_KEEPS_BUFFERS
 from losia_dist.ranks.interruption import Interrupted
 from losia_dist.recipe.calibrate import locate_first_subnets
+from losia_dist.recipe.capacity import check_disk, check_memory
 from losia_dist.recipe.checkpoints import Checkpoints
 from losia_dist.recipe.choice import EngineChoice, choose_engine
 from losia_dist.recipe.engines import DeepSpeedRun, Engine, PlainRun
@@ -80,7 +81,9 @@ def train(options: argparse.Namespace, process: Process, agreement_group: dist.P
     checkpoints.choose()
     saved = checkpoints.source.extra["trajectory"] if checkpoints.source is not None else None
     day = agreement.on_first(None, lambda: choose_template_date(options, saved))  # ranks may start on two sides of midnight
+    agreement.attempt(None, lambda: check_memory(options, choice, process))
     agreement.on_first(None, lambda: check_writable(Path(options.output_dir)))
+    agreement.on_first(None, lambda: check_disk(options, choice))
     if options.push_to_hub:
         agreement.on_first(None, lambda: check_repository(options.push_to_hub))
     data = load_data(options, agreement, day)

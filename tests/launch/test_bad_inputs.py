@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -13,9 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from losia_dist.cli import main as cli
-from losia_dist.recipe import environment, script
+from losia_dist.recipe import capacity, environment, script
 from losia_dist.recipe.environment import find_process
-from tests.launch.test_script_engines import options_of
+from tests.launch.test_script_engines import options_of, train
 from tests.support.launching import ROOT, arguments, launch, torchrun
 
 GOOD = json.dumps({"instruction": "a", "output": "b"})
@@ -117,6 +118,38 @@ def test_an_output_directory_that_cannot_be_made_is_refused_before_the_model_is_
     for directory in (tmp_path / "taken", tmp_path / "taken" / "run"):
         assert "cannot be written" in refused(capsys, arguments(material, directory, model="./absent"))
     assert (tmp_path / "taken").is_file()
+
+
+def of_a_terabyte(model: Path, target: Path) -> Path:
+    """A model of as many bytes by its files, which take none of the disk."""
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    header = json.dumps(
+        {"lm_head.weight": {"dtype": "BF16", "shape": [1 << 20, 1 << 19], "data_offsets": [0, 1 << 40]}}
+    ).encode()
+    with open(target / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))
+    return target
+
+
+def test_a_model_that_no_memory_here_holds_is_refused_before_it_is_read(ranks, capsys, material, tmp_path):
+    model = of_a_terabyte(material["model"], tmp_path / "large")
+    said = refused(capsys, arguments(material, tmp_path / "run", model=model))
+    assert re.search(r"its weights alone take at least 1,?979 GB of each rank's memory, and [\d.]+ GB are free here", said)
+    shared = arguments(material, tmp_path / "run", model=model, sharding="fsdp2", precision="bf16")
+    (kind, words), other = ranks.errors(2, train, shared)
+    assert (kind, words) == other and kind == "ConfigError" and "at least 495 GB of each rank's memory" in words
+    assert "--quantization nf4" in words and not (tmp_path / "run").exists()
+
+
+def test_a_file_system_too_small_for_what_a_run_writes_is_refused(capsys, material, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(capacity.shutil, "disk_usage", lambda path: full)
+    said = refused(capsys, arguments(material, tmp_path / "run", save_steps=1))
+    assert "run: the trained model and checkpoints' base take at least" in said and "GB are free there" in said
+    said = refused(capsys, arguments(material, tmp_path / "run", no_save=True, save_steps=1))
+    assert "run: checkpoints' base take" in said
+    assert cli.train_main([str(word) for word in arguments(material, tmp_path / "run", no_save=True, max_steps=1)]) == 0
 
 
 def test_ranks_of_accelerate_that_were_not_started_are_missed(capsys, material, tmp_path, monkeypatch):
