@@ -8,11 +8,18 @@ import sys
 from losia_dist.cli.parser import REFUSED, print_error
 from losia_dist.errors import LoSiAError
 from losia_dist.recipe.options import add_training_arguments
+from losia_dist.releases import check_releases
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `losia-dist train`."""
     add_training_arguments(parser)
+
+
+def used_extras(options: argparse.Namespace) -> list[str]:
+    """Extras of setup.cfg whose packages a run uses."""
+    uses = {"deepspeed": options.deepspeed, "quantized": options.quantization in ("nf4", "fp4", "int8")}
+    return [extra for extra, is_used in uses.items() if is_used]
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -26,6 +33,7 @@ def run_train(options: argparse.Namespace) -> int:
 
     process, agreement_group = find_process(), None
     try:
+        check_releases(*used_extras(options))
         agreement_group = start_process_group(process, options.timeout)
         train(options, process, agreement_group)
     except Interrupted as stop:

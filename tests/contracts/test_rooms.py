@@ -13,6 +13,7 @@ PACKAGE = Path(losia_dist.__file__).parent
 # Each row may import the rows above it. What stands in one row does not import each other.
 ORDER = [
     ["_version", "errors", "formulas", "digits"],
+    ["releases"],
     ["config"],
     ["ranks"],
     ["subnet"],

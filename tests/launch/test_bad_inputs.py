@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from losia_dist import releases
 from losia_dist.cli import main as cli
 from losia_dist.recipe import capacity, environment, script
 from losia_dist.recipe.environment import find_process
@@ -118,6 +119,29 @@ def test_an_output_directory_that_cannot_be_made_is_refused_before_the_model_is_
     for directory in (tmp_path / "taken", tmp_path / "taken" / "run"):
         assert "cannot be written" in refused(capsys, arguments(material, directory, model="./absent"))
     assert (tmp_path / "taken").is_file()
+
+
+@pytest.mark.parametrize(
+    "name, version, options, words",
+    [
+        ("torch", "2.6.0", {}, r"torch 2\.6\.0 is installed, and this release needs torch>=[\d.]+: pip install 'torch>="),
+        ("transformers", "6.0.0", {}, r"transformers 6\.0\.0 is installed, and this release needs transformers<6,>="),
+        ("datasets", None, {}, r"datasets is not installed: pip install 'datasets>="),
+        (
+            "deepspeed",
+            None,
+            {"deepspeed": "absent.json"},
+            r"deepspeed is not installed, which \[deepspeed\] brings: pip",
+        ),
+        ("bitsandbytes", "0.40", {"quantization": "nf4"}, r"bitsandbytes 0\.40 is installed, and this release needs"),
+    ],
+)
+def test_a_release_outside_the_bounds_or_a_missing_package_is_one_line(
+    capsys, material, tmp_path, monkeypatch, name, version, options, words
+):
+    real = releases.installed
+    monkeypatch.setattr(releases, "installed", lambda asked: version if asked == name else real(asked))
+    assert re.search(words, refused(capsys, arguments(material, tmp_path / "run", **options)))
 
 
 def of_a_terabyte(model: Path, target: Path) -> Path:

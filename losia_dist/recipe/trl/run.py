@@ -12,6 +12,7 @@ from losia_dist.errors import ConfigError
 from losia_dist.recipe.trl.kinds import KINDS, classes_of
 from losia_dist.recipe.trl.options import read_config
 from losia_dist.recipe.trl.rewards import read_reward, reasoning_gym_task
+from losia_dist.releases import check_releases
 
 
 def train_with_trl(kind: str, options: argparse.Namespace) -> None:
@@ -20,6 +21,7 @@ def train_with_trl(kind: str, options: argparse.Namespace) -> None:
     Raises:
         LoSiAError: what cannot work, before a model is read where that is possible.
     """
+    check_releases("trl", *(["deepspeed"] if getattr(options, "deepspeed", None) else []))
     losia_config = LoSiAConfig.read(options.losia_config) if options.losia_config else LoSiAConfig()
     rewards: dict[str, Any] = {}
     if kind == "grpo":

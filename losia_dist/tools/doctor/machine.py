@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from losia_dist.errors import ConfigError
 from losia_dist.ranks.watch.liveness import read_limits
+from losia_dist.releases import admits
 from losia_dist.tools.doctor.findings import Finding, error, ok, warning
 from losia_dist.tools.doctor.machine_facts import Facts
 
@@ -42,8 +43,6 @@ def examine(facts: Facts, local_rank: int, local_world_size: int, needs_deepspee
 
 def _versions(facts: Facts, needs_deepspeed: bool) -> Iterator[Finding]:
     """Installed packages against the bounds of setup.cfg."""
-    from packaging.specifiers import SpecifierSet
-
     fine = []
     for name, bounds, extra in facts.requirements:
         version, fix = facts.versions.get(name), f"pip install '{name}{bounds}'"
@@ -51,7 +50,7 @@ def _versions(facts: Facts, needs_deepspeed: bool) -> Iterator[Finding]:
         if version is None:
             if needed:
                 yield error("versions", f"{name} is not installed.", fix)
-        elif not SpecifierSet(bounds).contains(version, prereleases=True):
+        elif not admits(bounds, version):
             where = f" (used by the extra {extra})" if extra else ""
             yield (error if needed else warning)("versions", f"{name} {version} is outside {bounds}{where}.", fix)
         elif extra != "dev":

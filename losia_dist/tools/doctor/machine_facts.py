@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -12,7 +11,6 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ import torch.distributed as dist
 
 from losia_dist import errors
 from losia_dist.ranks.build_locks import stale_locks
+from losia_dist.releases import installed, requirements
 
 PACKAGE = Path(errors.__file__).parent
 # What decides how a run behaves and is to be equal on all ranks, beside the interfaces' names, which may differ.
@@ -52,27 +51,12 @@ def code_hash(directory: Path = PACKAGE) -> str:
     return digest.hexdigest()[:16]
 
 
-def _requirements() -> list[tuple[str, str, str]]:
-    """(name, bounds, extra) of the metadata of setup.cfg; empty where the package is run without being installed."""
-    from packaging.requirements import Requirement
-
-    try:
-        lines = metadata.requires("losia_dist") or []
-    except metadata.PackageNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        requirement = Requirement(line)
-        marker = str(requirement.marker or "")
-        found.append((requirement.name, str(requirement.specifier), marker.rpartition("==")[2].strip(" \"'")))
-    return found
-
-
 def _versions() -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:2]))}
-    for name in sorted({"torch", "ninja", *(name for name, _, _ in _requirements())}):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+    for name in sorted({"torch", "ninja", *(name for name, _, _ in requirements())}):
+        version = installed(name)
+        if version is not None:
+            found[name] = version
     return found
 
 
@@ -114,7 +98,7 @@ class Facts:
     environment: dict[str, str]
     host: str = field(default_factory=socket.gethostname)
     python: str = field(default_factory=platform.python_version)
-    requirements: list[tuple[str, str, str]] = field(default_factory=_requirements)
+    requirements: list[tuple[str, str, str]] = field(default_factory=requirements)
     versions: dict[str, str] = field(default_factory=_versions)
     code: str = field(default_factory=code_hash)
     has_distributed: bool = field(default_factory=dist.is_available)
