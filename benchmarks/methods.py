@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import Shape
-from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
+from losia_dist import Drawn, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 
 RANK_FACTOR = 0.125
 COLUMNS = (1.0, 1 / 64)  # the same number of weights as 1/8 x 1/8: all rows of a few columns
@@ -134,6 +135,26 @@ def losia(shape: Shape, *, localizing: bool, rank_factor: Any = RANK_FACTOR, per
 
     default = "LoSiA, localizing one layer" if localizing else "LoSiA, not localizing"
     return Method(name or default, model, step, optimizer, conductor)
+
+
+def short(shape: Shape) -> Method:
+    """This package by the preset for short runs: drawn, 1 x 1/16, a slot every two steps, moves included. Random weights have
+    no outliers to look for before the first step."""
+    config = LoSiAConfig.preset("short")
+    assert isinstance(config.selection, Drawn)
+    config = dataclasses.replace(config, selection=dataclasses.replace(config.selection, outlier_limit=None))
+    model = get_losia_model(shape.model(), config)
+    optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-5), lr=1e-5)
+    conductor = LoSiA(model, optimizer, config, total_steps=shape.layers * config.period * config.cycles)
+
+    def step(tokens: Tensor) -> bool:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        relocalized = conductor.step()
+        optimizer.zero_grad(set_to_none=True)
+        return relocalized
+
+    return Method("LoSiA, preset short, slots", model, step, optimizer, conductor)
 
 
 def equal_lora_rank(shape: Shape, rank_factor: float = RANK_FACTOR) -> int:

@@ -38,8 +38,10 @@ METHODS: dict[str, Callable[[Shape], Method]] = {
     "cycle-columns": lambda shape: methods.losia(
         shape, localizing=True, rank_factor=methods.COLUMNS, period=_CYCLE_PERIOD, name="LoSiA 1 x 1/64, slots"
     ),
+    "short": methods.short,
     "matmuls": methods.matmuls,
     "lora": lambda shape: methods.lora(shape, equal_lora_rank(shape)),
+    "lora-short": lambda shape: methods.lora(shape, equal_lora_rank(shape, 0.25), name="LoRA, as many as short,"),
     "lora16": lambda shape: methods.lora(shape, 16),
     "lora64": lambda shape: methods.lora(shape, 64),
     "lora64-cast": lambda shape: methods.lora(shape, 64, autocast=False),
@@ -128,7 +130,7 @@ def _bars_of_subnets(suffix: str, of: str, found: dict[str, dict[str, Any]], sha
     ratio = {name: summary["ratio"] for name, summary in found.items()}
     own, localizing, cycle = (ratio.get(name + suffix) for name in ("losia", "localizing", "cycle"))
     others = [("lora64", "LoRA r = 64", 0.73 if shape.dtype == "bf16" else 0.85), ("full", "full fine-tuning", 0.75)]
-    bars = []
+    bars = [bar("preset short, slots / floor", ratio["short"], 1.03)] if "short" in ratio and not suffix else []
     for what, value, limit in (("no group localizing", own, 1.03), (f"mean of a cycle, T = {PERIOD}", cycle, 1.05)):
         if value is None:
             continue
