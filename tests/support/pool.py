@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -187,7 +188,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    while True:
+    store = dist.distributed_c10d._get_default_store()
+    for number in itertools.count():
         try:
             request = pickle.loads(pipe.recv_bytes())
         except EOFError:
@@ -210,9 +212,20 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             del error
         gc.collect()
         _forget_sequences()
+        pipe.send_bytes(answer)
+        _meet(store, number, world_size)
         for group in _process_groups() - known - _kept_by_libraries():
             dist.destroy_process_group(group)
-        pipe.send_bytes(answer)
+
+
+def _meet(store: Any, number: int, world_size: int) -> None:
+    """Wait until every rank is done with the request: a rank once ended with a corrupted heap, and groups that end on one rank
+    while another may still read from them are the suspect. By the store, since after a failure no two ranks are in the same collective; a rank that
+    does not come has its pool stopped."""
+    key, deadline = f"done with request {number}", time.monotonic() + GRACE_SECONDS
+    store.add(key, 1)
+    while store.add(key, 0) < world_size and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _forget_sequences() -> None:
