@@ -220,8 +220,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int) -> None:
 
 def _meet(store: Any, number: int, world_size: int) -> None:
     """Wait until every rank is done with the request: a rank once ended with a corrupted heap, and groups that end on one rank
-    while another may still read from them are the suspect. By the store, since after a failure no two ranks are in the same collective; a rank that
-    does not come has its pool stopped."""
+    while another may still read from them are the suspect. By the store, since after a failure no two ranks are in the same
+    collective; a rank that does not come has its pool stopped."""
     key, deadline = f"done with request {number}", time.monotonic() + GRACE_SECONDS
     store.add(key, 1)
     while store.add(key, 0) < world_size and time.monotonic() < deadline:
