@@ -13,9 +13,9 @@ from losia_dist.checkpoint.reader import Reader, layout_of
 from losia_dist.errors import CheckpointError
 from losia_dist.export.loaded_form import LoadedWeights
 from losia_dist.export.plain_class import model_without_weights
+from losia_dist.subnet.differences import Left
 from losia_dist.subnet.four_bits import quantize_4bit
 from losia_dist.subnet.layout import ONE_MATRIX, Layout, Places
-from losia_dist.subnet.overlay import Left
 from losia_dist.subnet.packed import same_scales
 from losia_dist.subnet.packed_kinds import FourBit
 
@@ -63,7 +63,7 @@ class Requantized:
         if packed.overlay is None:
             codes = self._moved_codes(layer, codes)
         else:
-            packed.overlay.left = overlay_of(self.reader, layer)
+            packed.overlay.write(overlay_of(self.reader, layer))
         trained = packed.dense(codes, packed.dtype)
         for site, places in self._present(layer):
             trained[places] = self.reader.model_copy(f"{site}.subnet").to(trained.dtype)

@@ -27,7 +27,11 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
         UnsupportedError: the model is sharded in a way that LoSiA cannot reach, or not sharded though that was asked for.
     """
     access = _engine_access(model)
-    return access if not packed_weights(model) else PackedAccess(model, access)
+    if not packed_weights(model):
+        return access
+    packed = PackedAccess(model, access)
+    packed.share_overlays()
+    return packed
 
 
 def _engine_access(model: nn.Module) -> ParameterAccess:

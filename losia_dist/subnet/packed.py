@@ -5,7 +5,7 @@ temporary that a layer computes with. Where a subnet moves on, what it changed s
 update is a small part of the distance between two codes, so that rounding it back into them would erase it.
 
 Codes live in the module's `weight`, or the parameter of its experts, an ordinary frozen parameter that any engine replicates
-or cuts. Scales are known here, whole on every rank.
+or cuts. Scales are known here, whole on every rank; the overlay is cut where the codes are (`Differences.share`).
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ class PackedWeight(ABC):
         if self.overlay is not None:
             self.overlay.add_to(self.layout.matrices(values))
         return values
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether `dense` communicates, so that every rank that shares the weight must form it as often as the others."""
+        return self.overlay is not None and self.overlay.is_shared
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The values of the codes alone: of `shape`, new."""

@@ -148,7 +148,7 @@ def test_what_subnets_left_is_loaded_onto_the_device_that_computes(saved):
     model = made()["model"].to("meta")
     layers = packed_weights(model)
     write_quantized(None, layers, Reader(layout.find(saved[0], None)))
-    left = [one for module in layers.values() for one in module.packed.overlay.left]
+    left = [one for module in layers.values() for one in module.packed.overlay.read()]
     assert left and all(one.codes.is_meta and one.scales.is_meta for one in left)
 
 
