@@ -69,7 +69,7 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
         refuse_engine_settings(model, optimizer)
     if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
         state = _deepspeed_state(model, optimizer, kind)
-    elif type(optimizer).__module__.startswith("accelerate.") and isinstance(optimizer.optimizer, Optimizer):
+    elif type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):  # torch's or DeepSpeed's
         return resolve_state(model, optimizer.optimizer)
     elif isinstance(optimizer, Optimizer):
         _refuse_optimizer_inside(optimizer)
