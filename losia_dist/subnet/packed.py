@@ -97,7 +97,9 @@ class PackedWeight(ABC):
         return values if self.overlay is None else self.overlay.add_to_block(values, *self._index(places))
 
     def decoded_at(self, bits: Tensor, places: Places) -> Tensor:
-        """The values of the codes alone in these places, as above."""
+        """The values of the codes alone in these places, as above; without data where the codes are on the meta device."""
+        if bits.is_meta:  # which scales are not moved to
+            return torch.empty(bits.shape, dtype=self.dtype, device="meta")
         flat = self.flat(places)
         return (self._levels(bits.device)[self._code(bits, flat)] * self._scale_at(flat)).to(self.dtype)
 
