@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
-from losia_dist import Located, LoSiAConfig, get_losia_model
+from losia_dist import Located, LoSiAConfig, get_losia_model, load_checkpoint, save_checkpoint
+from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.sharding.rank_shares import RankShares
 from losia_dist.subnet.experts_overlay import ExpertsOverlay
 from losia_dist.subnet.overlay import Overlay
 from losia_dist.subnet.packed import packed_weights
+from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
@@ -129,3 +132,46 @@ def a_listed_expert() -> None:
 def test_experts_that_are_modules_of_their_own_keep_it_whole(ranks):
     """A rank computes those of its tokens alone, and could not gather with the others."""
     ranks(2, a_listed_expert)
+
+
+def overlays_of(losia) -> dict[str, torch.Tensor]:
+    """All that subnets left, whole, in order."""
+    layers = packed_weights(unwrap(losia.model))
+    return {
+        f"{name}/{number}/{part}": tensor.clone()
+        for name, one in layers.items()
+        for number, left in enumerate(one.packed.overlay.read())
+        for part, tensor in left._asdict().items()
+        if tensor is not None
+    }
+
+
+def saved_by(engine: str, run: Run, directory):
+    losia, stepper, close = runs.start(engine, run)
+    runs.train_on(losia, stepper, run, 9)
+    save_checkpoint(directory, **runs.parts(losia))
+    found = overlays_of(losia)
+    close()
+    return found
+
+
+def loaded_by(engine: str, run: Run, directory):
+    losia, _, close = runs.start(engine, run)
+    load_checkpoint(directory, **runs.parts(losia))
+    found = overlays_of(losia)
+    kept = [one.packed.overlay for one in packed_weights(unwrap(losia.model)).values()]
+    close()
+    return found, sum(one.nbytes for one in kept), sum(one.whole_bytes for one in kept)
+
+
+@pytest.mark.parametrize("run", [PLAIN, slow(MIXTURE)])
+def test_it_is_saved_once_and_cut_anew_for_other_ranks(ranks, tmp_path, run):
+    """From two ranks to one, to four in two copies, and to two of another engine; to the bit."""
+    wanted = ranks(2, saved_by, "fsdp2", run, tmp_path)[0]
+    files = [load_file(path) for path in tmp_path.rglob("*.safetensors")]
+    stored = [name for tensors in files for name in tensors if name.startswith("overlay/")]
+    assert sorted(stored) == sorted(f"overlay/{name}" for name in wanted) and stored
+    for engine, world, parts in (("one", 1, 1), ("hsdp", 4, 2), ("zero3", 2, 2)):
+        for found, mine, in_all in ranks(world, loaded_by, engine, run, tmp_path):
+            assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+            assert mine == pytest.approx(in_all / parts, rel=0.05)
