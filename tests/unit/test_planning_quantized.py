@@ -1,6 +1,7 @@
 """`losia-dist plan --quantization`: what a base in fewer bits takes, against a model that was quantized."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from losia_dist.sharding.resolve import resolve_parameters
 from losia_dist.subnet.access import write_back
 from losia_dist.subnet.convert import find_sites
 from losia_dist.subnet.packed import packed_weights
+from losia_dist.tools.plan.costs import plan_traffic
 from losia_dist.tools.plan.memory import plan_memory
 from losia_dist.tools.plan.quantized import dense_bytes
 from losia_dist.tools.plan.shapes import find_shape, shape_of
@@ -86,6 +88,10 @@ def test_ranks_that_share_the_base_share_what_subnets_leave():
     for engine in ("fsdp2", "zero3"):
         assert plan_memory(Workload(cluster=four, engine=engine, **asked)).parts["overlay"] == one // 4
     assert plan_memory(Workload(cluster=sixteen, engine="hsdp", **asked)).parts["overlay"] == one // 4
+    # It is gathered in forward, recomputation and backward: all but a rank's own part.
+    nothing = {**asked, "config": replace(CONFIG, retired="stochastic")}
+    sent = [plan_traffic(Workload(cluster=four, engine="fsdp2", **settings)).weights for settings in (asked, nothing)]
+    assert sent[0] - sent[1] == pytest.approx(3 * one * 3 / 4, rel=1e-3)
 
 
 def test_what_subnets_leave_grows_up_to_one_difference_of_the_whole():
