@@ -18,7 +18,7 @@ from losia_dist.checkpoint.reader import Reader
 from losia_dist.checkpoint.safetensors_io import dtype_name
 from losia_dist.errors import CheckpointError
 from losia_dist.sharding.packed_access import PackedAccess
-from losia_dist.subnet.overlay import Left
+from losia_dist.subnet.differences import Left
 from losia_dist.subnet.packed import PackedParameter, same_scales
 from losia_dist.subnet.site import Site
 
@@ -50,9 +50,9 @@ def read_quantized(
                 if mine:
                     keep(f"codes/{name}", codes.reshape(-1).view(torch.uint8))
             continue
-        for number, left in enumerate(packed.overlay.left if mine else ()):
+        for number, left in enumerate(packed.overlay.read()):
             for part, tensor in left._asdict().items():
-                if tensor is not None:
+                if mine and tensor is not None:
                     keep(f"overlay/{name}/{number}/{part}", tensor)
 
 
@@ -64,7 +64,7 @@ def write_quantized(access: Any, quantized: Mapping[str, PackedParameter], reade
         if packed.overlay is not None:
             # On the device that computes: each pass reads it, and would send it there again.
             device = sites[0].row_index.device if sites else one.weight.device
-            packed.overlay.left = [left.to(device) for left in overlay_of(reader, name)]
+            packed.overlay.write(left.to(device) for left in overlay_of(reader, name))
         elif sites:  # before the first move too: this run's may have been rounded since
             codes = reader.tensor(f"codes/{name}").view(packed.storage)
             access.write_codes(one.weight, codes)

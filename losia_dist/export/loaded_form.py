@@ -109,16 +109,17 @@ class LoadedWeights:
         path: the directory.
         model: gives the model whose names are asked for, without wrappers; called where the files have others.
         names: that will be asked for.
+        suffix: of the stored names of what is wanted beside the weights, and is split and fused as they are: their scales.
 
     Raises:
         CheckpointError: no safetensors weights there.
     """
 
-    def __init__(self, path: str | Path, model: Callable[[], Any], names: Iterable[str]) -> None:
-        self.path, self._files = Path(path), ModelDirectory(path)
-        self._direct = {name: name for name in names if name in self._files}
+    def __init__(self, path: str | Path, model: Callable[[], Any], names: Iterable[str], suffix: str = "") -> None:
+        self.path, self._files, self._suffix = Path(path), ModelDirectory(path), suffix
+        self._direct = {name: name for name in names if name + suffix in self._files}
         self._made: dict[str, Conversion] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._likes: dict[str, Tensor] = {}
         self._model: Any = None
         if any(name not in self._direct for name in names):
             self._find(model())
@@ -127,11 +128,12 @@ class LoadedWeights:
         self._model = model
         known: dict[str, torch.dtype | None] = {plain_name(name): None for name in model.state_dict(keep_vars=True)}
         try:
-            naming = match_names(model, self._files.names, known)
+            stored = [name.removesuffix(self._suffix) for name in self._files.names if name.endswith(self._suffix)]
+            naming = match_names(model, stored, known)
             for conversion in naming.conversions:
-                made = conversion.run(model, self._files.like)
+                made = conversion.run(model, self._stored_like)
                 self._made |= dict.fromkeys(made, conversion)
-                self._shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
+                self._likes |= made
         except Exception as error:  # whatever a rule of Transformers raises, or a model that is none of its
             raise CheckpointError(
                 f"the weights of {type(model).__name__} in memory could not be made from the files in {self.path} "
@@ -139,14 +141,23 @@ class LoadedWeights:
             ) from error
         self._direct = {**naming.direct, **self._direct}
 
+    def like(self, name: str) -> Tensor | None:
+        """A tensor without data, of the shape and dtype that a weight has in memory; None: the files do not have it."""
+        return self._stored_like(self._direct[name]) if name in self._direct else self._likes.get(name)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Of a weight, in memory; None: the files do not have it."""
-        if name in self._direct:
-            return tuple(self._files.like(self._direct[name]).shape)
-        return self._shapes.get(name)
+        like = self.like(name)
+        return None if like is None else tuple(like.shape)
 
     def tensor(self, name: str) -> Tensor:
         """A weight that is there, whole, in the dtype of the files."""
         if name in self._direct:
-            return self._files.tensor(self._direct[name])
-        return self._made[name].run(self._model, self._files.tensor)[name]
+            return self._stored(self._direct[name])
+        return self._made[name].run(self._model, self._stored)[name]
+
+    def _stored_like(self, name: str) -> Tensor:
+        return self._files.like(name + self._suffix)
+
+    def _stored(self, name: str) -> Tensor:
+        return self._files.tensor(name + self._suffix)

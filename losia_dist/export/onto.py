@@ -45,14 +45,23 @@ class OntoOriginal(PackedAccess):
         names = [plain_name(one.weight_name) for one in self.layers.values()]
         self._access, self._original = access, LoadedWeights(original, lambda: unwrap(model), names)
         for name, one in zip(names, self.layers.values(), strict=True):
-            if self._original.shape(name) != one.packed.shape:
-                raise CheckpointError(
-                    f"{original} has no weight {name!r} of {list(one.packed.shape)}: give the directory of the original."
-                )
+            self._check(name, one)
 
     def original(self, one: PackedParameter) -> Tensor:
         """The original of a quantized weight, as a plain one would be stored, on the CPU, read from its file."""
         return self._original.tensor(plain_name(one.weight_name))
+
+    def _check(self, name: str, one: PackedParameter) -> None:
+        there = self._original.like(name)
+        if there is None or tuple(there.shape) != one.packed.shape:
+            raise CheckpointError(
+                f"{self._original.path} has no weight {name!r} of {list(one.packed.shape)}: give the directory of the original."
+            )
+        if not there.is_floating_point() or there.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{name} in {self._original.path} is in {str(there.dtype).removeprefix('torch.')}: the original's weights are "
+                "needed, as they were before quantization."
+            )
 
     def read_whole(self, parameter: Tensor) -> Tensor:
         one = self._find(parameter)

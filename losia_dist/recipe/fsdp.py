@@ -96,7 +96,7 @@ def shard(
     holders = find_holders(model)
     for unit in [*_layers(model, layer_classes), model]:
         if weights is None:
-            list(give_memory(unit, process.device, holders, fill=_take_from_rank_0))
+            list(give_memory(unit, process.device, holders, fill=take_from_rank_0))
         fully_shard(unit, **options)
     if weights is not None:
         places = _give_shards_memory(model, process.device, torch.device("cpu") if offload else process.device, holders)
@@ -133,5 +133,6 @@ def _give_shards_memory(model: nn.Module, device: torch.device, shard_device: to
     return [Where(old, *places[0]) for old, places in holders.items()]
 
 
-def _take_from_rank_0(values: Tensor) -> None:
+def take_from_rank_0(values: Tensor) -> None:
+    """Replace values by those of rank 0. Called by all ranks."""
     dist.broadcast(values, src=0)

@@ -39,6 +39,7 @@ def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, 
         )
     import transformers
 
+    is_cut = False
     if form == "fp8":
         settings: Any = transformers.FineGrainedFP8Config()
     else:
@@ -47,9 +48,14 @@ def quantization_arguments(form: str | None, config: Any, choice: EngineChoice, 
         except ImportError as error:
             raise ConfigError(f"--quantization {form} needs bitsandbytes: pip install bitsandbytes.") from error
         dtype = torch.bfloat16 if choice.precision == "bf16" else torch.float32
-        settings = transformers.BitsAndBytesConfig(load_in_8bit=True) if form == "int8" else four_bit_settings(form, dtype)
-    # Where each rank is to keep a part of every weight, a GPU need not hold all of them before; they are quantized on it.
-    is_cut = choice.cuts_weights and process.world_size > 1 and form in ("nf4", "fp4")
+        # Where each rank is to keep a part of every weight, a GPU need not hold all of them before; they are quantized on it.
+        # Rank 0 sends its codes when they are cut.
+        is_cut = choice.cuts_weights and process.world_size > 1 and form != "int8"
+        settings = (
+            transformers.BitsAndBytesConfig(load_in_8bit=True)
+            if form == "int8"
+            else four_bit_settings(form, dtype, keeps_codes=not is_cut or process.rank == 0)
+        )
     return {"quantization_config": settings, "device_map": {"": torch.device("cpu") if is_cut else process.device}}
 
 

@@ -33,7 +33,7 @@ from losia_dist.recipe.checkpoints import Checkpoints
 from losia_dist.recipe.choice import EngineChoice, choose_engine
 from losia_dist.recipe.engines import DeepSpeedRun, Engine, PlainRun
 from losia_dist.recipe.environment import Process
-from losia_dist.recipe.fsdp import shard
+from losia_dist.recipe.fsdp import shard, take_from_rank_0
 from losia_dist.recipe.load_inputs import check_writable, load
 from losia_dist.recipe.logs import RunLog
 from losia_dist.recipe.loop import Reporter, train_steps
@@ -52,6 +52,7 @@ from losia_dist.run.conductor import LoSiA
 from losia_dist.run.run_facts import write_facts
 from losia_dist.run.subnet_log import SubnetLog
 from losia_dist.subnet.groups import losia_parameter_groups
+from losia_dist.subnet.packed import packed_weights
 
 
 def train(options: argparse.Namespace, process: Process, agreement_group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def _start(
 
         # DeepSpeed calls collectives by names that torch 2.13 renamed; it is not for the user to mend.
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-        if weights is not None:
+        if weights is not None or (choice.is_zero3 and process.world_size > 1 and packed_weights(model)):
             _partition(model, choice.deepspeed, process, weights, agreement)
         if config is not None:
             engine, *_ = integration.initialize(
@@ -262,11 +263,19 @@ def _start(
     )
 
 
-def _partition(model: Any, settings: dict[str, Any], process: Process, weights: StreamedWeights, agreement: Agreement) -> None:
-    """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it."""
+def _partition(
+    model: Any, settings: dict[str, Any], process: Process, weights: StreamedWeights | None, agreement: Agreement
+) -> None:
+    """ZeRO-3's partitions of a model on the meta device, each filled by the rank that keeps it; where there are no `weights`
+    to read, of rank 0's values, each sent whole before it is cut."""
     from losia_dist.integrations.deepspeed.partition import partition_without_values
     from losia_dist.sharding.zero3 import own_range
 
+    if weights is None:
+        filled = give_memory(model, process.device, find_holders(model), fill=take_from_rank_0)
+        held = (place.kept[place.name] for place in filled)
+        partition_without_values(settings, (tensor for tensor in held if isinstance(tensor, nn.Parameter)))
+        return
     # Each parameter is cut at once, so that all may have the same memory; as it is never written to, a CPU does not give it.
     lent = torch.empty(max(p.nbytes for p in model.parameters()), dtype=torch.uint8, device=process.device)
     places: list[Where] = []

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.sharding.expert_parallel import check_parallelism, is_spread, is_whole_expert
+from losia_dist.sharding.rank_shares import RankShares
 from losia_dist.sharding.torch_state import TorchState
 from losia_dist.subnet.layout import Places
 from losia_dist.subnet.packed import as_integers, packed_of, packed_weights
@@ -86,6 +87,11 @@ class FullyShardParameters:
     @torch.no_grad()
     def write_bits(self, weight: Any, places: Places, bits: Tensor) -> None:
         self._write(weight, places, as_integers(local_part(weight)), bits)
+
+    def shares(self, parameter: Any) -> RankShares | None:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        cut = [dimension for dimension, placement in enumerate(placements) if not placement.is_replicate()]
+        return RankShares.of(mesh.get_group(cut[0])) if len(cut) == 1 else None
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
         return parameter.dtype

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from losia_dist.subnet.differences import Shares
 from losia_dist.subnet.layout import Places
 
 
@@ -50,6 +51,10 @@ class ParameterAccess(Protocol):
 
     def write_bits(self, weight: Tensor, places: Places, bits: Tensor) -> None:
         """Set the bits of stored elements; int64, equal on every rank. Each rank writes what it keeps."""
+        ...
+
+    def shares(self, parameter: Tensor) -> Shares | None:
+        """The ranks that keep parts of a parameter; None: each keeps all of it. No communication."""
         ...
 
     def dtype(self, parameter: Tensor) -> torch.dtype:

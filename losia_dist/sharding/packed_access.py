@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from losia_dist.sharding.interface import ParameterAccess
+from losia_dist.subnet.differences import Shares
 from losia_dist.subnet.layout import Places
+from losia_dist.subnet.listed_experts import is_listed
 from losia_dist.subnet.packed import PackedParameter, PackedWeight, packed_weights
 
 
@@ -16,8 +18,9 @@ class PackedAccess:
     """Speaks of a quantized weight as of the matrix, or matrices, that its codes stand for; everything else is the engine's own
     access.
 
-    Writing a block into one is what a subnet does that moves on: its `Overlay` keeps it, on every rank. Reading a whole one
-    gives what the layer computes with, the present subnet in it: nothing is ever written back for that (`LoSiA.consolidate`).
+    Writing a block into one is what a subnet does that moves on: its `Overlay` keeps it, cut as the codes are. Reading a
+    whole one gives what the layer computes with, the present subnet in it: nothing is ever written back for that
+    (`LoSiA.consolidate`).
 
     Args:
         model: after the engine took it.
@@ -34,6 +37,14 @@ class PackedAccess:
         for one in self.layers.values():
             one.packed.check_storage(one.weight)
         self._follow_casts()
+
+    def share_overlays(self) -> None:
+        """Let the ranks that share a weight share its overlay too; called by all of them, as the model was prepared."""
+        for one in self.layers.values():
+            # A rank without a token for an expert that is a module of its own does not compute it: no collectives in there.
+            is_alone = one.packed.layout.experts is None and is_listed(one.name)
+            if one.packed.overlay is not None and not is_alone:
+                one.packed.overlay.share(self.engine.shares(one.weight))
 
     def _follow_casts(self) -> None:
         """Where `model.to(dtype)` has cast the model since it was converted, its values have that dtype too."""
@@ -58,6 +69,9 @@ class PackedAccess:
     def dtype(self, parameter: Tensor) -> torch.dtype:
         packed = self._packed(parameter)
         return self.engine.dtype(parameter) if packed is None else packed.dtype
+
+    def shares(self, parameter: Tensor) -> Shares | None:
+        return self.engine.shares(parameter)
 
     def read_block(self, weight: Tensor, places: Places) -> Tensor:
         packed = self._packed(weight)

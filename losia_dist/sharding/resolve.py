@@ -27,7 +27,11 @@ def resolve_parameters(model: nn.Module) -> ParameterAccess:
         UnsupportedError: the model is sharded in a way that LoSiA cannot reach, or not sharded though that was asked for.
     """
     access = _engine_access(model)
-    return access if not packed_weights(model) else PackedAccess(model, access)
+    if not packed_weights(model):
+        return access
+    packed = PackedAccess(model, access)
+    packed.share_overlays()
+    return packed
 
 
 def _engine_access(model: nn.Module) -> ParameterAccess:
@@ -65,7 +69,7 @@ def resolve_state(model: nn.Module, optimizer: Any) -> StateAccess:
         refuse_engine_settings(model, optimizer)
     if "deepspeed" in sys.modules and type(optimizer).__module__.startswith("deepspeed.runtime"):
         state = _deepspeed_state(model, optimizer, kind)
-    elif type(optimizer).__module__.startswith("accelerate.") and isinstance(optimizer.optimizer, Optimizer):
+    elif type(optimizer).__module__.startswith("accelerate.") and hasattr(optimizer, "optimizer"):  # torch's or DeepSpeed's
         return resolve_state(model, optimizer.optimizer)
     elif isinstance(optimizer, Optimizer):
         _refuse_optimizer_inside(optimizer)

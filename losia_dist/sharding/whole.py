@@ -42,6 +42,9 @@ class WholeParameters:
         stored = as_integers(weight.data)
         stored[places] = bits.to(stored.dtype)
 
+    def shares(self, parameter: Tensor) -> None:
+        return None
+
     def dtype(self, parameter: Tensor) -> torch.dtype:
         return parameter.dtype
 

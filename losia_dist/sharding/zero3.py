@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from losia_dist.errors import UnsupportedError
 from losia_dist.ranks import compat
 from losia_dist.sharding.leaf_modules import refuse_leaf_modules, refuse_listed_experts
+from losia_dist.sharding.rank_shares import RankShares
 from losia_dist.subnet.layout import Places
 from losia_dist.subnet.packed import as_integers
 
@@ -94,6 +95,9 @@ class Zero3Parameters:
     @torch.no_grad()
     def write_bits(self, weight: Any, places: Places, bits: Tensor) -> None:
         self._write(weight, places, as_integers(weight.ds_tensor.data), as_integers(weight.data), bits)
+
+    def shares(self, parameter: Any) -> RankShares | None:
+        return RankShares.of(parameter.ds_process_group)
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
         return parameter.dtype

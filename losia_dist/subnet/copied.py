@@ -94,7 +94,7 @@ def _lacks_overlay(site: Site, places: list[Tensor | None]) -> bool:
     if site.packed is None or site.packed.overlay is None or site.row_index.is_meta:
         return False
     own = (site.row_index, site.col_index)
-    return bool(site.packed.overlay.left) or not all(
+    return len(site.packed.overlay) > 0 or not all(
         place is not None and torch.equal(place.to(index.device), index) for place, index in zip(places, own, strict=True)
     )
 

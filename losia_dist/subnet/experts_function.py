@@ -109,7 +109,8 @@ def experts_backward(
 
     kept: all of x [t, n] if any site has a sink, else each token's own columns [t, c].
     """
-    if needs_x or any(sink is not None for sink in sinks):  # dx reads the weight, and so do the sinks
+    # dx reads the weight, and so do the sinks, which other ranks may have (reduction="by_rank").
+    if needs_x or any(sink is not None for sink in sinks) or (packed is not None and packed.needs_all_ranks):
         weight = _whole(sites, weight, subnets, packed, grad_y.dtype, again=True)
     if routing.nobodys is not None:
         grad_y = grad_y.masked_fill(routing.nobodys, 0)

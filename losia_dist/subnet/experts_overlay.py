@@ -6,17 +6,18 @@ subnet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from losia_dist.subnet.overlay import BLOCK, DECODE, ENCODE, Left, whole_size
+from losia_dist.subnet.differences import Differences, Left
+from losia_dist.subnet.overlay import BLOCK, DECODE, ENCODE, whole_size
 
 _PIECES = 32  # in which a difference of the whole weight is read, so that it is never there a second time
 
 
-class ExpertsOverlay:
+class ExpertsOverlay(Differences):
     """The differences between the matrices of experts and their codes' values, in the order in which subnets left them.
 
     Args:
@@ -25,13 +26,8 @@ class ExpertsOverlay:
     """
 
     def __init__(self, shape: tuple[int, int, int], form: str) -> None:
+        super().__init__()
         self.shape, self.form = shape, form
-        self.left: list[Left] = []
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes, in bytes, on every rank."""
-        return sum(one.nbytes for one in self.left)
 
     def add(self, experts: Tensor, rows: Tensor, columns: Tensor, difference: Tensor) -> None:
         """Keep differences [X, r, c], fp32. Those that take more than one of all matrices would become that one.
@@ -41,13 +37,13 @@ class ExpertsOverlay:
         index = (rows, columns, experts)
         sizes = (self.shape[1], self.shape[2], self.shape[0])
         kept = [None if one.shape[-1] == size else one.clone() for one, size in zip(index, sizes, strict=True)]
-        self.left.append(Left(kept[0], kept[1], *ENCODE[self.form](difference), kept[2]))
-        if len(self.left) > 1 and self.nbytes > whole_size(self.form, self.shape):
-            self.left = [self._folded(difference.device)]
+        self.append(Left(kept[0], kept[1], *ENCODE[self.form](difference), kept[2]))
+        if len(self) > 1 and self.whole_bytes > whole_size(self.form, self.shape):
+            self.write([self._folded(difference.device)])
 
     def add_to(self, matrices: Tensor) -> Tensor:
         """matrices [E, m, n], maybe a view, += all differences, in place; returns them. The host does not wait."""
-        for one in self.left:
+        for one in self.read():
             if one.rows is None and one.columns is None and one.experts is None:
                 for start, stop in self._pieces():
                     matrices[start:stop] += self._decode_experts(one, start, stop, matrices)
@@ -64,7 +60,10 @@ class ExpertsOverlay:
 
         experts int64 [X], rows [X, r], columns [X, c], sorted all.
         """
-        for one in self.left:
+        return self._add_to_block(self.read(), block, experts, rows, columns)
+
+    def _add_to_block(self, lefts: Iterable[Left], block: Tensor, experts: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        for one in lefts:
             device = block.device
             theirs, their_rows, their_columns = self._index(one, device)
             expert, is_there = _find(theirs.unsqueeze(0), experts.unsqueeze(0))
@@ -80,11 +79,12 @@ class ExpertsOverlay:
     def _folded(self, device: torch.device) -> Left:
         """All differences as one of all matrices."""
         _, m, n = self.shape
-        parts = []
+        there, parts = list(self.read()), []
         for start, stop in self._pieces():
             zeros = torch.zeros(stop - start, m, n, dtype=torch.float32, device=device)
             index = [torch.arange(size, device=device).expand(stop - start, -1).contiguous() for size in (m, n)]
-            parts.append(ENCODE[self.form](self.add_to_block(zeros, torch.arange(start, stop, device=device), *index)))
+            whole = self._add_to_block(there, zeros, torch.arange(start, stop, device=device), *index)
+            parts.append(ENCODE[self.form](whole))
         codes, scales = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
         return Left(None, None, codes, scales)
 

@@ -45,7 +45,8 @@ def subnet_backward(
     kept: all of x [..., n] if there is a sink to take the full gradient (the layer localizes), else x[..., C].
     """
     grad_x = grad_subnet = matrix = None
-    if needs_x or sink is not None:  # dx reads the weight, and so does the sink
+    # dx reads the weight, and so does the sink, which another rank may have (reduction="by_rank").
+    if needs_x or sink is not None or (site.packed is not None and site.packed.needs_all_ranks):
         matrix = site.present(weight, subnet, grad_y.dtype, again=True)
     if needs_x:
         assert matrix is not None

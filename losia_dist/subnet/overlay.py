@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from losia_dist.errors import ConfigError
 from losia_dist.subnet.blocks import take_subnet, write_subnet
+from losia_dist.subnet.differences import Differences, Left
 from losia_dist.subnet.four_bits import dequantize_4bit
 
 BLOCK = 64  # values that share a scale, in NF4
 
 
-class Left(NamedTuple):
-    """What one subnet left: differences [r, c] to what was there before it, as codes and scales; of experts [X, r, c].
-
-    rows int64 [r] or [X, r] and columns int64 [c] or [X, c]; None: all of them. experts: int64 [X], their numbers; None: all,
-    or there are none.
-    """
-
-    rows: Tensor | None
-    columns: Tensor | None
-    codes: Tensor
-    scales: Tensor
-    experts: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
-
-    def to(self, device: torch.device) -> Left:
-        """The same on another device."""
-        rows, columns, experts = (
-            index if index is None else index.to(device) for index in (self.rows, self.columns, self.experts)
-        )
-        return Left(rows, columns, self.codes.to(device), self.scales.to(device), experts)
-
-
-class Overlay:
+class Overlay(Differences):
     """The differences between a weight and its codes' values, in the order in which subnets left them.
 
     Args:
@@ -50,30 +25,27 @@ class Overlay:
     """
 
     def __init__(self, shape: tuple[int, int], form: str) -> None:
+        super().__init__()
         self.shape, self.form = shape, form
-        self.left: list[Left] = []
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes, in bytes, on every rank."""
-        return sum(one.nbytes for one in self.left)
 
     def add(self, rows: Tensor, columns: Tensor, difference: Tensor) -> None:
         """Keep a difference [r, c], fp32. Differences that take more than one of the whole weight would become that one."""
         m, n = self.shape
         all_rows, all_columns = rows.numel() == m, columns.numel() == n
         codes, scales = ENCODE[self.form](difference)
-        self.left.append(Left(None if all_rows else rows.clone(), None if all_columns else columns.clone(), codes, scales))
-        if len(self.left) > 1 and self.nbytes > whole_size(self.form, self.shape):
+        self.append(Left(None if all_rows else rows.clone(), None if all_columns else columns.clone(), codes, scales))
+        if len(self) > 1 and self.whole_bytes > whole_size(self.form, self.shape):
             whole = self.add_to(torch.zeros(m, n, dtype=torch.float32, device=difference.device))
-            self.left = [Left(None, None, *ENCODE[self.form](whole))]
+            self.write([Left(None, None, *ENCODE[self.form](whole))])
 
     def add_to(self, matrix: Tensor) -> Tensor:
         """matrix [m, n] += all differences, in place; returns it."""
-        for one in self.left:
+        for one in self.read():
             rows, columns = (None if index is None else index.to(matrix.device) for index in (one.rows, one.columns))
             difference = self._decode(one, matrix)
-            if rows is not None and columns is None:
+            if rows is None and columns is None:
+                matrix += difference
+            elif rows is not None and columns is None:
                 matrix.index_add_(0, rows, difference)
             elif rows is None and columns is not None:
                 matrix.index_add_(1, columns, difference)
@@ -83,7 +55,7 @@ class Overlay:
 
     def add_to_block(self, block: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """What `add_to` would make of matrix[R][:, C], given as block [r, c], in place. rows and columns are sorted."""
-        for one in self.left:
+        for one in self.read():
             difference = self._decode(one, block)
             found = [_find(index, wanted) for index, wanted in ((one.rows, rows), (one.columns, columns))]
             for dimension, (place, _) in enumerate(found):

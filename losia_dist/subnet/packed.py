@@ -5,7 +5,7 @@ temporary that a layer computes with. Where a subnet moves on, what it changed s
 update is a small part of the distance between two codes, so that rounding it back into them would erase it.
 
 Codes live in the module's `weight`, or the parameter of its experts, an ordinary frozen parameter that any engine replicates
-or cuts. Scales are known here, whole on every rank.
+or cuts. Scales are known here, whole on every rank; the overlay is cut where the codes are (`Differences.share`).
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class PackedWeight(ABC):
             self.overlay.add_to(self.layout.matrices(values))
         return values
 
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether `dense` communicates, so that every rank that shares the weight must form it as often as the others."""
+        return self.overlay is not None and self.overlay.is_shared
+
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The values of the codes alone: of `shape`, new."""
         self.check_storage(codes)
@@ -92,7 +97,9 @@ class PackedWeight(ABC):
         return values if self.overlay is None else self.overlay.add_to_block(values, *self._index(places))
 
     def decoded_at(self, bits: Tensor, places: Places) -> Tensor:
-        """The values of the codes alone in these places, as above."""
+        """The values of the codes alone in these places, as above; without data where the codes are on the meta device."""
+        if bits.is_meta:  # which scales are not moved to
+            return torch.empty(bits.shape, dtype=self.dtype, device="meta")
         flat = self.flat(places)
         return (self._levels(bits.device)[self._code(bits, flat)] * self._scale_at(flat)).to(self.dtype)
 

@@ -31,7 +31,7 @@ from losia_dist.subnet.packed import packed_weights
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.models import tiny_llama
-from tests.support.quantized import dequantized, quantize
+from tests.support.quantized import dequantized, quantize, save_in_fp8
 
 SIZES = {"hidden_size": 48, "intermediate_size": 80}
 CONFIG = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 2, "train_norms": True}
@@ -148,7 +148,7 @@ def test_what_subnets_left_is_loaded_onto_the_device_that_computes(saved):
     model = made()["model"].to("meta")
     layers = packed_weights(model)
     write_quantized(None, layers, Reader(layout.find(saved[0], None)))
-    left = [one for module in layers.values() for one in module.packed.overlay.left]
+    left = [one for module in layers.values() for one in module.packed.overlay.read()]
     assert left and all(one.codes.is_meta and one.scales.is_meta for one in left)
 
 
@@ -232,9 +232,11 @@ def original(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("retired", ["nf4", "stochastic"])
-def test_a_checkpoint_is_exported_as_the_live_run_is(tmp_path, original, retired):
-    run = made(retired=retired)
+@pytest.mark.parametrize(
+    "form, retired", [("nf4:double", "nf4"), ("nf4:double", "stochastic"), ("int8", "nf4"), slow("int8", "stochastic")]
+)
+def test_a_checkpoint_is_exported_as_the_live_run_is(tmp_path, original, form, retired):
+    run = made(form, retired=retired)
     train(run, 5)
     save_checkpoint(tmp_path / "run", **run)
     for onto in (False, True):
@@ -252,7 +254,7 @@ def test_a_checkpoint_is_exported_as_the_live_run_is(tmp_path, original, retired
         for (name, one), other in zip(live.named_parameters(), saved.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6 if onto else 0, msg=name)
     # Onto the original, each weight differs from it as the trained one does from its codes.
-    base, plain = tiny_llama(**SIZES), dequantized(quantize(tiny_llama(**SIZES), "nf4:double"))
+    base, plain = tiny_llama(**SIZES), dequantized(quantize(tiny_llama(**SIZES), form))
     for site in run["losia"].sites:
         trained = run["losia"].parameters.read_whole(site.weight)
         change = saved.get_submodule(site.name).weight - base.get_submodule(site.name).weight
@@ -314,8 +316,40 @@ def test_exports_that_cannot_be_made_are_refused(tmp_path, original, saved):
     with pytest.raises(ConfigError, match="onto=True needs base_model"):
         export_model(run["losia"], tmp_path / "a", onto=True)
     assert not (tmp_path / "a").exists()
-    in_bytes = made("int8")
-    train(in_bytes, 3)
-    save_checkpoint(tmp_path / "bytes", **in_bytes)
-    with pytest.raises(CheckpointError, match="over a base in int8.*export from the live run"):
-        export_model(tmp_path / "bytes", tmp_path / "a", base_model=original)
+
+
+def test_a_checkpoint_over_fp8_is_exported_from_the_codes_in_the_bases_files(tmp_path):
+    base = quantize(tiny_llama(**SIZES), "fp8")
+    save_in_fp8(base, tmp_path / "base")
+    for retired in ("int8", "stochastic"):
+        run = made(model=quantize(tiny_llama(**SIZES), "fp8"), retired=retired)
+        train(run, 5)
+        save_checkpoint(tmp_path / retired, **run)
+        export_model(run["losia"], tmp_path / f"live-{retired}")
+        export_model(tmp_path / retired, tmp_path / f"saved-{retired}", base_model=tmp_path / "base")
+        live, saved = (load_file(tmp_path / f"{kind}-{retired}" / "model.safetensors") for kind in ("live", "saved"))
+        assert live.keys() == saved.keys() and all(torch.equal(saved[name], live[name]) for name in live)
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"saved-{retired}", attn_implementation="eager")
+        assert torch.equal(loaded(TOKENS).logits, run["model"].eval()(TOKENS).logits)
+
+
+def test_exports_over_fp8_that_cannot_be_made_are_refused(tmp_path, original):
+    run = made("fp8")
+    train(run, 3)
+    save_checkpoint(tmp_path / "run", **run)
+    other = tiny_llama(**SIZES)
+    other.model.layers[0].mlp.up_proj.weight.data[3, 5] *= -1.5
+    save_in_fp8(quantize(other, "fp8"), tmp_path / "other")
+    for base, onto, message in (
+        (tmp_path / "other", False, "codes of model.layers.0.mlp.up_proj made from .* are not those of the run"),
+        (original, False, "has model.layers.0.* in torch.float32: give the directory of the FP8 model that was loaded"),
+        (tmp_path / "other", True, "a base in FP8, whose files hold codes and no original"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export_model(tmp_path / "run", tmp_path / "a", base_model=base, onto=onto)
+    with pytest.raises(CheckpointError, match="no original to add to.*without --onto_base and --delta"):
+        save_delta(tmp_path / "run", tmp_path / "delta.safetensors", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="_proj.weight in .* in float8_e4m3fn: the original's weights are needed"):
+        export_model(run["losia"], tmp_path / "a", base_model=tmp_path / "other", onto=True)
+    assert not (tmp_path / "a").exists()

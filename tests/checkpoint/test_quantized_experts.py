@@ -30,7 +30,7 @@ from tests.checkpoint.test_quantized import TOKENS, train
 from tests.support import resume as runs
 from tests.support.cases import slow
 from tests.support.families import tiny_model
-from tests.support.quantized import dequantized, quantize
+from tests.support.quantized import dequantized, quantize, save_in_fp8
 
 CONFIG = {"rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "experts_per_slot": 2, "train_norms": True}
 RUN = replace(runs.RUN, family="mixture:qwen3_moe", steps=14, config=CONFIG, quantized="nf4:double:experts")
@@ -60,8 +60,8 @@ def test_a_run_goes_on_on_another_engine(ranks, tmp_path, source, target):
         runs.assert_equal(result, undisturbed, 1e-5)
 
 
-def made(family: str = "qwen3_moe", form: str = "nf4:double:experts", **config):
-    model = quantize(tiny_model(f"mixture:{family}"), form)
+def made(family: str = "qwen3_moe", form: str = "nf4:double:experts", sizes=None, **config):
+    model = quantize(tiny_model(f"mixture:{family}", **(sizes or {})), form)
     settings = LoSiAConfig(**{"rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "selection": Drawn(), **config})
     get_losia_model(model, settings)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-2), lr=1e-2)
@@ -123,6 +123,24 @@ def test_exports_are_what_trained_or_the_original_with_what_changed_under_its_na
         for first, second in weights.blocks(name):
             differs[first[:, None], second] = False
         assert not differs.any(), name
+
+
+def test_a_checkpoint_over_experts_in_fp8_is_exported_from_the_codes_in_the_bases_files(tmp_path):
+    sizes = {"moe_intermediate_size": 24}  # whole blocks of 6 rows in a gate, as publishers have them
+    run = made(form="fp8:experts", sizes=sizes)
+    save_in_fp8(quantize(tiny_model("mixture:qwen3_moe", **sizes), "fp8:experts"), tmp_path / "base")
+    train(run, 5)
+    save_checkpoint(tmp_path / "run", **run)
+    export_model(run["losia"], tmp_path / "live", base_model=tmp_path / "base")
+    export_model(tmp_path / "run", tmp_path / "saved", base_model=tmp_path / "base")
+    live, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "saved"))
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    assert saved.keys() == live.keys() == {name for name in stored if not name.endswith("_scale_inv")}
+    assert any("experts.0.gate_proj" in name for name in saved) and all(torch.equal(saved[name], live[name]) for name in live)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", attn_implementation="eager", experts_implementation="eager"
+    )
+    assert loss_of(loaded) == pytest.approx(loss_of(run["model"]), abs=1e-5)
 
 
 def test_another_base_is_refused_by_the_experts_name(tmp_path):

@@ -34,20 +34,23 @@ RUN = Run(steps=9)
 CONFIG = LoSiAConfig(rank_factor=0.25, period=3)
 
 
-def accelerator_for(engine, project):
-    """`engine`: "torch" (one process or DDP), "zero2", "zero3", or "fsdp2", which Accelerate would drop on a CPU."""
+def accelerator_for(engine, project, layer="LlamaDecoderLayer", passes=2):
+    """`engine`: "torch" (one process or DDP), "zero2", "zero3", or "fsdp2", which Accelerate would drop on a CPU.
+
+    passes: micro-batches of a step, on 2 ranks.
+    """
     zero_stage = int(engine[-1]) if engine.startswith("zero") else None
-    settings = {"cpu": zero_stage is None, "gradient_accumulation_steps": 2}  # with cpu=True Accelerate drops DeepSpeed
+    settings = {"cpu": zero_stage is None, "gradient_accumulation_steps": passes}  # with cpu=True Accelerate drops DeepSpeed
     if project is not None:
         naming = ProjectConfiguration(project_dir=str(project), automatic_checkpoint_naming=True, total_limit=2)
         settings["project_config"] = naming
     if zero_stage is not None:
         zero = {"zero_optimization": {"stage": zero_stage}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
-        zero |= {"train_micro_batch_size_per_gpu": RUN.batch // 4, "gradient_accumulation_steps": 2}
+        zero |= {"train_micro_batch_size_per_gpu": RUN.batch // 2 // passes, "gradient_accumulation_steps": passes}
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero), **settings)
     accelerator = Accelerator(**settings)
     if engine == "fsdp2":
-        layers = {"fsdp_version": 2, "transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
+        layers = {"fsdp_version": 2, "transformer_cls_names_to_wrap": [layer]}
         state = accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False, **layers

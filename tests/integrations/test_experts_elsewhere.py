@@ -5,12 +5,12 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from losia_dist import Drawn, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.subnet.convert import find_sites
+from tests.integrations.test_accelerate_loop import accelerator_for
 from tests.integrations.test_trl import run as run_trl
 from tests.launch.test_script_engines import losses, train
 from tests.support import training
@@ -18,10 +18,12 @@ from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.families import tiny_model
 from tests.support.launching import arguments, make_material
+from tests.support.quantized import quantize
 from tests.support.trainers import examples, fresh_accelerate
 from tests.support.training import Run
 from tests.support.trl_models import save_tiny_model
 
+IN_CODES = {"hidden_size": 32, "moe_intermediate_size": 24, "head_dim": 16}  # whole numbers of codes in fp32
 CONFIG = {"rank_factor": 0.25, "period": 2, "layers_per_slot": 2, "experts_per_slot": 2}
 
 
@@ -65,14 +67,15 @@ def test_trls_trainer_trains_experts(tmp_path):
     assert all("losia/experts_trained" in entry for entry in result["log"] if "loss" in entry)
 
 
-def loop_over_accelerate(prepared: bool) -> dict[str, torch.Tensor]:
-    """Whole weights of the experts after some steps, by Accelerate's wrappers or without."""
+def loop_over_accelerate(engine: str | None, form: str = "") -> dict[str, torch.Tensor]:
+    """Whole weights of the experts after some steps, by Accelerate's wrappers or without, in codes of a form or plain."""
     run = Run(steps=6)
     with fresh_accelerate():
-        accelerator = Accelerator(cpu=True) if prepared else None
         torch.manual_seed(0)
-        config = LoSiAConfig(rank_factor=0.25, period=2, selection=Drawn())
-        model = get_losia_model(tiny_model("qwen3_moe"), config).train()
+        config = LoSiAConfig(rank_factor=0.25, period=2, selection=Drawn(), retired="fp32" if form else None)
+        model = tiny_model("qwen3_moe", **(IN_CODES if form else {}))
+        model = get_losia_model(quantize(model, form) if form else model, config).train()
+        accelerator = accelerator_for(engine, None, "Qwen3MoeDecoderLayer", passes=1) if engine else None
         optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
         size = run.batch // (1 if accelerator is None else accelerator.num_processes)
         loader = DataLoader(examples(run), batch_size=size)
@@ -86,13 +89,27 @@ def loop_over_accelerate(prepared: bool) -> dict[str, torch.Tensor]:
             losia.step()
             optimizer.zero_grad()
         losia.consolidate()
-        return {site.name: losia.parameters.read_whole(site.weight).clone() for site in losia.sites if site.experts}
+        of_experts = [site for site in losia.sites if site.experts]
+        assert all((site.packed is not None) == bool(form) for site in of_experts)
+        assert losia.parameters.weight_is_resident != (engine in ("fsdp2", "zero3"))
+        found = {site.name: losia.parameters.read_whole(site.weight).clone() for site in of_experts}
+        losia.detach()
+        if hasattr(model, "destroy"):
+            model.destroy()
+        return found
 
 
-def test_a_loop_over_accelerate_trains_experts_as_one_process_does(ranks):
-    wanted = loop_over_accelerate(False)
+# Slow are engines that take quantized experts as DDP does, and forms beside which FSDP2's shows the same.
+@pytest.mark.parametrize(
+    "engine, form",
+    [("torch", ""), ("torch", "nf4:experts"), ("fsdp2", "nf4:float32:experts")]
+    + [slow(engine, "nf4:float32:double:experts") for engine in ("zero0", "zero1", "zero2", "zero3")]
+    + [slow("zero3", "nf4:experts"), slow("fsdp2", "fp4:float32:double:experts")],
+)
+def test_a_loop_over_accelerate_trains_experts_as_one_process_does(ranks, engine, form):
+    wanted = loop_over_accelerate(None, form)
     assert len(wanted) == 4
-    for found in ranks(2, loop_over_accelerate, True):
+    for found in ranks(2, loop_over_accelerate, engine, form):
         assert max((found[name] - weight).abs().max().item() for name, weight in wanted.items()) < 1e-5
 
 

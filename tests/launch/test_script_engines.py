@@ -19,6 +19,7 @@ from losia_dist.recipe import script
 from losia_dist.recipe.environment import find_process
 from losia_dist.recipe.options import add_training_arguments
 from losia_dist.recipe.preset import choose_preset, learning_rate_for
+from losia_dist.subnet.packed import packed_weights
 from tests.launch.conftest import zero
 from tests.support.cases import only
 from tests.support.families import tiny_model
@@ -38,6 +39,8 @@ def train(words):
 
     def watched(*args):
         kept["before"] = {p.device.type for p in args[0].parameters()}
+        kept["codes"] = sum(0 if one.weight.is_meta else one.weight.nbytes for one in packed_weights(args[0]).values())
+        kept["read"] = sum(0 if p.is_meta else p.nbytes for p in args[0].parameters())
         run = start(*args)
         parameters = list(run.model.parameters())
         kept["sharded"] = all(isinstance(p, DTensor) for p in parameters)
@@ -143,9 +146,14 @@ def test_experts_quantized_while_they_are_read_train_on_two_ranks_as_on_one(rank
     config.write_text("rank_factor: 0.25\nperiod: 2\nselection: random\nretired: fp32\n")
     shared = {"model": mixture, "losia_config": config, "quantization": "nf4", "max_steps": 4}
     expected, directory = alone(**shared)
-    summary = ranks(2, train, arguments(material, tmp_path / "two", **shared, **own))[0][0]
+    (summary, kept), (_, kept_by_other) = ranks(2, train, arguments(material, tmp_path / "two", **shared, **own))
     assert losses(tmp_path / "two") == pytest.approx(losses(directory), abs=1e-5)
     assert summary["held_out_loss_after"] == pytest.approx(expected["held_out_loss_after"], abs=1e-5)
+    if own:  # each rank will keep a part: the first one sends its codes, and the others hold none
+        assert kept["codes"] > 0 and kept_by_other["codes"] == 0
+        assert kept_by_other["read"] <= kept["read"] - kept["codes"]
+    else:
+        assert kept["codes"] == kept_by_other["codes"] > 0
     original, saved, reference = (
         load_file(place / "model.safetensors") for place in (mixture, tmp_path / "two" / "model", directory / "model")
     )

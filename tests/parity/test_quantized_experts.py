@@ -64,10 +64,17 @@ def test_one_process_equals_it(expected, mode):
         slow("fsdp2", MODES["bf16 storage"]),
         slow("zero3", MODES["bf16 storage"]),
         slow("fsdp2-noreshard", MODES["drawn"]),
+        slow("hsdp", MODES["located"]),
+        slow("hsdp", MODES["transposed parts"]),
+        slow("hsdp", MODES["fp8"]),
+        slow("zero0", MODES["located"]),
+        slow("zero0", MODES["transposed parts"]),
+        slow("zero1", MODES["parts"]),
+        slow("zero1", MODES["fp8"]),
     ],
 )
 def test_every_engine_equals_it(ranks, expected, engine, mode):
-    for result in ranks(2, train, engine, mode):
+    for result in ranks(4 if engine == "hsdp" else 2, train, engine, mode):
         assert_same_run(result, expected(mode))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import torch
@@ -83,6 +84,27 @@ def fp8_experts(module: Any, config: Any) -> Any:
         made._parameters[parameter] = nn.Parameter(codes.to(torch.float8_e4m3fn), requires_grad=False)
         made._parameters[f"{parameter}_scale_inv"] = nn.Parameter(scale, requires_grad=False)
     return made
+
+
+def save_in_fp8(model: Any, directory: Any) -> None:
+    """Write a model that `quantize` made in "fp8" as its makers publish one: codes and scales, a matrix for each expert."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for name in [name for name in state if ".experts." in name]:
+        fused, (path, _, leaf) = state.pop(name), name.rpartition(".")
+        suffix = "weight_scale_inv" if leaf.endswith("_scale_inv") else "weight"
+        for number, matrix in enumerate(fused):
+            parts = (
+                {"gate_proj": matrix.chunk(2)[0], "up_proj": matrix.chunk(2)[1]} if "gate" in leaf else {"down_proj": matrix}
+            )
+            state |= {f"{path}.{number}.{part}.{suffix}": one.contiguous() for part, one in parts.items()}
+    model.config.save_pretrained(directory)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 8], "activation_scheme": "dynamic"}
+    path.write_text(json.dumps(config))
 
 
 def _dequantize_experts(model: nn.Module, name: str, module: Any, parameter: str) -> None:

@@ -118,7 +118,7 @@ def test_differences_of_more_than_the_whole_weight_become_one_of_the_whole(form)
         overlay.add(rows, columns, difference)
         expected[rows[:, None], columns] += difference
     whole = {"nf4": 0.53125, "int8": 1.0625, "bf16": 2, "fp32": 4}[form] * 16 * 64
-    assert overlay.nbytes <= whole + 1 and len(overlay.left) < 24
+    assert overlay.nbytes <= whole + 1 and len(overlay) < 24
     error = (overlay.add_to(torch.zeros(16, 64)) - expected).norm() / expected.norm()
     assert error < {"nf4": 0.35, "int8": 0.03, "bf16": 0.02, "fp32": 1e-6}[form]
 

@@ -114,7 +114,7 @@ def test_what_subnets_leave_adds_up_for_each_expert(form):
         kept = KEPT[form](difference.view(-1, c)).view_as(difference)
         for place, expert in enumerate(index[0].tolist()):
             expected[expert][index[1][place][:, None], index[2][place]] += kept[place]
-    assert len(overlay.left) == 5
+    assert len(overlay) == 5
     found = overlay.add_to(matrices.clone(memory_format=torch.preserve_format))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     wanted = torch.tensor([1, 3, 4])
@@ -136,7 +136,7 @@ def test_more_than_all_matrices_become_one_difference_of_them(form, shape):
         for at, expert in enumerate(experts.tolist()):
             expected[expert][index[0][at][:, None], index[1][at]] += difference[at]
     whole = {"nf4": 0.54, "int8": 1 + 4 / n, "bf16": 2, "fp32": 4}[form] * expected.numel()
-    assert any(one.rows is None and one.columns is None and one.experts is None for one in overlay.left)
+    assert any(one.rows is None and one.columns is None and one.experts is None for one in overlay.read())
     assert overlay.nbytes <= whole + 64
     found = overlay.add_to(torch.zeros(shape))
     assert (found - expected).norm() / expected.norm() < {"nf4": 0.45, "int8": 0.05, "bf16": 0.03, "fp32": 1e-6}[form]
@@ -193,7 +193,7 @@ def test_one_weight_is_dense_at_a_time_and_no_other_temporary_is_as_large(is_fol
     access = resolve_parameters(model)
     for site in expert_sites(model):
         if is_folded:
-            site.packed.overlay.left = [site.packed.overlay._folded(torch.device("cpu"))]
+            site.packed.overlay.write([site.packed.overlay._folded(torch.device("cpu"))])
         for _ in range(2):
             write_back(access, site, site.row_index, site.col_index, site.subnet.data * 1.1)
     smallest = min(prod(site.packed.shape) * 4 for site in expert_sites(model))

@@ -67,11 +67,38 @@ def test_no_two_weights_are_whole_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sharding, world, device", [(Sharding(None, True), 4, "cpu"), (None, 4, "cuda:1"), (Sharding(None, True), 1, "cuda:1")]
+    "sharding, rank, world, device, keeps_codes",
+    [
+        (Sharding(None, True), 0, 4, "cpu", True),
+        (Sharding(None, True), 1, 4, "cpu", False),
+        (None, 1, 4, "cuda:1", True),
+        (Sharding(None, True), 0, 1, "cuda:1", True),
+    ],
 )
-def test_codes_wait_on_the_cpu_where_each_rank_will_keep_a_part(sharding, world, device):
-    process = Process(1, world, torch.device("cuda:1"))
+def test_codes_wait_on_rank_0s_cpu_where_each_rank_will_keep_a_part(sharding, rank, world, device, keeps_codes):
+    process = Process(rank, world, torch.device("cuda:1"))
     choice = EngineChoice(None, sharding, False, (), "bf16", "off")
     found = quantization_arguments("nf4", AutoConfig.for_model("llama"), choice, process)
     assert found["device_map"] == {"": torch.device(device)}
     assert found["quantization_config"].bnb_4bit_compute_dtype == torch.bfloat16
+    assert found["quantization_config"].keeps_codes == keeps_codes
+
+
+@pytest.mark.parametrize("keeps_codes", [True, False])
+def test_a_rank_that_keeps_no_codes_holds_scales_and_what_is_not_quantized(tmp_path, keeps_codes):
+    """Of a model whose codes outweigh all else."""
+    sizes = {"moe_intermediate_size": 64, "hidden_size": 64, "num_experts": 8, "num_hidden_layers": 12, "head_dim": 16}
+    tiny_model("qwen3_moe", **sizes).save_pretrained(tmp_path)
+    settings = four_bit_settings("nf4", torch.float32, keeps_codes=keeps_codes)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, device_map={"": "cpu"}, dtype="float32"
+    )
+    get_losia_model(model, LoSiAConfig(rank_factor=0.25, selection=Drawn()))
+    held = packed_weights(model).values()
+    assert all(one.weight.is_meta != keeps_codes for one in held)
+    scales = sum(scale.nbytes for one in held for scale in one.packed.scales())
+    codes = sum(one.weight.nbytes for one in held)
+    here = sum(0 if p.is_meta else p.nbytes for p in model.parameters())
+    others = sum(p.nbytes for p in model.parameters() if not p.requires_grad) - codes
+    assert scales > 0 and not any(scale.is_meta for one in held for scale in one.packed.scales())
+    assert (here >= others + codes) == keeps_codes and (here == others) != keeps_codes

@@ -18,15 +18,21 @@ from losia_dist.subnet.four_bits import quantize_4bit
 _METHOD = "losia_bitsandbytes_4bit"
 
 
-def four_bit_settings(form: str, compute_dtype: torch.dtype) -> Any:
+def four_bit_settings(form: str, compute_dtype: torch.dtype, *, keeps_codes: bool = True) -> Any:
     """A `quantization_config` for `from_pretrained`: linear layers of the body and fused experts in "nf4" or "fp4", with
     quantized scales. bitsandbytes is installed.
 
     The whole of one weight is in memory before it is quantized, and on the GPU, if there is one: the experts of one layer.
+
+    Args:
+        keeps_codes: if not, each weight's codes go as soon as they are made, and its scales stay: the parameter is on the meta
+            device, and gets its codes from another rank.
     """
-    return _config_class()(
+    made = _config_class()(
         load_in_4bit=True, bnb_4bit_quant_type=form, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
     )
+    made.keeps_codes = keeps_codes
+    return made
 
 
 @cache
@@ -60,14 +66,12 @@ def _quantizer_class() -> Any:
                 whole: Tensor = value[0] if isinstance(value, list) else value
                 home, computes = whole.device, _computing_device(whole)
                 module, parameter = get_module_from_name(model, name)
+                is_kept = self.hf_quantizer.quantization_config.keeps_codes
                 if not _holds_experts(module, parameter):
-                    made[name] = super().convert({name: whole.to(computes)}, model=model, **kwargs)[name].to(home)
-                    continue
-                codes, state = self._experts(whole.to(computes))
-                state.to(home)
-                held: Any = nn.Parameter(codes.to(home), requires_grad=False)
-                held.quant_state = state
-                made[name] = held
+                    one: Any = super().convert({name: whole.to(computes)}, model=model, **kwargs)[name]
+                    made[name] = one.to(home) if is_kept else _held(one.data, one.quant_state, home, is_kept)
+                else:
+                    made[name] = _held(*self._experts(whole.to(computes)), home, is_kept)
             return made
 
         def _experts(self, whole: Tensor) -> tuple[Tensor, Any]:
@@ -93,6 +97,14 @@ def _quantizer_class() -> Any:
             return Quantize(self)
 
     return Quantizer
+
+
+def _held(codes: Tensor, state: Any, home: torch.device, is_kept: bool) -> Any:
+    """A parameter of codes, or of none; its scales are at home."""
+    state.to(home)
+    held: Any = nn.Parameter(codes.to(home if is_kept else "meta"), requires_grad=False)
+    held.quant_state = state
+    return held
 
 
 def _holds_experts(module: Any, parameter: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from losia_dist.formulas import ring_bytes, subnet_size
 from losia_dist.tools.plan.memory import BF16, FP32, checkpoint_bytes, sizes
+from losia_dist.tools.plan.quantized import overlay_bytes
 from losia_dist.tools.plan.workload import Workload
 
 _SUM = 8  # bytes of a float64 sum
@@ -107,6 +108,8 @@ def plan_traffic(workload: Workload) -> Traffic:
 
     if workload.shards_weights:
         ring("weights", whole, shards, 2 * passes)  # before forward and before backward
+        left = overlay_bytes(workload) * shards  # whenever a quantized weight is made dense, recomputation included
+        ring("weights", left, shards, (3 if workload.checkpointing else 2) * passes)
         ring("gradients", (BF16 if engine == "zero3" else FP32) * trained, shards, passes)
         if engine == "hsdp":
             replicas = gpus // shards

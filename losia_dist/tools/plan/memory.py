@@ -15,7 +15,7 @@ from losia_dist.loss.chunked import CHUNK_LOGITS
 from losia_dist.tools.plan.in_flight import BF16, FP32, INT64, in_flight
 from losia_dist.tools.plan.measured import layer_activations
 from losia_dist.tools.plan.model_shape import Layer
-from losia_dist.tools.plan.quantized import dense_bytes, overlay_bytes, saved_elements, scale_bytes
+from losia_dist.tools.plan.quantized import dense_bytes, gathered_overlay_bytes, overlay_bytes, saved_elements, scale_bytes
 from losia_dist.tools.plan.workload import Workload
 
 # DeepSpeed's defaults, in elements: gradients reduced at once, and weights that stage 3 keeps gathered.
@@ -131,10 +131,13 @@ def _subnet(workload: Workload, m: int, n: int) -> tuple[int, int]:
     return subnet_size(m, workload.config.row_factor), subnet_size(n, workload.config.column_factor)
 
 
-def plan_memory(workload: Workload) -> Memory:
-    """The fullest moment of a step on the fullest GPU, and the host memory that offloading takes on every node."""
+def plan_memory(workload: Workload, cycles: int = 1) -> Memory:
+    """The fullest moment of a step on the fullest GPU, and the host memory that offloading takes on every node.
+
+    cycles: after which the step is: what subnets leave beside a quantized base grows with them.
+    """
     found = sizes(workload, padded=True)
-    steady = _steady(workload, found)
+    steady = _steady(workload, found) | {"overlay": overlay_bytes(workload, cycles)}
     host = 0
     if workload.offload != "none":
         moved = ["masters", "moments"] + (["weights", "subnet"] if workload.offload == "all" else [])
@@ -149,6 +152,7 @@ def plan_memory(workload: Workload) -> Memory:
     for name, taken in moments.items():
         if name.startswith(("forward", "backward")):
             taken["activations"] += dense_bytes(workload)
+            taken["gathered"] = taken.get("gathered", 0) + gathered_overlay_bytes(workload, cycles)
     fullest = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory({name: steady.get(name, 0) + moments[fullest].get(name, 0) for name in PARTS}, fullest, host)
 
@@ -162,7 +166,6 @@ def _steady(workload: Workload, found: _Sizes) -> dict[str, int]:
     block = workload.sequence_ranks if workload.config.by_rank else ranks
     steady = {
         "weights": BF16 * weights // over + scale_bytes(workload),
-        "overlay": overlay_bytes(workload, layers * found.layer_trained - found.lacking_trained),
         "subnet": BF16 * added // over + INT64 * found.indices,
         "masters": FP32 * trained // shards,
         "moments": 2 * FP32 * trained // shards,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def meta_model(workload: Workload, layers: int | None = None) -> Any:
     if workload.method == "full":
         model.to(torch.bfloat16)  # routers that some families keep in fp32: FSDP2 trains a unit of one dtype
     if workload.method == "losia":
-        get_losia_model(model, workload.config)
+        get_losia_model(model, replace(workload.config, retired=None))  # which is a quantized model's; this one is in bf16
     elif workload.method == "lora":
         _add_low_rank(model, workload.lora_rank)
     return model

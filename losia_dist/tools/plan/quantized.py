@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from losia_dist.formulas import subnet_size
+from losia_dist.tools.plan.model_shape import Weight
 from losia_dist.tools.plan.workload import Workload
 
 # Bytes a value: of codes, which engines cut like any weight, and of scales, which every GPU holds whole. In 4 bits 64 values
@@ -32,15 +34,35 @@ def scale_bytes(workload: Workload) -> int:
     return int(sum(count * (share * w.m * w.n + rows * w.m) for count, w in weights))
 
 
-def overlay_bytes(workload: Workload, trained: int) -> int:
-    """What all subnets leave in one cycle, on every GPU. trained: elements of subnets.
+def overlay_bytes(workload: Workload, cycles: int = 1) -> int:
+    """What all subnets leave in so many cycles, on each GPU: ranks that share the weights share it too.
 
-    A run of several cycles keeps it for each, up to the size of one for all weights.
+    Of each weight it grows up to a difference of the whole.
     """
+    return sum(count * _left(workload, w, cycles) for count, layer in workload.shape.kinds for w in layer.weights) // (
+        workload.shards if workload.shards_weights else 1
+    )
+
+
+def gathered_overlay_bytes(workload: Workload, cycles: int = 1) -> int:
+    """Of the weight that has most, with all of its experts: gathered while its layer computes, where ranks share it."""
+    if not workload.shards_weights:
+        return 0
+    return max(_left(workload, w, cycles) for _, layer in workload.shape.kinds for w in layer.weights)
+
+
+def _left(workload: Workload, weight: Weight, cycles: int) -> int:
+    """Bytes that subnets left in one weight, on all ranks together."""
     if workload.quantization is None or workload.method != "losia":
         return 0
-    form = workload.config.retired or ("int8" if workload.quantization == "fp8" else "nf4")
-    return int(_LEFT[form] * trained)
+    config = workload.config
+    form = config.retired or ("int8" if workload.quantization == "fp8" else "nf4")
+    return int(_LEFT[form] * weight.experts * min(cycles * subnet_elements(workload, weight), weight.m * weight.n))
+
+
+def subnet_elements(workload: Workload, weight: Weight) -> int:
+    """r c, of one matrix."""
+    return subnet_size(weight.m, workload.config.row_factor) * subnet_size(weight.n, workload.config.column_factor)
 
 
 def dense_bytes(workload: Workload) -> int:

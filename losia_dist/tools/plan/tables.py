@@ -70,6 +70,9 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
     )
     if "schedule" in records[0]:
         parts.append(_schedule(records[0]["schedule"]))
+        growth = plans[0].overlay_growth(steps)
+        if growth is not None:
+            parts.append(growth.describe())
         if records[0]["warm_start"] is not None:
             parts.append(_warm_start(records[0]["warm_start"]))
     return "\n\n".join(parts)

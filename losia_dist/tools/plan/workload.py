@@ -188,6 +188,8 @@ class Workload:
                 "a plan takes one rank factor for all layers: take rank_pattern out of the configuration, and set "
                 "rank_factor to the largest in it."
             )
+        if config.retired is not None and self.quantization is None:
+            raise ConfigError(f"retired: {config.retired} is of a quantized base: give --quantization, or leave it out.")
         if config.layers_per_slot == "auto":
             raise ConfigError(
                 "layers_per_slot='auto' follows from the length of the run: give --steps, or a number (--layers-per-slot)."

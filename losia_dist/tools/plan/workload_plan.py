@@ -18,6 +18,7 @@ from losia_dist.formulas import (
 )
 from losia_dist.tools.plan.costs import Compute, Traffic, plan_compute, plan_traffic, plan_warm_start
 from losia_dist.tools.plan.memory import BF16, Memory, plan_memory, sizes
+from losia_dist.tools.plan.overlay_growth import OverlayGrowth, overlay_growth
 from losia_dist.tools.plan.workload import Workload
 
 _BY_PREFERENCE = ("fsdp2", "hsdp", "ddp", "zero2", "zero3", "zero1")
@@ -45,6 +46,10 @@ class Plan:
     def seconds(self) -> float:
         """Of one optimizer step: transfers run beside the computation, so the longer of the two."""
         return max(self.compute.seconds, self.traffic.seconds)
+
+    def overlay_growth(self, steps: int | None) -> OverlayGrowth | None:
+        """What subnets leave beside a quantized base in a run of so many steps; None where they leave nothing."""
+        return overlay_growth(self.workload, steps, self.peak)
 
     def record(self, steps: int | None = None) -> dict[str, Any]:
         """Plain values; bytes, seconds and operations are of one GPU and one optimizer step. steps: length of the run."""
@@ -84,6 +89,8 @@ class Plan:
         }
         if workload.method == "losia":
             record["schedule"] = _schedule(workload, steps)
+            growth = self.overlay_growth(steps)
+            record["overlay_growth"] = None if growth is None else growth.record()
             record["warm_start"] = plan_warm_start(workload)
         return record
 
