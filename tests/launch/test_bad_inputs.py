@@ -144,6 +144,35 @@ def test_a_release_outside_the_bounds_or_a_missing_package_is_one_line(
     assert re.search(words, refused(capsys, arguments(material, tmp_path / "run", **options)))
 
 
+@pytest.mark.parametrize(
+    "bounds, version, fits",
+    [
+        (">=2.10", "2.10.0a0+b4e4ee8", True),  # as NVIDIA's images name theirs
+        (">=2.10", "2.14.0.dev20261101+cpu", True),
+        (">=2.10", "2.9.0a0+145a3a7", False),
+        (">=5.12,<6", "5.12.0.dev0", True),
+        (">=5.12,<6", "6.0.0.dev0", False),
+        (">=0.19.8,<0.20", "0.19.9+unknown", True),
+        (">=0.19.8,<0.20", "0.20.0rc1", False),
+        (">=2.10", "unknown", True),
+    ],
+)
+def test_previews_count_as_their_release_and_unreadable_versions_are_not_refused(bounds, version, fits):
+    assert releases.admits(bounds, version) == fits
+
+
+def test_a_package_without_metadata_is_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("built_in_place", "half_removed"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "half_removed-1.0.dist-info").mkdir()
+    (tmp_path / "gone-1.0.dist-info").mkdir()
+    (tmp_path / "gone").mkdir()  # a folder of data, maybe
+    assert [releases.installed(name) for name in ("built-in-place", "half-removed")] == [releases.UNKNOWN] * 2
+    assert releases.installed("gone") is None and releases.installed("PyYAML") not in (None, releases.UNKNOWN)
+    assert releases.admits(">=2", releases.UNKNOWN)
+
+
 def of_a_terabyte(model: Path, target: Path) -> Path:
     """A model of as many bytes by its files, which take none of the disk."""
     shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors*"))
