@@ -1,5 +1,6 @@
 """Bad inputs of the script: one line that begins with "error:", exit code 2, on every rank and without a hang."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -11,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from losia_dist import releases
 from losia_dist.cli import main as cli
+from losia_dist.errors import ConfigError
 from losia_dist.recipe import capacity, environment, script
+from losia_dist.recipe.choice import EngineChoice
 from losia_dist.recipe.environment import find_process
 from tests.launch.test_script_engines import options_of, train
 from tests.support.launching import ROOT, arguments, launch, torchrun
@@ -193,6 +197,27 @@ def test_a_model_that_no_memory_here_holds_is_refused_before_it_is_read(ranks, c
     (kind, words), other = ranks.errors(2, train, shared)
     assert (kind, words) == other and kind == "ConfigError" and "at least 495 GB of each rank's memory" in words
     assert "--quantization nf4" in words and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "zero, fits",
+    [({}, False), ({"offload_param": {"device": "cpu"}}, True), ({"cpu_offload_param": True}, True)]
+    + [({"cpu_offload_param": False}, False)],
+)
+def test_weights_that_zero3_offloads_need_not_fit_a_gpu(material, tmp_path, zero, fits):
+    choice = EngineChoice({"zero_optimization": {"stage": 3, **zero}}, None, False, (), "bf16", "off")
+    options = argparse.Namespace(model=str(of_a_terabyte(material["model"], tmp_path / "large")), quantization=None)
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="its weights alone take at least"):
+        capacity.check_memory(options, choice, environment.Process(0, 2, torch.device("cuda", 0)), free=80 * 10**9)
+
+
+@pytest.mark.parametrize("is_integrated", [True, False])
+def test_a_gpu_that_shares_the_hosts_memory_has_what_the_page_cache_would_give_up(monkeypatch, is_integrated):
+    properties = argparse.Namespace(is_integrated=is_integrated)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    free, place = capacity._free_memory(environment.Process(0, 1, torch.device("cuda", 0)))
+    assert (free > 1000) == is_integrated and place == "on cuda:0"
 
 
 def test_a_file_system_too_small_for_what_a_run_writes_is_refused(capsys, material, tmp_path, monkeypatch):
