@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from importlib import metadata
+from importlib.util import find_spec
 
 from losia_dist.errors import ConfigError
 
@@ -24,18 +25,33 @@ def requirements() -> list[tuple[str, str, str]]:
     return found
 
 
+UNKNOWN = "of an unknown release"
+_MODULES = {"PyYAML": "yaml"}  # where a package is imported by another name
+
+
 def installed(name: str) -> str | None:
-    """A package's version; None: it is not there."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return None
+    """A package's version; `UNKNOWN`: it can be imported, and came without metadata; None: it is not there."""
+    with contextlib.suppress(metadata.PackageNotFoundError, KeyError):
+        version: str | None = metadata.version(name)
+        if version:  # a directory that an uninstalled package left has none
+            return version
+    spec = find_spec(_MODULES.get(name, name.replace("-", "_")))
+    return UNKNOWN if spec is not None and spec.origin is not None else None  # a folder named "datasets" is no package
 
 
 def admits(bounds: str, version: str) -> bool:
-    """Whether a release lies inside; previews of one count as it."""
-    from packaging.specifiers import SpecifierSet
+    """Whether a release lies inside. Previews of one count as it, "2.10.0a0+b4e4ee8" of a vendor's image too.
 
-    return SpecifierSet(bounds).contains(version, prereleases=True)
+    A version that cannot be compared ("unknown") does as well: it says nothing against it.
+    """
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        release = Version(version).base_version
+    except InvalidVersion:
+        return True
+    return SpecifierSet(bounds).contains(release)
 
 
 def check_releases(*extras: str) -> None:

@@ -53,7 +53,8 @@ def check_memory(options: argparse.Namespace, choice: EngineChoice, process: Pro
         ConfigError: the weights alone do not fit there.
     """
     weights, deepspeed = stored_weights(options.model), choice.deepspeed or {}
-    offloads = choice.offload or "offload_param" in deepspeed.get("zero_optimization", {})
+    asked = deepspeed.get("zero_optimization", {})
+    offloads = choice.offload or "offload_param" in asked or asked.get("cpu_offload_param")  # its older name
     if weights is None or offloads:
         return
     values, stored = weights
@@ -110,7 +111,15 @@ def _sharing_ranks(choice: EngineChoice, process: Process) -> int:
 def _free_memory(process: Process) -> tuple[int, str]:
     """Bytes, and where they are."""
     if process.device.type == "cuda":
-        return torch.cuda.mem_get_info(process.device)[0], f"on {process.device}"
+        free = torch.cuda.mem_get_info(process.device)[0]
+        # Of memory that it shares with the host, CUDA calls what the page cache holds taken, as it is once files were read.
+        is_shared = getattr(torch.cuda.get_device_properties(process.device), "is_integrated", False)
+        return max(free, _free_of_host()[0]) if is_shared else free, f"on {process.device}"
+    return _free_of_host()
+
+
+def _free_of_host() -> tuple[int, str]:
+    """Of one of its ranks."""
     if not Path("/proc/meminfo").is_file():
         return 1 << 62, "here"
     pages = {line.split(":")[0]: line.split()[1] for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,23 @@ class PackedAccess:
             is_alone = one.packed.layout.experts is None and is_listed(one.name)
             if one.packed.overlay is not None and not is_alone:
                 one.packed.overlay.share(self.engine.shares(one.weight))
+
+    @contextmanager
+    def whole_overlays(self) -> Iterator[None]:
+        """Each rank keeps all of every overlay meanwhile, so that a forward pass communicates nothing for one.
+
+        For passes that ranks do not make together, over weights that the engine has gathered (`GatheredParameters`, `unshard`).
+        Entered by all ranks, which gather each overlay once; left without communication. No steps are taken inside.
+        """
+        overlays = [one.packed.overlay for one in self.layers.values() if one.packed.overlay is not None]
+        shared = [(overlay, overlay.shares) for overlay in overlays]
+        for overlay in overlays:
+            overlay.share(None)
+        try:
+            yield
+        finally:
+            for overlay, shares in shared:
+                overlay.share(shares)
 
     def _follow_casts(self) -> None:
         """Where `model.to(dtype)` has cast the model since it was converted, its values have that dtype too."""

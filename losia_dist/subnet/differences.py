@@ -67,8 +67,8 @@ class Differences:
     """Differences to a weight, in the order in which subnets left them.
 
     Where ranks share the weight (`share`) each keeps an equal part of every difference, in one buffer of bytes, and all parts
-    of a weight are gathered at once whenever they are read. Then every method but `nbytes`, `whole_bytes` and `len` is called
-    by all of these ranks, in one order.
+    of a weight are gathered at once whenever they are read. Then every method is called by all of these ranks, in one order;
+    properties and `len` are asked by any.
     """
 
     def __init__(self) -> None:
@@ -84,6 +84,11 @@ class Differences:
     def is_shared(self) -> bool:
         """Whether reading communicates."""
         return self._shares is not None and len(self._forms) > 0
+
+    @property
+    def shares(self) -> Shares | None:
+        """The ranks that keep parts; None: each keeps all."""
+        return self._shares
 
     @property
     def nbytes(self) -> int:

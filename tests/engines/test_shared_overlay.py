@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from losia_dist import Located, LoSiAConfig, get_losia_model, load_checkpoint, save_checkpoint
 from losia_dist.checkpoint.tensor_names import unwrap
@@ -46,6 +47,36 @@ def test_each_rank_keeps_its_part_alone(ranks, engine, world, ranks_of_a_copy, r
     for mine, in_all in ranks(world, kept_after, engine, run):
         assert in_all == whole > 0
         assert mine == pytest.approx(whole / ranks_of_a_copy, rel=0.05)
+
+
+def alone_and_together(run: Run) -> None:
+    """The first rank passes more often than the other, over weights that FSDP2 has gathered."""
+    losia, stepper, close = runs.start("fsdp2", run)
+    runs.train_on(losia, stepper, run, 9)
+    model, tokens = losia.model.eval(), torch.arange(3, 15).reshape(1, 12)
+
+    @torch.no_grad()
+    def loss() -> torch.Tensor:
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    overlays = [one.packed.overlay for one in packed_weights(model).values()]
+    together, part = loss(), sum(one.nbytes for one in overlays)
+    for unit in [module for module in model.modules() if isinstance(module, FSDPModule)]:
+        unit.set_reshard_after_forward(False)
+        unit.unshard()
+    with losia.parameters.whole_overlays():
+        assert sum(one.nbytes for one in overlays) == sum(one.whole_bytes for one in overlays) > part
+        for _ in range(3 if dist.get_rank() == 0 else 1):
+            assert torch.equal(loss(), together)
+    assert sum(one.nbytes for one in overlays) == part and torch.equal(loss(), together)
+    with pytest.raises(KeyError), losia.parameters.whole_overlays():
+        raise KeyError
+    assert sum(one.nbytes for one in overlays) == part
+    close()
+
+
+def test_ranks_may_pass_alone_while_each_keeps_all_of_it(ranks):
+    ranks(2, alone_and_together, PLAIN)
 
 
 BY_RANK = {"rank_factor": 0.25, "output_rank_factor": 0.25, "period": 3, "retired": "fp32"}

@@ -1,5 +1,6 @@
 """Bad inputs of the script: one line that begins with "error:", exit code 2, on every rank and without a hang."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -11,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from losia_dist import releases
 from losia_dist.cli import main as cli
+from losia_dist.errors import ConfigError
 from losia_dist.recipe import capacity, environment, script
+from losia_dist.recipe.choice import EngineChoice
 from losia_dist.recipe.environment import find_process
 from tests.launch.test_script_engines import options_of, train
 from tests.support.launching import ROOT, arguments, launch, torchrun
@@ -144,6 +148,35 @@ def test_a_release_outside_the_bounds_or_a_missing_package_is_one_line(
     assert re.search(words, refused(capsys, arguments(material, tmp_path / "run", **options)))
 
 
+@pytest.mark.parametrize(
+    "bounds, version, fits",
+    [
+        (">=2.10", "2.10.0a0+b4e4ee8", True),  # as NVIDIA's images name theirs
+        (">=2.10", "2.14.0.dev20261101+cpu", True),
+        (">=2.10", "2.9.0a0+145a3a7", False),
+        (">=5.12,<6", "5.12.0.dev0", True),
+        (">=5.12,<6", "6.0.0.dev0", False),
+        (">=0.19.8,<0.20", "0.19.9+unknown", True),
+        (">=0.19.8,<0.20", "0.20.0rc1", False),
+        (">=2.10", "unknown", True),
+    ],
+)
+def test_previews_count_as_their_release_and_unreadable_versions_are_not_refused(bounds, version, fits):
+    assert releases.admits(bounds, version) == fits
+
+
+def test_a_package_without_metadata_is_there(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("built_in_place", "half_removed"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "half_removed-1.0.dist-info").mkdir()
+    (tmp_path / "gone-1.0.dist-info").mkdir()
+    (tmp_path / "gone").mkdir()  # a folder of data, maybe
+    assert [releases.installed(name) for name in ("built-in-place", "half-removed")] == [releases.UNKNOWN] * 2
+    assert releases.installed("gone") is None and releases.installed("PyYAML") not in (None, releases.UNKNOWN)
+    assert releases.admits(">=2", releases.UNKNOWN)
+
+
 def of_a_terabyte(model: Path, target: Path) -> Path:
     """A model of as many bytes by its files, which take none of the disk."""
     shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -164,6 +197,27 @@ def test_a_model_that_no_memory_here_holds_is_refused_before_it_is_read(ranks, c
     (kind, words), other = ranks.errors(2, train, shared)
     assert (kind, words) == other and kind == "ConfigError" and "at least 495 GB of each rank's memory" in words
     assert "--quantization nf4" in words and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "zero, fits",
+    [({}, False), ({"offload_param": {"device": "cpu"}}, True), ({"cpu_offload_param": True}, True)]
+    + [({"cpu_offload_param": False}, False)],
+)
+def test_weights_that_zero3_offloads_need_not_fit_a_gpu(material, tmp_path, zero, fits):
+    choice = EngineChoice({"zero_optimization": {"stage": 3, **zero}}, None, False, (), "bf16", "off")
+    options = argparse.Namespace(model=str(of_a_terabyte(material["model"], tmp_path / "large")), quantization=None)
+    with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="its weights alone take at least"):
+        capacity.check_memory(options, choice, environment.Process(0, 2, torch.device("cuda", 0)), free=80 * 10**9)
+
+
+@pytest.mark.parametrize("is_integrated", [True, False])
+def test_a_gpu_that_shares_the_hosts_memory_has_what_the_page_cache_would_give_up(monkeypatch, is_integrated):
+    properties = argparse.Namespace(is_integrated=is_integrated)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    free, place = capacity._free_memory(environment.Process(0, 1, torch.device("cuda", 0)))
+    assert (free > 1000) == is_integrated and place == "on cuda:0"
 
 
 def test_a_file_system_too_small_for_what_a_run_writes_is_refused(capsys, material, tmp_path, monkeypatch):
