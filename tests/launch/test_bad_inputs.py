@@ -192,10 +192,10 @@ def of_a_terabyte(model: Path, target: Path) -> Path:
 def test_a_model_that_no_memory_here_holds_is_refused_before_it_is_read(ranks, capsys, material, tmp_path):
     model = of_a_terabyte(material["model"], tmp_path / "large")
     said = refused(capsys, arguments(material, tmp_path / "run", model=model))
-    assert re.search(r"its weights alone take at least 1,?979 GB of each rank's memory, and [\d.]+ GB are free here", said)
+    assert re.search(r"its weights alone take at least 1,?649 GB of each rank's memory, and [\d.]+ GB are free here", said)
     shared = arguments(material, tmp_path / "run", model=model, sharding="fsdp2", precision="bf16")
     (kind, words), other = ranks.errors(2, train, shared)
-    assert (kind, words) == other and kind == "ConfigError" and "at least 495 GB of each rank's memory" in words
+    assert (kind, words) == other and kind == "ConfigError" and "at least 412 GB of each rank's memory" in words
     assert "--quantization nf4" in words and not (tmp_path / "run").exists()
 
 
