@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from losia_dist.errors import ConfigError
 from losia_dist.ranks.agreement import Agreement
+from losia_dist.recipe.cpu_gather import InPlaceAllGather
 from losia_dist.recipe.environment import Process
 from losia_dist.recipe.weights.empty import Holders, Where, find_holders, give_memory
 from losia_dist.recipe.weights.streamed import StreamedWeights
@@ -75,7 +76,7 @@ def shard(
         agreement: of the ranks, which stop together if one cannot read its part.
         precision: "bf16": gradients are reduced in fp32.
         offload: shards, gradients and optimizer state stay on the CPU.
-        layer_classes: class names of the units; empty: the model's decoder layers.
+        layer_classes: class names of the units, which may lie within each other; empty: the model's decoder layers.
 
     Raises:
         ConfigError: the model has no such layers, or a file cannot be read (on every rank).
@@ -98,6 +99,8 @@ def shard(
         if weights is None:
             list(give_memory(unit, process.device, holders, fill=_take_from_rank_0))
         fully_shard(unit, **options)
+        if process.device.type == "cpu":
+            unit.set_custom_all_gather(InPlaceAllGather())
     if weights is not None:
         places = _give_shards_memory(model, process.device, torch.device("cpu") if offload else process.device, holders)
         agreement.attempt(None, lambda: weights.fill(places, own_range))
@@ -106,12 +109,13 @@ def shard(
 
 def _layers(model: Any, layer_classes: tuple[str, ...]) -> list[nn.Module]:
     names = layer_classes or tuple(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    found = [(name.count("."), module) for name, module in model.named_modules() if type(module).__name__ in names]
+    layers = [module for _, module in sorted(found, key=lambda one: -one[0])]  # a unit inside another one comes first
     if not layers:
-        found = sorted({type(module).__name__ for module in model.modules() if list(module.children())})
+        classes = sorted({type(module).__name__ for module in model.modules() if list(module.children())})
         raise ConfigError(
             f"--sharding: {type(model).__name__} has no layers of the class {' or '.join(names) or '(it names none)'}, so it "
-            f"would be gathered whole. Its modules: {', '.join(found)}. Name the decoder layer's class with --shard_layers."
+            f"would be gathered whole. Its modules: {', '.join(classes)}. Name the decoder layer's class with --shard_layers."
         )
     return layers
 

@@ -81,6 +81,7 @@ CASES = {
     ),
     "FSDP2, offload": ({"sharding": "fsdp2", "offload": True, "eval_steps": 3}, {}),
     "FSDP2, checkpointing": ({"sharding": "fsdp2", "gradient_checkpointing": "non-reentrant"}, {}),
+    "FSDP2, smaller units": ({"sharding": "fsdp2", "shard_layers": ["LlamaDecoderLayer", "LlamaMLP", "Embedding"]}, {}),
     "FSDP2, chunked loss": ({"sharding": "fsdp2", "loss": "chunked", "loss_chunk": 37}, {}),
     "DDP, reentrant checkpointing": ({"gradient_checkpointing": "reentrant"}, {}),
     "full fine-tuning, FSDP2": ({"sharding": "fsdp2"}, FULL),
@@ -92,7 +93,7 @@ CASES = {
     "packing": ({}, {"packing": True, "max_length": 96, "max_steps": 6}),
     "packing, FSDP2": ({"sharding": "fsdp2"}, {"packing": True, "max_length": 96, "max_steps": 6}),
 }
-OFTEN = ["full fine-tuning, FSDP2", "full fine-tuning, ZeRO-3", "packing, FSDP2", "FSDP2, chunked loss"]
+OFTEN = ["full fine-tuning, FSDP2", "full fine-tuning, ZeRO-3", "packing, FSDP2", "FSDP2, chunked loss", "FSDP2, smaller units"]
 
 
 @pytest.mark.parametrize("case", only(OFTEN, CASES))
