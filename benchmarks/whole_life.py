@@ -7,7 +7,7 @@ The model has Qwen2.5-7B's shape and random weights, 15.2 GB in bf16, written to
 are the quickstart's. Each part is one life, through the commands that a user has:
 
 1. `losia-dist plan` for the shape and engine.
-2. `launch/train.py` (python, torchrun or deepspeed) with --save_steps; SIGKILL to all processes three steps after the save.
+2. `launch/train.py` (python, or torchrun) with --save_steps; SIGKILL to all processes three steps after the save.
 3. The same command line: it resumes, and must print the very losses, to the last bit, that the killed run had after its save.
 4. `losia-dist export --delta`, `losia-dist export`; the export is loaded by Transformers alone, and its held-out loss compared.
 5. `losia-dist apply`: every weight must have the export's bits.
@@ -24,7 +24,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -51,6 +50,9 @@ cycles: 5
 rewarm_steps: 0
 reset_bias_correction: false
 """
+# Of 2 ranks each gathers whole weights, twice while they are copied out of the buffer: 4.4 GB for a 7B's output layer, which
+# leaves room for smaller subnets only.
+SHARDED = DRAWN.replace("0.015625", "0.00390625")
 # The published form, every layer's first subnets located before the first step; slots so short that some end in 20 steps.
 LOCATED = """rank_factor: 0.125
 selection:
@@ -87,7 +89,8 @@ class Part:
     options: tuple[str, ...] = ()
 
 
-_BIN = Path(sys.executable).parent
+_TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+_CHUNKED = ("--loss", "chunked", "--loss_chunk", "16")
 PARTS: dict[str, Part] = {
     "drawn": Part("one process, drawn subnets", "ddp"),
     "located": Part("one process, located subnets", "ddp", losia=LOCATED),
@@ -95,15 +98,18 @@ PARTS: dict[str, Part] = {
         "2 ranks, FSDP2, drawn subnets",
         "fsdp2",
         ranks=2,
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-        options=("--sharding", "fsdp2"),
+        losia=SHARDED,
+        launcher=_TORCHRUN,
+        # Embeddings and output layer in units of their own: else each rank has both whole for all of forward and backward.
+        options=("--sharding", "fsdp2", "--shard_layers", "Qwen2DecoderLayer", "Embedding", "Linear", *_CHUNKED),
     ),
     "zero3": Part(
         "2 ranks, ZeRO-3, drawn subnets",
         "zero3",
         ranks=2,
-        launcher=(str(_BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "PORT"),
-        options=("--deepspeed", "ZERO3"),
+        losia=SHARDED,
+        launcher=_TORCHRUN,
+        options=("--deepspeed", "ZERO3", *_CHUNKED),
     ),
 }
 LORA = "lora"
@@ -158,7 +164,7 @@ class Life:
         log = self.work / "lora.log"
         log.unlink(missing_ok=True)
         command = [*self._plain("lora"), "--steps", str(STEPS)]
-        run = Watched(command, log, self.limit, _threads(1))
+        run = Watched(command, log, self.limit, _environment(1))
         first: list[float] = []
 
         def tick() -> bool:
@@ -196,7 +202,7 @@ class Life:
         else:
             (place / "losia.yaml").write_text(losia, encoding="utf-8")
             words += ["--losia_config", str(place / "losia.yaml")]
-        run = Watched(_losia_dist(*words), log, self.limit, {})
+        run = Watched(_losia_dist(*words), log, self.limit, _environment(1))
         code = run.wait()
         _check(code == 0, run, log)
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -222,7 +228,7 @@ class Life:
         ]
         words += ["--logging_steps", 1, "--save_steps", SAVE, "--keep_last", 1, "--resume", "auto", "--no_save"]
         words += ["--report_to", "none", "--data_cache", place / "data", *part.options]
-        chosen = {"ZERO3": str(place / "zero3.json"), "PORT": str(_free_port())}
+        chosen = {"ZERO3": str(place / "zero3.json")}
         command = [chosen.get(str(w), str(w)) for w in (*part.launcher, ROOT / "launch" / "train.py", *words)]
         killed = self._start(name, "killed run", part, command, output, log)
         resumed = self._start(name, "resumed run", part, command, output, log)
@@ -239,7 +245,7 @@ class Life:
         """Start the training, to be killed or to its end; the loss of every step."""
         metrics, is_killed = output / "metrics.jsonl", stage == "killed run"
         earlier = metrics.stat().st_ino if metrics.exists() else None  # a resumed run replaces it
-        run, seen = Watched(command, log, self.limit, _threads(part.ranks)), dict[int, float]()
+        run, seen = Watched(command, log, self.limit, _environment(part.ranks)), dict[int, float]()
 
         def tick() -> bool:
             if not metrics.exists() or metrics.stat().st_ino == earlier:
@@ -276,7 +282,7 @@ class Life:
         self.sums = prints(export)
         log = place / "loss.log"
         command = [*self._plain("loss", export, self.records[1])]
-        loading = Watched(command, log, self.limit, _threads(1))
+        loading = Watched(command, log, self.limit, _environment(1))
         code = loading.wait()
         found = _memory(loading)
         told = json.loads((run / "summary.json").read_text(encoding="utf-8"))
@@ -298,7 +304,7 @@ class Life:
 
     def _command(self, name: str, stage: str, place: Path, words: list[str], target: Path) -> None:
         log = place / f"{stage}.log"
-        run = Watched(_losia_dist(*words), log, self.limit, _threads(1))
+        run = Watched(_losia_dist(*words), log, self.limit, _environment(1))
         code = run.wait()
         self.store(name, stage, _memory(run) | {"bytes": _size(target)})
         _check(code == 0, run, log)
@@ -343,17 +349,16 @@ def _losia_dist(*words: str) -> list[str]:
     return [sys.executable, "-m", "losia_dist", *words]
 
 
-def _threads(ranks: int) -> dict[str, str]:
-    """Both cores, between the ranks; and no GPU, so that memory is the machine's."""
+def _environment(ranks: int) -> dict[str, str]:
+    """Both cores, between the ranks; no GPU, so that memory is the machine's.
+
+    The C library hands back blocks of a MB and more when they are freed: left to itself it kept them, which doubled what two
+    ranks of a small model took.
+    """
     threads = max(1, (os.cpu_count() or 1) // ranks)
     found = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    found |= dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(1 << 20))
     return found | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _median(values: Sequence[float]) -> float | None:
