@@ -430,7 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             try:
                 life.lora() if name == LORA else life.run(name, PARTS[name])
             except (StageError, OSError, ValueError, KeyError) as error:
-                results.store(name, "failed", {"why": f"{type(error).__name__}: {error}"})
+                why = f"{type(error).__name__}: {error}".replace(str(work), "WORK").replace(str(ROOT), ".")
+                results.store(name, "failed", {"why": why})
             results.store(name, "all", {"seconds": round(time.monotonic() - began)})
     print(f"\n{report(results.parts, {name: part.what for name, part in PARTS.items()})}")
     return results.parts

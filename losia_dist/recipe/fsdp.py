@@ -79,7 +79,7 @@ def shard(
         layer_classes: class names of the units, which may lie within each other; empty: the model's decoder layers.
 
     Raises:
-        ConfigError: the model has no such layers, or a file cannot be read (on every rank).
+        ConfigError: the model has no such layers, two of them share a weight, or a file cannot be read (on every rank).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -117,7 +117,30 @@ def _layers(model: Any, layer_classes: tuple[str, ...]) -> list[nn.Module]:
             f"--sharding: {type(model).__name__} has no layers of the class {' or '.join(names) or '(it names none)'}, so it "
             f"would be gathered whole. Its modules: {', '.join(classes)}. Name the decoder layer's class with --shard_layers."
         )
+    if layer_classes:
+        _refuse_shared(model, layers)
     return layers
+
+
+def _refuse_shared(model: Any, units: list[nn.Module]) -> None:
+    """Raises: ConfigError where modules of two units hold one parameter: each unit would shard a copy of its own.
+
+    units: inner ones before those they lie in.
+    """
+    unit_of: dict[int, int] = {}
+    for place, unit in enumerate(units):
+        for module in unit.modules():
+            unit_of.setdefault(id(module), place)
+    first: dict[int, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            here = (f"{name}.{kind}".lstrip("."), unit_of.get(id(module), -1))
+            other = first.setdefault(id(parameter), here)
+            if other[1] != here[1]:
+                raise ConfigError(
+                    f"--shard_layers: {other[0]} and {here[0]} share one weight, and would be sharded apart. Name no class that "
+                    "parts them, so that both stay with the rest of the model."
+                )
 
 
 @torch.no_grad()

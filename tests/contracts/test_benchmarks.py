@@ -234,7 +234,7 @@ def test_a_life_s_model_has_the_same_bits_when_it_is_made_again(material, tmp_pa
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sum(p.nbytes for p in model.parameters()) == size
-    assert model.model.layers[0].mlp.up_proj.weight.float().std() == pytest.approx(0.02, rel=0.02)
+    assert model.model.layers[0].mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.02)
     assert bool((model.model.norm.weight == 1).all()) and not model.model.layers[0].self_attn.q_proj.bias.any()
 
 

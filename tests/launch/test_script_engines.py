@@ -17,6 +17,7 @@ from losia_dist import LoSiAConfig
 from losia_dist.errors import ConfigError, DivergenceError
 from losia_dist.recipe import script
 from losia_dist.recipe.environment import find_process
+from losia_dist.recipe.fsdp import _layers
 from losia_dist.recipe.options import add_training_arguments
 from losia_dist.recipe.preset import choose_preset, learning_rate_for
 from tests.launch.conftest import zero
@@ -214,6 +215,19 @@ def test_a_tied_model_that_is_read_in_parts_equals_one_process(ranks, alone, mat
     (_, kept), _ = ranks(2, train, words)
     assert kept["sharded"]
     assert losses(tmp_path) == pytest.approx(losses(directory), abs=1e-5)
+
+
+def test_units_that_share_a_weight_are_refused():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    apart = LlamaForCausalLM(config)
+    config.tie_word_embeddings = True
+    tied, names = LlamaForCausalLM(config), ("LlamaDecoderLayer", "LlamaMLP", "Embedding")
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight and lm_head\.weight share one weight"):
+        _layers(tied, names)
+    assert [type(layer).__name__ for layer in _layers(apart, names)] == ["LlamaMLP"] * 2 + ["LlamaDecoderLayer"] * 2 + [
+        "Embedding"
+    ]
+    assert len(_layers(tied, ())) == 2
 
 
 @pytest.mark.slow
