@@ -138,8 +138,8 @@ def _refuse_shared(model: Any, units: list[nn.Module]) -> None:
             other = first.setdefault(id(parameter), here)
             if other[1] != here[1]:
                 raise ConfigError(
-                    f"--shard_layers: {other[0]} and {here[0]} share one weight, and would be sharded apart. Name no class that "
-                    "parts them, so that both stay with the rest of the model."
+                    f"--shard_layers: {other[0]} and {here[0]} share one weight, and would be sharded apart. Name no class "
+                    "that parts them, so that both stay with the rest of the model."
                 )
 
 
