@@ -2,7 +2,7 @@
 
 Twenty times a second `RssAnon` and `RssShmem` of /proc/PID/status are added up over the processes: memory that no file backs,
 shared memory once for each process that touched it (an upper bound). Pages mapped from files (`RssFile`: the weights of a
-safetensors file, code) can be dropped by the kernel at any time, and are counted apart. Every five seconds smaps_rollup's
+safetensors file, code) can be dropped by the kernel at any time, and are counted apart; `resident` is both together. Every five seconds smaps_rollup's
 `Pss_Anon` and `Pss_Shmem`, in which a shared page counts once in all, are added up too. Linux only.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 GB = 1e9
-KINDS = ("own", "pss", "files", "largest_process")
+KINDS = ("own", "pss", "files", "resident", "largest_process")
 _PERIOD, _LOOK, _PSS_PERIOD = 0.05, 0.5, 5.0  # seconds between samples, looks for new processes, and readings of smaps_rollup
 _SPARE = 0.4 * GB  # of the machine's memory: below it the command is ended, whoever takes the rest
 _MARK = "LOSIA_WATCHED"
@@ -101,6 +101,7 @@ class Watched:
             found = {
                 "own": sum(own for own, _ in held),
                 "files": sum(files for _, files in held),
+                "resident": sum(own + files for own, files in held),
                 "largest_process": max((own for own, _ in held), default=0.0),
             }
             if now - read > _PSS_PERIOD:

@@ -335,7 +335,13 @@ def _last_step(path: Path) -> int:
 def _memory(run: Watched) -> dict[str, Any]:
     """Peaks in GB, over the command and by phase."""
     phases = {name: {kind: round(value / GB, 3) for kind, value in peaks.items()} for name, peaks in run.phases.items()}
-    return {"seconds": round(run.seconds, 2), "peak_gb": round(run.peak() / GB, 3), "phases": phases, "ended": run.ended}
+    return {
+        "seconds": round(run.seconds, 2),
+        "peak_gb": round(run.peak() / GB, 3),
+        "resident_gb": round(run.peak("resident") / GB, 3),
+        "phases": phases,
+        "ended": run.ended,
+    }
 
 
 def _check(is_right: bool, run: Watched, log: Path) -> None:

@@ -13,11 +13,21 @@ _RUNS = ("killed run", "resumed run", "training")
 
 def report(parts: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """Markdown. parts: figures by part and stage, as far as they were measured. names: of the parts, in words."""
-    columns = ["", "planned, GB", "peak, GB", "first step after", "resumed after", "a step", "export's peak, GB", "bits"]
+    columns = [
+        "",
+        "planned, GB",
+        "peak, GB",
+        "with mapped files, GB",
+        "first step after",
+        "resumed after",
+        "a step",
+        "export's peak, GB",
+        "bits",
+    ]
     rows = []
     for part, stages in parts.items():
         killed, resumed = stages.get("killed run", stages.get("training", {})), stages.get("resumed run", {})
-        row = [names.get(part, "LoRA by PEFT, r = 16"), _planned(stages), peak(stages)]
+        row = [names.get(part, "LoRA by PEFT, r = 16"), _planned(stages), peak(stages), peak(stages, "resident_gb")]
         row += [_seconds(run.get("startup_seconds")) for run in (killed, resumed)]
         row += [_seconds(killed.get("step_seconds"))]
         exports = [stages[stage]["peak_gb"] for stage in ("delta", "export", "apply") if stage in stages]
@@ -27,9 +37,9 @@ def report(parts: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> 
     return "\n\n".join([table(columns, rows), bar_table(bars), *failures])
 
 
-def peak(stages: Mapping[str, Any]) -> str:
+def peak(stages: Mapping[str, Any], kind: str = "peak_gb") -> str:
     """Of the training, the most of the runs; "-" where none was measured."""
-    found = [stages[run]["peak_gb"] for run in _RUNS if run in stages]
+    found = [stages[run][kind] for run in _RUNS if kind in stages.get(run, {})]
     return f"{max(found):.2f}" if found else "-"
 
 
