@@ -2,8 +2,8 @@
 
 Twenty times a second `RssAnon` and `RssShmem` of /proc/PID/status are added up over the processes: memory that no file backs,
 shared memory once for each process that touched it (an upper bound). Pages mapped from files (`RssFile`: the weights of a
-safetensors file, code) can be dropped by the kernel at any time, and are counted apart; `resident` is both together. Every five seconds smaps_rollup's
-`Pss_Anon` and `Pss_Shmem`, in which a shared page counts once in all, are added up too. Linux only.
+safetensors file, code) can be dropped by the kernel at any time, and are counted apart; `resident` is both together. Every
+five seconds smaps_rollup's `Pss_Anon` and `Pss_Shmem`, in which a shared page counts once in all, are added up too. Linux only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A 7B's whole life on a machine of 24 GB and two cores: loaded, trained, killed, resumed, exported, rebuilt and reloaded.
 
     python -m benchmarks.whole_life --scale 7b --work FOLDER [--parts drawn located fsdp2 zero3 lora] [--json FILE]
-    python -m benchmarks.whole_life --scale tiny        # the same in a minute or two, to see that it works
+    python -m benchmarks.whole_life --scale tiny        # the same in some minutes, to see that it works
 
 The model has Qwen2.5-7B's shape and random weights, 15.2 GB in bf16, written to the disk shard by shard; tokenizer and records
 are the quickstart's. Each part is one life, through the commands that a user has:
