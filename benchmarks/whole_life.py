@@ -256,7 +256,7 @@ class Life:
                 run.enter("saving" if step in (SAVE, STEPS) else "steps")
             return is_killed and step >= SAVE + BEYOND
 
-        code = run.wait(tick, every=0.02)
+        code = run.wait(tick, every=0.02 if self.scale == "tiny" else 0.5)
         lines = _objects(metrics)
         losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
         at = {line["step"]: line["seconds"] for line in lines}
