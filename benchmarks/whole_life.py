@@ -90,7 +90,6 @@ class Part:
 
 
 _TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-_CHUNKED = ("--loss", "chunked", "--loss_chunk", "16")
 PARTS: dict[str, Part] = {
     "drawn": Part("one process, drawn subnets", "ddp"),
     "located": Part("one process, located subnets", "ddp", losia=LOCATED),
@@ -101,7 +100,7 @@ PARTS: dict[str, Part] = {
         losia=SHARDED,
         launcher=_TORCHRUN,
         # Embeddings and output layer in units of their own: else each rank has both whole for all of forward and backward.
-        options=("--sharding", "fsdp2", "--shard_layers", "Qwen2DecoderLayer", "Embedding", "Linear", *_CHUNKED),
+        options=("--sharding", "fsdp2", "--shard_layers", "Qwen2DecoderLayer", "Embedding", "Linear"),
     ),
     "zero3": Part(
         "2 ranks, ZeRO-3, drawn subnets",
@@ -109,7 +108,7 @@ PARTS: dict[str, Part] = {
         ranks=2,
         losia=SHARDED,
         launcher=_TORCHRUN,
-        options=("--deepspeed", "ZERO3", *_CHUNKED),
+        options=("--deepspeed", "ZERO3"),
     ),
 }
 LORA = "lora"

@@ -255,7 +255,6 @@ def test_a_whole_life_at_a_tiny_size(material, tmp_path):
         assert "failed" not in life and life["plan"]["ranks"] == ranks, life.get("failed")
         assert life["resumed"]["equal_bits"] and life["resumed"]["compared_steps"][0] == 11
         assert life["rebuilt"]["equal_bits"]
-        # Under FSDP2 it was summed in chunks.
         assert life["reload"]["held_out_loss"] == pytest.approx(life["reload"]["of_the_run"], rel=1e-6)
         assert 0.1 < life["killed run"]["peak_gb"] < 4 and life["killed run"]["startup_seconds"] > 0
     stored = json.loads((tmp_path / "life.json").read_text())
