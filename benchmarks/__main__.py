@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None]] = {
     "growth": ("how do the costs grow with width, depth, length, rank factor, ranks?", []),
     "long_context": ("what do ranks that share sequences keep, send, and reach?", None),
     "data": ("how long is tokenizing, the first time and again, and what does a rank hold?", None),
+    "whole_life": ("a 7B on 24 GB: trained, killed, resumed, exported; what does it hold, beside the plan and LoRA?", None),
     "profile_step": ("in which operators does a method spend more than the floor?", None),
     "builds": ("two builds by turns: what each takes beyond the floor?", None),
     "importance_steps": ("what does importance from a few steps of a slot choose?", None),

@@ -24,17 +24,20 @@ _NOT_SETTINGS = ("params", "param_names", GROUP_KEY)
 
 
 @torch.no_grad()
-def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int) -> dict[str, Tensor]:
-    """This rank's share of the run's tensors, copied to host memory. Called by all ranks; waits for the device.
+def read_tensors(losia: LoSiA, contents: Contents, rank: int, world_size: int, *, copies: bool = True) -> dict[str, Tensor]:
+    """This rank's share of the run's tensors, in host memory. Called by all ranks; waits for the device.
 
     Name -> tensor in the run's dtype: a parameter's state as `StateAccess.read_state` gives it (a subnet's [r, c]), rows
     int64 [r], columns int64 [c], importance fp32 [rows, n] of this rank's rows, buffers whole. Parameters are gathered one
     at a time and dealt out to the ranks in turn; importance stays where its rows are.
+
+    copies: also of what is in host memory already, for a save that goes on while the run trains. Without them masters, moments
+        and averages exist once, where the model is on the CPU.
     """
     tensors: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:
-        tensors[name] = tensor.detach().to("cpu", copy=True)
+        tensors[name] = tensor.detach().to("cpu", copy=copies)
 
     for place, (name, parameter) in enumerate(contents.trained.items()):
         state = losia.state.read_state(parameter)

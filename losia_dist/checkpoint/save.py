@@ -108,7 +108,7 @@ def save_as(
     chain = _chain(session, directory, losia, contents)
     chain.pending.update(chain.unsaved)
     chain.unsaved = Moved()
-    tensors |= content.read_tensors(losia, contents, agreement.rank, agreement.world_size)
+    tensors |= content.read_tensors(losia, contents, agreement.rank, agreement.world_size, copies=asynchronous)
     writing = _Writing(
         name=name,
         chain=chain,

@@ -83,7 +83,7 @@ def choose_engine(options: argparse.Namespace, process: Process) -> EngineChoice
         deepspeed=settings,
         sharding=sharding,
         offload=options.offload or launch.offload,
-        layer_classes=(options.shard_layers,) if options.shard_layers else launch.layer_classes,
+        layer_classes=tuple(options.shard_layers or launch.layer_classes),
         precision=precision,
         checkpointing=checkpointing or "off",
         sequence_ranks=together,

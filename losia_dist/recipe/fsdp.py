@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from losia_dist.errors import ConfigError
 from losia_dist.ranks.agreement import Agreement
+from losia_dist.recipe.cpu_gather import InPlaceAllGather
 from losia_dist.recipe.environment import Process
 from losia_dist.recipe.weights.empty import Holders, Where, find_holders, give_memory
 from losia_dist.recipe.weights.streamed import StreamedWeights
@@ -75,10 +76,10 @@ def shard(
         agreement: of the ranks, which stop together if one cannot read its part.
         precision: "bf16": gradients are reduced in fp32.
         offload: shards, gradients and optimizer state stay on the CPU.
-        layer_classes: class names of the units; empty: the model's decoder layers.
+        layer_classes: class names of the units, which may lie within each other; empty: the model's decoder layers.
 
     Raises:
-        ConfigError: the model has no such layers, or a file cannot be read (on every rank).
+        ConfigError: the model has no such layers, two of them share a weight, or a file cannot be read (on every rank).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -98,6 +99,8 @@ def shard(
         if weights is None:
             list(give_memory(unit, process.device, holders, fill=take_from_rank_0))
         fully_shard(unit, **options)
+        if process.device.type == "cpu":
+            unit.set_custom_all_gather(InPlaceAllGather())
     if weights is not None:
         places = _give_shards_memory(model, process.device, torch.device("cpu") if offload else process.device, holders)
         agreement.attempt(None, lambda: weights.fill(places, own_range))
@@ -106,14 +109,38 @@ def shard(
 
 def _layers(model: Any, layer_classes: tuple[str, ...]) -> list[nn.Module]:
     names = layer_classes or tuple(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    found = [(name.count("."), module) for name, module in model.named_modules() if type(module).__name__ in names]
+    layers = [module for _, module in sorted(found, key=lambda one: -one[0])]  # a unit inside another one comes first
     if not layers:
-        found = sorted({type(module).__name__ for module in model.modules() if list(module.children())})
+        classes = sorted({type(module).__name__ for module in model.modules() if list(module.children())})
         raise ConfigError(
             f"--sharding: {type(model).__name__} has no layers of the class {' or '.join(names) or '(it names none)'}, so it "
-            f"would be gathered whole. Its modules: {', '.join(found)}. Name the decoder layer's class with --shard_layers."
+            f"would be gathered whole. Its modules: {', '.join(classes)}. Name the decoder layer's class with --shard_layers."
         )
+    if layer_classes:
+        _refuse_shared(model, layers)
     return layers
+
+
+def _refuse_shared(model: Any, units: list[nn.Module]) -> None:
+    """Raises: ConfigError where modules of two units hold one parameter: each unit would shard a copy of its own.
+
+    units: inner ones before those they lie in.
+    """
+    unit_of: dict[int, int] = {}
+    for place, unit in enumerate(units):
+        for module in unit.modules():
+            unit_of.setdefault(id(module), place)
+    first: dict[int, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            here = (f"{name}.{kind}".lstrip("."), unit_of.get(id(module), -1))
+            other = first.setdefault(id(parameter), here)
+            if other[1] != here[1]:
+                raise ConfigError(
+                    f"--shard_layers: {other[0]} and {here[0]} share one weight, and would be sharded apart. Name no class "
+                    "that parts them, so that both stay with the rest of the model."
+                )
 
 
 @torch.no_grad()

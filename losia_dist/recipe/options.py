@@ -77,7 +77,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     engine.add_argument("--offload", action="store_true", help="with --sharding: keep shards and their state on the CPU")
     engine.add_argument(
-        "--shard_layers", metavar="CLASS", help="with --sharding: class of the layers (default: decoder layers)"
+        "--shard_layers",
+        nargs="+",
+        metavar="CLASS",
+        help="with --sharding: classes of the modules that are gathered one by one (default: decoder layers)",
     )
     engine.add_argument(
         "--sequence_parallel",

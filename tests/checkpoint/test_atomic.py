@@ -244,3 +244,22 @@ def test_saving_asynchronously_saves_the_moment_of_the_call_and_raises_at_the_ne
         assert result["complete"] == [layout.step_name(step) for step in range(1, 6)]
         runs.assert_equal({**again, "first": 0}, result)
         assert again["first"] == 9
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_only_a_save_that_goes_on_beside_the_run_copies_what_is_in_host_memory(tmp_path, monkeypatch, asynchronous):
+    losia, stepper, close = runs.start("one", RUN)
+    runs.train_on(losia, stepper, RUN, 4)
+    held = {tensor.data_ptr() for tensor in losia.state.state_tensors()}
+    held |= {average.data_ptr() for one in losia.accumulators.values() for average in (one.mean, one.deviation)}
+    write, written = atomic_files.write_tensors, []
+
+    def spy(path, tensors, *rest):
+        written.extend(tensor.data_ptr() for name, tensor in tensors.items() if name.startswith(("state/", "importance/")))
+        return write(path, tensors, *rest)
+
+    monkeypatch.setattr(atomic_files, "write_tensors", spy)
+    save_checkpoint(tmp_path, **runs.parts(losia), asynchronous=asynchronous)
+    wait_for_saving(losia)
+    close()
+    assert len(held) > 2 and (held.isdisjoint(written) if asynchronous else held <= set(written))

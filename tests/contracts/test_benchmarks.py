@@ -5,18 +5,33 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import authors, figures, growth, long_context, memory, methods, profile_step, relocalization, step_time
+from benchmarks import (
+    authors,
+    figures,
+    growth,
+    long_context,
+    memory,
+    methods,
+    profile_step,
+    relocalization,
+    step_time,
+    whole_life,
+)
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.common import bar, bar_table
 from benchmarks.gpu import Task, run, summary, tasks
 from benchmarks.gpu import main as gpu
 from benchmarks.shapes import Shape
 from benchmarks.timing import interleave, median_interval
+from benchmarks.watched import GB, Watched
+from benchmarks.whole_life_model import drop_weights, prints, write_model
+from tests.support.launching import make_material
 
 TINY = Shape(layers=2, hidden=64, intermediate=96, vocabulary=64, length=16)
 SIZES = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64", "--length", "16"]
@@ -194,3 +209,66 @@ def test_long_context_counts_what_ranks_tiles_and_offload_keep(ranks):
     stays, away = kept(1, "--checkpointing", "recomputed"), kept(1, "--checkpointing", "offloaded")
     assert away["host"] == 2 * 64 * 64 * 4  # the inputs of both layers
     assert away["kept"] + away["host"] == stays["kept"] and stays["host"] == 0
+
+
+CHILD = "import time; held = bytearray({size}); print('there', flush=True); time.sleep(60)"
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_that_hold_too_much_together_are_killed(tmp_path):
+    command = [sys.executable, "-c", PARENT, CHILD.format(size=400_000_000)]
+    run = Watched(command, tmp_path / "log", 0.3 * GB, {})
+    assert run.wait() == -9 and run.seconds < 30
+    assert "above the limit of 0.30 GB" in run.ended and run.peak() > 0.3 * GB
+    kept = Watched(command, tmp_path / "log", 4 * GB, {})
+    kept.enter("killed by hand")
+    assert kept.wait(lambda: kept.peak() > 0.4 * GB) == -9 and kept.ended is None  # the child is counted, and killed too
+    assert 0.4 * GB < kept.phases["killed by hand"]["own"] < 0.6 * GB and kept.phases["start"]["own"] < 0.4 * GB
+
+
+def test_a_life_s_model_has_the_same_bits_when_it_is_made_again(material, tmp_path):
+    size = write_model(tmp_path, "tiny", material["model"])
+    first = prints(tmp_path)
+    drop_weights(tmp_path)
+    assert prints(tmp_path) == {} and write_model(tmp_path, "tiny", material["model"]) == size
+    assert prints(tmp_path) == first and len(first) > 30
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(p.nbytes for p in model.parameters()) == size
+    assert model.model.layers[0].mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.02)
+    assert bool((model.model.norm.weight == 1).all()) and not model.model.layers[0].self_attn.q_proj.bias.any()
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_whole_life_at_a_tiny_size(material, tmp_path):
+    given = ["--tokenizer", str(material["model"]), "--records", str(material["instruction"]), "--work", str(tmp_path)]
+    # On so small a disk the base's weights are dropped for the time of the export.
+    given += ["--scale", "tiny", "--parts", "located", "fsdp2", "--disk", "0.01", "--json", str(tmp_path / "life.json")]
+    found = whole_life.main(given)
+    for part, ranks in (("located", 1), ("fsdp2", 2)):
+        life = found[part]
+        assert "failed" not in life and life["plan"]["ranks"] == ranks, life.get("failed")
+        assert life["resumed"]["equal_bits"] and life["resumed"]["compared_steps"][0] == 11
+        assert life["rebuilt"]["equal_bits"]
+        assert life["reload"]["held_out_loss"] == pytest.approx(life["reload"]["of_the_run"], rel=1e-6)
+        assert 0.1 < life["killed run"]["peak_gb"] < 4 and life["killed run"]["startup_seconds"] > 0
+    stored = json.loads((tmp_path / "life.json").read_text())
+    assert stored["results"]["fsdp2"]["all"] == found["fsdp2"]["all"] and str(tmp_path) not in json.dumps(stored["results"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_part_that_fails_is_reported_and_the_next_one_begins(material, tmp_path, capsys):
+    given = ["--tokenizer", str(material["model"]), "--records", str(material["instruction"]), "--work", str(tmp_path)]
+    found = whole_life.main([*given, "--scale", "tiny", "--parts", "drawn", "lora", "--limit", "0.2"])
+    assert all("above the limit of 0.20 GB" in found[part]["failed"]["why"] for part in ("drawn", "lora"))
+    assert "drawn failed: StageError: ended by the guard" in capsys.readouterr().out
+    assert not (tmp_path / "drawn").exists()

@@ -17,6 +17,7 @@ from losia_dist import LoSiAConfig
 from losia_dist.errors import ConfigError, DivergenceError
 from losia_dist.recipe import script
 from losia_dist.recipe.environment import find_process
+from losia_dist.recipe.fsdp import _layers
 from losia_dist.recipe.options import add_training_arguments
 from losia_dist.recipe.preset import choose_preset, learning_rate_for
 from losia_dist.subnet.packed import packed_weights
@@ -84,6 +85,7 @@ CASES = {
     ),
     "FSDP2, offload": ({"sharding": "fsdp2", "offload": True, "eval_steps": 3}, {}),
     "FSDP2, checkpointing": ({"sharding": "fsdp2", "gradient_checkpointing": "non-reentrant"}, {}),
+    "FSDP2, smaller units": ({"sharding": "fsdp2", "shard_layers": ["LlamaDecoderLayer", "LlamaMLP", "Embedding"]}, {}),
     "FSDP2, chunked loss": ({"sharding": "fsdp2", "loss": "chunked", "loss_chunk": 37}, {}),
     "DDP, reentrant checkpointing": ({"gradient_checkpointing": "reentrant"}, {}),
     "full fine-tuning, FSDP2": ({"sharding": "fsdp2"}, FULL),
@@ -95,7 +97,7 @@ CASES = {
     "packing": ({}, {"packing": True, "max_length": 96, "max_steps": 6}),
     "packing, FSDP2": ({"sharding": "fsdp2"}, {"packing": True, "max_length": 96, "max_steps": 6}),
 }
-OFTEN = ["full fine-tuning, FSDP2", "full fine-tuning, ZeRO-3", "packing, FSDP2", "FSDP2, chunked loss"]
+OFTEN = ["full fine-tuning, FSDP2", "full fine-tuning, ZeRO-3", "packing, FSDP2", "FSDP2, chunked loss", "FSDP2, smaller units"]
 
 
 @pytest.mark.parametrize("case", only(OFTEN, CASES))
@@ -221,6 +223,18 @@ def test_a_tied_model_that_is_read_in_parts_equals_one_process(ranks, alone, mat
     (_, kept), _ = ranks(2, train, words)
     assert kept["sharded"]
     assert losses(tmp_path) == pytest.approx(losses(directory), abs=1e-5)
+
+
+def test_units_that_share_a_weight_are_refused():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    apart = LlamaForCausalLM(config)
+    config.tie_word_embeddings = True
+    tied, names = LlamaForCausalLM(config), ("LlamaDecoderLayer", "LlamaMLP", "Embedding")
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens\.weight and lm_head\.weight share one weight"):
+        _layers(tied, names)
+    found = [type(layer).__name__ for layer in _layers(apart, names)]
+    assert found == ["LlamaMLP"] * 2 + ["LlamaDecoderLayer"] * 2 + ["Embedding"]  # inner ones first
+    assert len(_layers(tied, ())) == 2
 
 
 @pytest.mark.slow

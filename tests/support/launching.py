@@ -102,7 +102,7 @@ class Launched:
 
 
 def arguments(material: dict[str, Path], directory: Path, **options: Any) -> list[str]:
-    """Options of a short run in fp32; True is a flag, None leaves an option out."""
+    """Options of a short run in fp32; True is a flag, a list several values, None leaves an option out."""
     chosen: dict[str, Any] = {
         "model": material["model"],
         "train_file": material["instruction"],
@@ -122,6 +122,8 @@ def arguments(material: dict[str, Path], directory: Path, **options: Any) -> lis
     for name, value in chosen.items():
         if value is True:
             words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
         elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words
