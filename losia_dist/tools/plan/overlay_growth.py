@@ -42,7 +42,7 @@ class OverlayGrowth:
         """One sentence, and one of warning where the memory does not last."""
         text = f"What subnets leave beside the codes: {short(self.one_cycle / GB)} GB a GPU after one cycle"
         if self.of_run is not None:
-            text += f", {short(self.of_run / GB)} GB after this run's {self.cycles}"
+            text += f", {short(self.of_run / GB)} GB after this run's {self.cycles:,}"
         text += f", at most {short(self.most / GB)} GB (from cycle {self.most_cycles} on)."
         if self.outgrows:
             assert self.fitting_cycles is not None
