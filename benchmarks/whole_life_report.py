@@ -33,14 +33,18 @@ def report(parts: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> 
         exports = [stages[stage]["peak_gb"] for stage in ("delta", "export", "apply") if stage in stages]
         rows.append([*row, max(exports, default="-"), _bits(stages)])
     failures = [f"{part} failed: {stages['failed']['why']}" for part, stages in parts.items() if "failed" in stages]
-    bars = [bar(f"{part}: peak, GB", float(peak(stages)), LIMIT) for part, stages in parts.items() if peak(stages) != "-"]
+    bars = [bar(f"{part}: peak, GB", max(_peaks(stages)), LIMIT) for part, stages in parts.items() if _peaks(stages)]
     return "\n\n".join([table(columns, rows), bar_table(bars), *failures])
 
 
 def peak(stages: Mapping[str, Any], kind: str = "peak_gb") -> str:
     """Of the training, the most of the runs; "-" where none was measured."""
-    found = [stages[run][kind] for run in _RUNS if kind in stages.get(run, {})]
+    found = _peaks(stages, kind)
     return f"{max(found):.2f}" if found else "-"
+
+
+def _peaks(stages: Mapping[str, Any], kind: str = "peak_gb") -> list[float]:
+    return [stages[run][kind] for run in _RUNS if kind in stages.get(run, {})]
 
 
 def _planned(stages: Mapping[str, Any]) -> str:
