@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import RESULTS, bar, bar_table, header, table, write_json
-from benchmarks.methods import NEVER, RANK_FACTOR, Method, plain_step
+from benchmarks.methods import NEVER, RANK_FACTOR, Method, losia_step, plain_step
 from benchmarks.shapes import DTYPES
 from benchmarks.timing import Timing, interleave
 from losia_dist import Drawn, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
@@ -116,14 +116,7 @@ def losia(shape: ExpertShape, period: int, name: str) -> Method:
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-5), lr=1e-5)
     conductor = LoSiA(model, optimizer, config)
 
-    def step(tokens: Tensor) -> bool:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        relocalized = conductor.step()
-        optimizer.zero_grad(set_to_none=True)
-        return relocalized
-
-    return Method(name, model, step, optimizer, conductor)
+    return Method(name, model, losia_step(model, optimizer, conductor), optimizer, conductor)
 
 
 def lora(shape: ExpertShape, rank: int) -> Method:

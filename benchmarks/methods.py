@@ -126,15 +126,8 @@ def losia(shape: Shape, *, localizing: bool, rank_factor: Any = RANK_FACTOR, per
         for layer in conductor.sites:
             layer.gradient_sink = None
 
-    def step(tokens: Tensor) -> bool:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        relocalized = conductor.step()
-        optimizer.zero_grad(set_to_none=True)
-        return relocalized
-
     default = "LoSiA, localizing one layer" if localizing else "LoSiA, not localizing"
-    return Method(name or default, model, step, optimizer, conductor)
+    return Method(name or default, model, losia_step(model, optimizer, conductor), optimizer, conductor)
 
 
 def short(shape: Shape) -> Method:
@@ -147,14 +140,7 @@ def short(shape: Shape) -> Method:
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-5), lr=1e-5)
     conductor = LoSiA(model, optimizer, config, total_steps=shape.layers * config.period * config.cycles)
 
-    def step(tokens: Tensor) -> bool:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        relocalized = conductor.step()
-        optimizer.zero_grad(set_to_none=True)
-        return relocalized
-
-    return Method("LoSiA, preset short, slots", model, step, optimizer, conductor)
+    return Method("LoSiA, preset short, slots", model, losia_step(model, optimizer, conductor), optimizer, conductor)
 
 
 def equal_lora_rank(shape: Shape, rank_factor: float = RANK_FACTOR) -> int:
@@ -166,6 +152,19 @@ def equal_lora_rank(shape: Shape, rank_factor: float = RANK_FACTOR) -> int:
 def target_linears(model: Any) -> list[nn.Linear]:
     """The linear layers of the decoder: what every method here trains."""
     return [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+
+
+def losia_step(model: nn.Module, optimizer: torch.optim.Optimizer, conductor: LoSiA) -> Callable[[Tensor], bool]:
+    """A training step of this package; True where it ended a slot."""
+
+    def step(tokens: Tensor) -> bool:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        relocalized = conductor.step()
+        optimizer.zero_grad(set_to_none=True)
+        return bool(relocalized)
+
+    return step
 
 
 def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:

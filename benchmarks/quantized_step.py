@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, bar, bar_table, header, table, write_json
 from benchmarks.experts import kept_bytes
-from benchmarks.methods import Method, plain_step
+from benchmarks.methods import Method, losia_step, plain_step
 from benchmarks.shapes import DTYPES, Shape
 from benchmarks.timing import interleave
 from losia_dist import Drawn, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
@@ -75,13 +75,7 @@ def losia(shape: QuantizedShape, factors: Any, name: str) -> Method:
         site.subnet.data.mul_(1.01)
         conductor.placement.write_back(site)
 
-    def step(tokens: Tensor) -> None:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        optimizer.step()
-        conductor.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return Method(name, model, step, optimizer, conductor)
+    return Method(name, model, losia_step(model, optimizer, conductor), optimizer, conductor)
 
 
 def qlora(shape: QuantizedShape, rank: int) -> Method:
