@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
-from losia_dist.formulas import ring_bytes, subnet_size
+from losia_dist.formulas import ring_bytes
 from losia_dist.tools.plan.memory import BF16, FP32, checkpoint_bytes, sizes
 from losia_dist.tools.plan.quantized import overlay_bytes
 from losia_dist.tools.plan.workload import Workload
@@ -72,12 +73,11 @@ def _method_products(workload: Workload, tokens: int) -> tuple[float, float]:
     LoRA in experts forms W + BA whole, and its whole gradient: PEFT's `target_parameters`.
     """
     added = trained = 0.0
-    rank, config = workload.lora_rank, workload.config
+    rank = workload.lora_rank
     for count, layer in workload.shape.kinds:
         for m, n, experts, taken, _ in layer.weights:
             if workload.method == "losia":
-                kept = subnet_size(m, config.row_factor) * subnet_size(n, config.column_factor)
-                trained += 2.0 * tokens * count * taken * kept
+                trained += 2.0 * tokens * count * taken * prod(workload.subnet(m, n))
             elif workload.method == "lora" and experts == 1:
                 added += 2.0 * tokens * count * rank * (m + n)
                 trained += 2.0 * tokens * count * rank * (m + n)

@@ -98,7 +98,7 @@ def sizes(workload: Workload, padded: bool = False) -> _Sizes:
         found.layer_added, found.outer_trained = trained, 0
     if workload.method == "losia":
         places = [(count * w.experts, w) for count, layer in shape.kinds for w in layer.weights]
-        found.indices = sum(count * sum(_subnet(workload, w.m, w.n)) for count, w in places)
+        found.indices = sum(count * sum(workload.subnet(w.m, w.n)) for count, w in places)
         if config.output_rank_factor is not None:
             rows = subnet_size(shape.vocabulary, config.output_rank_factor)
             found.outer_added = found.outer_trained = rows * shape.hidden
@@ -123,12 +123,7 @@ def _of_layer(workload: Workload, layer: Layer, block: int) -> tuple[int, int]:
     if workload.method == "lora":
         return weights, sum(padded(w.experts) * workload.lora_rank * (w.m + w.n) for w in layer.weights)
     experts = sum(map(padded, workload.parts_of(layer)))
-    return weights, sum((experts if w.experts > 1 else 1) * prod(_subnet(workload, w.m, w.n)) for w in layer.weights)
-
-
-def _subnet(workload: Workload, m: int, n: int) -> tuple[int, int]:
-    """(r, c)."""
-    return subnet_size(m, workload.config.row_factor), subnet_size(n, workload.config.column_factor)
+    return weights, sum((experts if w.experts > 1 else 1) * prod(workload.subnet(w.m, w.n)) for w in layer.weights)
 
 
 def plan_memory(workload: Workload, cycles: int = 1) -> Memory:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Any
 
 from losia_dist.digits import short
 from losia_dist.formulas import cycle_steps
 from losia_dist.tools.plan.memory import plan_memory
-from losia_dist.tools.plan.quantized import overlay_bytes, subnet_elements
+from losia_dist.tools.plan.quantized import overlay_bytes
 from losia_dist.tools.plan.workload import GB, Workload
 
 
@@ -66,7 +66,7 @@ def overlay_growth(workload: Workload, steps: int | None, peak: int) -> OverlayG
     ranks = workload.data_ranks if config.by_rank else 1
     cycle = cycle_steps(workload.groups, config.period, workload.layers_per_slot * ranks)
     weights = [weight for _, layer in workload.shape.kinds for weight in layer.weights]
-    most_cycles = max(ceil(weight.m * weight.n / subnet_elements(workload, weight)) for weight in weights)
+    most_cycles = max(ceil(weight.m * weight.n / prod(workload.subnet(weight.m, weight.n))) for weight in weights)
     cycles = None if steps is None else max(1, ceil(steps / cycle))
 
     def fits(count: int) -> bool:

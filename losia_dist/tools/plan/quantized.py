@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from losia_dist.formulas import subnet_size
+from math import prod
+
 from losia_dist.tools.plan.model_shape import Weight
 from losia_dist.tools.plan.workload import Workload
 
@@ -57,12 +58,7 @@ def _left(workload: Workload, weight: Weight, cycles: int) -> int:
         return 0
     config = workload.config
     form = config.retired or ("int8" if workload.quantization == "fp8" else "nf4")
-    return int(_LEFT[form] * weight.experts * min(cycles * subnet_elements(workload, weight), weight.m * weight.n))
-
-
-def subnet_elements(workload: Workload, weight: Weight) -> int:
-    """r c, of one matrix."""
-    return subnet_size(weight.m, workload.config.row_factor) * subnet_size(weight.n, workload.config.column_factor)
+    return int(_LEFT[form] * weight.experts * min(cycles * prod(workload.subnet(weight.m, weight.n)), weight.m * weight.n))
 
 
 def dense_bytes(workload: Workload) -> int:

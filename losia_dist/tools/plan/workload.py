@@ -195,11 +195,15 @@ class Workload:
                 "layers_per_slot='auto' follows from the length of the run: give --steps, or a number (--layers-per-slot)."
             )
         for m, n, *_, name in self.shape.fullest.weights:
-            if not (subnet_size(m, config.row_factor) and subnet_size(n, config.column_factor)):
+            if not all(self.subnet(m, n)):
                 raise ConfigError(
                     f"--rank-factor {config.rank_factor} leaves {name} ({m} x {n}) of {self.shape.name} no row or column: at "
                     f"least 1/{min(m, n)} is needed."
                 )
+
+    def subnet(self, m: int, n: int) -> tuple[int, int]:
+        """Rows and columns of the subnet of an m x n matrix."""
+        return subnet_size(m, self.config.row_factor), subnet_size(n, self.config.column_factor)
 
     @property
     def shards(self) -> int:
