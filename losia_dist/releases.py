@@ -8,6 +8,9 @@ from importlib.util import find_spec
 
 from losia_dist.errors import ConfigError
 
+UNKNOWN = "of an unknown release"
+_MODULES = {"PyYAML": "yaml"}  # where a package is imported by another name
+
 
 def requirements() -> list[tuple[str, str, str]]:
     """(name, bounds, extra); empty where the package is run without being installed."""
@@ -23,10 +26,6 @@ def requirements() -> list[tuple[str, str, str]]:
         marker = str(requirement.marker or "")
         found.append((requirement.name, str(requirement.specifier), marker.rpartition("==")[2].strip(" \"'")))
     return found
-
-
-UNKNOWN = "of an unknown release"
-_MODULES = {"PyYAML": "yaml"}  # where a package is imported by another name
 
 
 def installed(name: str) -> str | None:

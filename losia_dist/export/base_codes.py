@@ -59,11 +59,7 @@ class BaseCodes:
     def original(self, layer: str) -> Tensor:
         """A weight before it was quantized, in the dtype that it was quantized from, on the CPU."""
         tensor, entry = self._read(layer), self._layers[layer]
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise CheckpointError(
-                f"{self._weight_of[layer]} in {self._files.path} is in {str(tensor.dtype).removeprefix('torch.')}: the "
-                "original's weights are needed, as they were before quantization."
-            )
+        self._files.check_original(self._weight_of[layer])
         return tensor.to(getattr(torch, entry.get("made_from", entry["dtype"])))
 
     def codes(self, layer: str) -> tuple[PackedWeight, Tensor]:

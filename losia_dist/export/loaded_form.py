@@ -150,6 +150,20 @@ class LoadedWeights:
         like = self.like(name)
         return None if like is None else tuple(like.shape)
 
+    def check_original(self, name: str) -> None:
+        """Of a weight that is there.
+
+        Raises:
+            CheckpointError: the files hold codes in its place.
+        """
+        there = self.like(name)
+        assert there is not None
+        if not there.is_floating_point() or there.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{name} in {self.path} is in {str(there.dtype).removeprefix('torch.')}: the original's weights are needed, as "
+                "they were before quantization."
+            )
+
     def tensor(self, name: str) -> Tensor:
         """A weight that is there, whole, in the dtype of the files."""
         if name in self._direct:

@@ -52,16 +52,11 @@ class OntoOriginal(PackedAccess):
         return self._original.tensor(plain_name(one.weight_name))
 
     def _check(self, name: str, one: PackedParameter) -> None:
-        there = self._original.like(name)
-        if there is None or tuple(there.shape) != one.packed.shape:
+        if self._original.shape(name) != one.packed.shape:
             raise CheckpointError(
                 f"{self._original.path} has no weight {name!r} of {list(one.packed.shape)}: give the directory of the original."
             )
-        if not there.is_floating_point() or there.dtype.itemsize < 2:
-            raise CheckpointError(
-                f"{name} in {self._original.path} is in {str(there.dtype).removeprefix('torch.')}: the original's weights are "
-                "needed, as they were before quantization."
-            )
+        self._original.check_original(name)
 
     def read_whole(self, parameter: Tensor) -> Tensor:
         one = self._find(parameter)

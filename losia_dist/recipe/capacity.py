@@ -23,7 +23,7 @@ from losia_dist.recipe.weights.stored import open_files
 
 GB = 1e9
 _SURE = 0.75  # of what the files hold: a tied output layer may be in there twice, and some models leave a part unread
-_BYTES = {None: None, "nf4": 0.5, "fp4": 0.5, "int8": 1.0, "fp8": 1.0}  # of a weight, by --quantization
+_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "fp8": 1.0}  # of a weight, by --quantization
 
 
 def stored_weights(model: str) -> tuple[int, int] | None:
@@ -58,7 +58,7 @@ def check_memory(options: argparse.Namespace, choice: EngineChoice, process: Pro
     if weights is None or offloads:
         return
     values, stored = weights
-    each = _BYTES.get(options.quantization, 1.0) or (2.0 if choice.precision == "bf16" else 4.0)
+    each = _BYTES.get(options.quantization, _plain_bytes(choice))
     shared = _sharing_ranks(choice, process) if choice.cuts_weights else 1
     needed = _SURE * min(values * each, stored if _is_quantized(values, stored) else math.inf) / shared
     free, place = (free, "here") if free is not None else _free_memory(process)
@@ -70,8 +70,8 @@ def check_memory(options: argparse.Namespace, choice: EngineChoice, process: Pro
         )
 
 
-def check_disk(options: argparse.Namespace, choice: EngineChoice, free: int | None = None) -> None:
-    """One rank calls it, with --output_dir made. free: bytes, else those of its file system.
+def check_disk(options: argparse.Namespace, choice: EngineChoice) -> None:
+    """One rank calls it, with --output_dir made.
 
     Raises:
         ConfigError: the trained model, and the base that checkpoints keep once, do not fit there.
@@ -82,21 +82,22 @@ def check_disk(options: argparse.Namespace, choice: EngineChoice, free: int | No
     if weights is None or any(directory.glob("*")):
         return
     values, stored = weights
-    model = values * (2 if choice.precision == "bf16" else 4)
+    model = values * _plain_bytes(choice)
     quantized = options.quantization is not None or _is_quantized(values, stored)
     copies = {"the trained model": not options.no_save, "checkpoints' base": bool(options.save_steps) and not quantized}
     needed = _SURE * model * sum(copies.values())
-    free = (
-        shutil.disk_usage(next(path for path in (directory, *directory.parents) if path.exists())).free
-        if free is None
-        else free
-    )
+    free = shutil.disk_usage(directory).free
     if needed > free:
         what = " and ".join(name for name, there in copies.items() if there)
         raise ConfigError(
             f"--output_dir {options.output_dir}: {what} take at least {short(needed / GB)} GB, and {short(free / GB)} GB are "
             "free there. Free some, or give a directory on another file system; losia-dist doctor counts all that a run writes."
         )
+
+
+def _plain_bytes(choice: EngineChoice) -> int:
+    """Of a weight that is not quantized."""
+    return 2 if choice.precision == "bf16" else 4
 
 
 def _is_quantized(values: int, stored: int) -> bool:
