@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from losia_dist.subnet.blocks import subnet_gradient, take_subnet, write_subnet
+from losia_dist.subnet.float8 import float8_input_gradient, float8_linear
 from losia_dist.subnet.site import GradientSink, Site
 
 
@@ -26,6 +27,8 @@ def subnet_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, s
     if site.input_sink is not None:
         site.input_sink(x, 0)
     matrix = site.present(weight, subnet, x.dtype, again=False)
+    if site.in_float8:
+        return float8_linear(x, matrix, bias)
     return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -50,7 +53,7 @@ def subnet_backward(
         matrix = site.present(weight, subnet, grad_y.dtype, again=True)
     if needs_x:
         assert matrix is not None
-        grad_x = grad_y @ matrix.to(grad_y.dtype)
+        grad_x = float8_input_gradient(grad_y, matrix) if site.in_float8 else grad_y @ matrix.to(grad_y.dtype)
     if needs_subnet:
         flat_grad, flat_kept = grad_y.reshape(-1, grad_y.shape[-1]), kept.reshape(-1, kept.shape[-1])
         if sink is None:
