@@ -69,8 +69,8 @@ class LoSiAConfig:
         retired: over a quantized base, how what a subnet changed is kept once it has moved on, beside the codes: "nf4" (0.53
             bytes a value), "int8" (1), "bf16" (2) or "fp32" (4); "stochastic" rounds it into the codes at random, which takes
             no memory and adds noise with each move. None: "nf4" over bitsandbytes' forms, "int8" over FP8.
-        weight_products: "fp8": linear layers compute y = x W^T and dx = dy W in FP8, for which NVIDIA GPUs of compute capability
-            8.9 and newer have units; gradients of subnets and of weights stay as they are. None, the default: in the dtype of x.
+        weight_products: "fp8": linear layers compute y = x W^T and dx = dy W in FP8, for which NVIDIA GPUs have units from
+            compute capability 8.9 on; gradients of subnets and weights stay as they are. None, the default: in the dtype of x.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 

@@ -84,11 +84,9 @@ def _rounded(matrix: Tensor, form: torch.dtype) -> tuple[Tensor, Tensor]:
     scale, back = _scales(torch.linalg.vector_norm(matrix, math.inf), _TOP[form])
     found = torch.empty(matrix.shape, dtype=form, device=matrix.device)
     rows = max(1, _BLOCK // matrix.shape[1])
-    for start in range(0, matrix.shape[0], rows):
-        block = matrix[start : start + rows]
+    for block, target in zip(matrix.split(rows), found.split(rows), strict=True):
         # bf16 and fp32 have the exponents that a scale may need; fp16, which evaluation may compute in, has not.
-        block = block.float() if block.dtype == torch.float16 else block
-        found[start : start + rows].copy_(block * scale)
+        target.copy_((block.float() if block.dtype == torch.float16 else block) * scale)
     return found, back
 
 
@@ -96,7 +94,7 @@ def _scales(largest: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """2^k with k = floor(log2(1.75 * 2^top / largest)) between -126 and 126, and 2^-k: fp32 [] both.
 
     largest: [], not negative. If it is infinite or NaN the second is NaN: FP8 may round infinity to a number, and what was not
-    finite must not become so. Made of an fp32's bits, exactly on any device: 127 is the exponent's bias, 23 the mantissa's length.
+    finite must not become so. Made of an fp32's bits, exact on any device: 127 is the exponent's bias, 23 the mantissa's bits.
     """
     largest = largest.float()
     # The exponent of `largest`, one more where its mantissa is above 1.75: the carry of this sum.
