@@ -51,6 +51,7 @@ def tasks(rehearse: bool) -> list[Task]:
         Task("8b-4096-checkpointed", 75, [*train, "8b", "--length", "4096", "--checkpointing"]),
         Task("8b-nf4-2048", 60, [*train, "8b-nf4", "--length", "2048"], needs=("bitsandbytes", "peft")),
         Task("moe-2048", 60, [*train, "moe", "--length", "2048"], needs=("peft",)),
+        Task("8b-4096-fp8", 60, [*train, "8b", "--length", "4096", "--methods", "losia", "losia-fp8"]),
         Task(
             "1b-2048-compiled",
             75,

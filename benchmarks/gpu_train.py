@@ -41,9 +41,15 @@ _TINY = {"layers": 2, "hidden": 64, "intermediate": 128, "vocabulary": 256, "hea
 _DEFAULT = ("losia", "localizing", "lora64", "full")
 # Layers of Qwen3-30B-A3B, a quarter of them: 7.6 B weights, of which a token takes 0.7.
 _MOE = experts.ExpertShape(experts=128, top=8, layers=12, hidden=2048, expert_size=768, vocabulary=32000)
+# Of GPUs with units for FP8 alone: on a CPU its time says nothing.
+_FLOAT8 = {
+    "losia-fp8": lambda shape: methods.losia(
+        shape, localizing=False, weight_products="fp8", name="LoSiA, not localizing, FP8 products"
+    )
+}
 KINDS = {
     "1b": Kind(LLAMA_1B, methods.floor, step_time.METHODS, _DEFAULT, _TINY),
-    "8b": Kind(LLAMA_8B, methods.floor, step_time.METHODS, _DEFAULT, _TINY),
+    "8b": Kind(LLAMA_8B, methods.floor, {**step_time.METHODS, **_FLOAT8}, _DEFAULT, _TINY),
     "8b-nf4": Kind(
         quantized_step.QuantizedShape(**LLAMA_8B.to_dict()),
         quantized_step.floor,

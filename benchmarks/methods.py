@@ -116,9 +116,17 @@ def galore(shape: Shape, rank: int = 128) -> Method:
     return Method(f"GaLore r = {rank}, SVD not counted", model, plain_step(model, optimizer), optimizer)
 
 
-def losia(shape: Shape, *, localizing: bool, rank_factor: Any = RANK_FACTOR, period: int = NEVER, name: str = "") -> Method:
+def losia(
+    shape: Shape,
+    *,
+    localizing: bool,
+    rank_factor: Any = RANK_FACTOR,
+    period: int = NEVER,
+    weight_products: str | None = None,
+    name: str = "",
+) -> Method:
     """This package. Without `localizing` no layer collects importance, as in all layers but one of a real step."""
-    model, config = shape.model(), LoSiAConfig(rank_factor=rank_factor, period=period)
+    model, config = shape.model(), LoSiAConfig(rank_factor=rank_factor, period=period, weight_products=weight_products)
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-5), lr=1e-5)
     conductor = LoSiA(model, optimizer, config)

@@ -24,6 +24,7 @@ from losia_dist.config.selection import (
 from losia_dist.errors import ConfigError
 
 CONFIG_NAME = "losia_config.json"
+PRODUCTS = ("fp8",)
 RETIRED = ("nf4", "int8", "bf16", "fp32", "stochastic")
 PACKAGED = resources.files("losia_dist") / "config" / "presets"  # files that go by their names
 
@@ -68,6 +69,8 @@ class LoSiAConfig:
         retired: over a quantized base, how what a subnet changed is kept once it has moved on, beside the codes: "nf4" (0.53
             bytes a value), "int8" (1), "bf16" (2) or "fp32" (4); "stochastic" rounds it into the codes at random, which takes
             no memory and adds noise with each move. None: "nf4" over bitsandbytes' forms, "int8" over FP8.
+        weight_products: "fp8": linear layers compute y = x W^T and dx = dy W in FP8, for which NVIDIA GPUs have units from
+            compute capability 8.9 on; gradients of subnets and weights stay as they are. None, the default: in the dtype of x.
         seed: of random subnets. The first ones depend on the seed and the layer's name alone, later ones on the step too.
     """
 
@@ -88,6 +91,7 @@ class LoSiAConfig:
     rewarm_steps: int | None = None
     reset_bias_correction: bool = True
     retired: str | None = None
+    weight_products: str | None = None
     seed: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoSiAConfig:
@@ -116,6 +120,8 @@ class LoSiAConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: true or false is needed.")
         if self.retired is not None and self.retired not in RETIRED:
             raise ConfigError(f"retired={self.retired!r}: {', '.join(RETIRED)}, or null.")
+        if self.weight_products is not None and self.weight_products not in PRODUCTS:
+            raise ConfigError(f"weight_products={self.weight_products!r}: {', '.join(PRODUCTS)}, or null.")
         self._check_importance_steps()
         self._check_full_lr_scale()
         self._check_experts()

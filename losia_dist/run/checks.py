@@ -18,6 +18,7 @@ from losia_dist.ranks.fingerprint import fingerprint, loading_print
 from losia_dist.run.parts import RunParts
 from losia_dist.sharding.expert_parallel import refuse_unfit
 from losia_dist.sharding.packed_access import PackedAccess
+from losia_dist.subnet.float8 import refuse_device
 from losia_dist.subnet.listed_experts import is_listed
 from losia_dist.subnet.packed import same_scales
 from losia_dist.subnet.site import Site
@@ -104,9 +105,12 @@ def refuse_unusable(sites: list[Site], config: LoSiAConfig, process_group: dist.
 
     Raises:
         UnsupportedError: fp16; subnets that an engine cast to another dtype than they were asked for; experts that are modules
-            of their own where ranks reduce full gradients together; experts that are spread in a way that does not go.
+            of their own where ranks reduce full gradients together; experts that are spread in a way that does not go; products
+            in FP8 on a device without them.
+        ConfigError: the model was converted with another `weight_products` than this configuration has.
     """
     refuse_unfit(sites, config, process_group)
+    _refuse_products(sites, config)
     _refuse_listed(sites, config, dist.get_world_size(process_group) if dist.is_initialized() else 1)
     for site in sites:
         if torch.float16 in (site.subnet.dtype, site.weight.dtype):
@@ -119,6 +123,18 @@ def refuse_unusable(sites: list[Site], config: LoSiAConfig, process_group: dist.
                 f"{site.subnet.dtype}: model.to(...) or the engine cast it. Cast the model before get_losia_model; with "
                 "DeepSpeed leave subnet_dtype out (it keeps fp32 master values itself)."
             )
+
+
+def _refuse_products(sites: list[Site], config: LoSiAConfig) -> None:
+    in_float8 = [site for site in sites if site.in_float8]
+    if bool(in_float8) != (config.weight_products is not None):
+        found = "fp8" if in_float8 else None
+        raise ConfigError(
+            f"weight_products={config.weight_products!r}, but the model was converted with {found!r}: pass LoSiA(...) the "
+            "configuration that get_losia_model was given."
+        )
+    for site in in_float8[:1]:
+        refuse_device(site.row_index.device)
 
 
 def _refuse_listed(sites: list[Site], config: LoSiAConfig, world_size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,18 +11,21 @@ from torch import nn
 from torch.nn import functional
 
 from losia_dist.config.losia_config import LoSiAConfig, matches
-from losia_dist.errors import ConfigError, UnsupportedError
+from losia_dist.errors import ConfigError, UnsupportedError, some
 from losia_dist.formulas import subnet_size
 from losia_dist.subnet.access import BlockAccess, read_subnet, whole_shape
 from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.expert_weights import expert_weights, router_modules
 from losia_dist.subnet.experts import add_expert_site
+from losia_dist.subnet.float8 import STEP, has_float8_sizes
 from losia_dist.subnet.linear import SubnetLinear, TiedSubnetEmbedding, can_share_subnet
 from losia_dist.subnet.listed_experts import watch_listed
 from losia_dist.subnet.packed import packed_weights
 from losia_dist.subnet.routers import mark_router
 from losia_dist.subnet.site import Site, matrix_names
 from losia_dist.subnet.targets import Target, find_targets, in_localization_order, saved_modules
+
+_logger = logging.getLogger(__name__)
 
 
 def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_dtype: torch.dtype | None = None) -> None:
@@ -40,6 +44,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     routers = _routers(model, config, access)
     for target in targets:
         _check_dtype(target, access.dtype(target.weight), subnet_dtype)
+    in_float8 = _in_float8(targets, shapes, config, access)
     frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -47,6 +52,7 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
     for target in targets:
         site = _make_site(target, shapes[target.name], sizes[target.name], Draw.of(config), access, subnet_dtype)
         sites.append(site)
+        site.in_float8 = target.name in in_float8
         site.converted_with = shapes  # one object of all sites, so that any of them knows what there was
         embedding = embeddings[target.name]
         if embedding is not None:
@@ -56,6 +62,31 @@ def convert(model: nn.Module, config: LoSiAConfig, access: BlockAccess, subnet_d
         parameter.requires_grad_(True)
     for router in routers:
         mark_router(router, frozen)
+
+
+def _in_float8(targets: list[Target], shapes: dict[str, tuple[int, int]], config: LoSiAConfig, access: BlockAccess) -> set[str]:
+    """Names of the layers that compute in FP8, if any are to; those that do not are told in the log."""
+    if config.weight_products is None:
+        return set()
+    why: dict[str, list[str]] = {}
+    chosen = []
+    for target in targets:
+        if target.layout.experts is not None:
+            why.setdefault("experts in a fused weight", []).append(target.name)
+        elif target.is_output:
+            why.setdefault("the output layer, whose results enter the loss", []).append(target.name)
+        elif not has_float8_sizes(*shapes[target.name], access.dtype(target.weight)):
+            why.setdefault(f"sizes that {STEP} does not divide, or a dtype besides bf16 and fp32", []).append(target.name)
+        else:
+            chosen.append(target.name)
+    if not chosen:
+        reasons = "; ".join(f"{reason}: {some(names, 1)}" for reason, names in why.items())
+        raise ConfigError(
+            f"weight_products={config.weight_products!r}, but no target layer can compute so ({reasons}): leave it out."
+        )
+    for reason, names in why.items():
+        _logger.warning("weight_products=fp8 leaves out %s (%d in all): %s", some(names, 3), len(names), reason)
+    return set(chosen)
 
 
 def _refuse_old_torch(targets: list[Target]) -> None:

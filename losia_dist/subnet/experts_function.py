@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from losia_dist.subnet.capture import refuse_capture
 from losia_dist.subnet.grouped import count_of_each, grouped_linear, grouped_outer, narrow_outer, take_of_owner
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.packed import PackedWeight
@@ -82,6 +83,8 @@ def experts_forward(
 
     layout: of all experts of the weight. packed: what a quantized weight stores; None: its values. subnets: of `sites`.
     """
+    for site in sites[:1]:
+        refuse_capture(site.name, x)
     weight = _whole(sites, weight, subnets, packed, x.dtype, again=False)
     if sites and sites[0].module.training:
         counts = count_of_each(routing.offsets) if routing.counts is None else routing.counts
@@ -109,6 +112,8 @@ def experts_backward(
 
     kept: all of x [t, n] if any site has a sink, else each token's own columns [t, c].
     """
+    for site in sites[:1]:
+        refuse_capture(site.name, grad_y)
     # dx reads the weight, and so do the sinks, which other ranks may have (reduction="by_rank").
     if needs_x or any(sink is not None for sink in sinks) or (packed is not None and packed.needs_all_ranks):
         weight = _whole(sites, weight, subnets, packed, grad_y.dtype, again=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from losia_dist.errors import UnsupportedError
+from losia_dist.subnet.capture import NEVER_CAPTURED
 from losia_dist.subnet.experts_function import Routing, experts_backward, experts_forward, kept_of
 from losia_dist.subnet.layout import Layout
 from losia_dist.subnet.operator import find_site, next_ticket
@@ -33,7 +34,7 @@ def _found(row_index: Tensor) -> tuple[list[Site], Layout]:
     return [site for site in module.sites if site.names.weight == parameter], module.layouts[parameter]
 
 
-@torch.library.custom_op("losia_dist::subnet_experts", mutates_args=())
+@torch.library.custom_op("losia_dist::subnet_experts", mutates_args=(), tags=NEVER_CAPTURED)
 def _experts(
     x: Tensor,
     offsets: Tensor,
@@ -73,7 +74,7 @@ def _(
     return x.new_empty(x.shape[0], m), kept, torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("losia_dist::subnet_experts_backward", mutates_args=())
+@torch.library.custom_op("losia_dist::subnet_experts_backward", mutates_args=(), tags=NEVER_CAPTURED)
 def _experts_backward(
     grad_y: Tensor,
     kept: Tensor,

@@ -18,14 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from losia_dist.subnet.blocks import subnet_gradient, take_subnet, write_subnet
+from losia_dist.subnet.capture import refuse_capture
+from losia_dist.subnet.float8 import float8_input_gradient, float8_linear
 from losia_dist.subnet.site import GradientSink, Site
 
 
 def subnet_forward(site: Site, x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor) -> Tensor:
     """y = x W^T + b with the subnet's present values in W; x [..., n] -> [..., m], in the dtype of x."""
+    refuse_capture(site.name, x)
     if site.input_sink is not None:
         site.input_sink(x, 0)
     matrix = site.present(weight, subnet, x.dtype, again=False)
+    if site.in_float8:
+        return float8_linear(x, matrix, bias)
     return functional.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -44,13 +49,14 @@ def subnet_backward(
 
     kept: all of x [..., n] if there is a sink to take the full gradient (the layer localizes), else x[..., C].
     """
+    refuse_capture(site.name, grad_y)
     grad_x = grad_subnet = matrix = None
     # dx reads the weight, and so does the sink, which another rank may have (reduction="by_rank").
     if needs_x or sink is not None or (site.packed is not None and site.packed.needs_all_ranks):
         matrix = site.present(weight, subnet, grad_y.dtype, again=True)
     if needs_x:
         assert matrix is not None
-        grad_x = grad_y @ matrix.to(grad_y.dtype)
+        grad_x = float8_input_gradient(grad_y, matrix) if site.in_float8 else grad_y @ matrix.to(grad_y.dtype)
     if needs_subnet:
         flat_grad, flat_kept = grad_y.reshape(-1, grad_y.shape[-1]), kept.reshape(-1, kept.shape[-1])
         if sink is None:
@@ -101,6 +107,7 @@ class SubnetLinearFunction(torch.autograd.Function):
 
 def embedding_forward(head: Site, tokens: Tensor, weight: Tensor, subnet: Tensor) -> Tensor:
     """Rows of a weight that the output layer shares, with its subnet's present values: int64 [...] -> [..., n]."""
+    refuse_capture(head.name, tokens)
     if head.must_write(weight, subnet):
         write_subnet(weight, subnet, head.rows, head.columns)
     return functional.embedding(tokens, weight)
@@ -116,6 +123,7 @@ def embedding_backward(
     padding_index: int | None,
 ) -> Tensor:
     """dS [r, n] of the look-up, in the subnet's dtype; tokens equal to padding_index give none."""
+    refuse_capture(head.name, grad_y)
     flat_tokens = tokens.reshape(-1)
     flat_grad = grad_y.reshape(-1, grad_y.shape[-1])
     if padding_index is not None:

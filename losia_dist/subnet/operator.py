@@ -19,6 +19,7 @@ from torch import Tensor
 
 from losia_dist.errors import UnsupportedError
 from losia_dist.subnet.blocks import take_last
+from losia_dist.subnet.capture import NEVER_CAPTURED
 from losia_dist.subnet.function import embedding_backward, embedding_forward, subnet_backward, subnet_forward
 from losia_dist.subnet.site import Site
 
@@ -48,7 +49,7 @@ def next_ticket() -> int:
     return next(_tickets)
 
 
-@torch.library.custom_op("losia_dist::subnet_linear", mutates_args=())
+@torch.library.custom_op("losia_dist::subnet_linear", mutates_args=(), tags=NEVER_CAPTURED)
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, subnet: Tensor, row_index: Tensor, col_index: Tensor, m: int, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +72,7 @@ def _(
     return x.new_empty(*x.shape[:-1], m), kept, torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("losia_dist::subnet_linear_backward", mutates_args=())
+@torch.library.custom_op("losia_dist::subnet_linear_backward", mutates_args=(), tags=NEVER_CAPTURED)
 def _linear_backward(
     grad_y: Tensor, kept: Tensor, ticket: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, n: int, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,7 @@ def compiled_linear(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("losia_dist::subnet_embedding", mutates_args=())
+@torch.library.custom_op("losia_dist::subnet_embedding", mutates_args=(), tags=NEVER_CAPTURED)
 def _embedding(tokens: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, padding_index: int) -> Tensor:
     return embedding_forward(find_site(row_index), tokens, weight, subnet)
 
@@ -132,7 +133,7 @@ def _(tokens: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, padding
     return weight.new_empty(*tokens.shape, weight.shape[1])
 
 
-@torch.library.custom_op("losia_dist::subnet_embedding_backward", mutates_args=())
+@torch.library.custom_op("losia_dist::subnet_embedding_backward", mutates_args=(), tags=NEVER_CAPTURED)
 def _embedding_backward(
     grad_y: Tensor, tokens: Tensor, weight: Tensor, subnet: Tensor, row_index: Tensor, padding_index: int
 ) -> Tensor:

@@ -88,6 +88,7 @@ class Site:
         self.name, self.group_name, self.is_output = name, group_name, is_output
         self.shape, self.asked_dtype, self.part = shape, asked_dtype, part
         self.packed = packed_of(module, names.weight)  # what a quantized weight stores; None: the weight holds its values
+        self.in_float8 = False  # y and dx are products in FP8 (`subnet.float8`)
         self.takes_all_rows = self.row_index.shape[-1] == shape[0]
         self.takes_all_columns = self.col_index.shape[-1] == shape[1]
         self.matrix_names = matrix_names(weight_name or name, layout)

@@ -152,7 +152,7 @@ def test_every_benchmark_that_is_listed_exists():
 @pytest.mark.slow
 def test_the_gpu_run_rehearses_and_streams(tmp_path):
     path = tmp_path / "gpu.jsonl"
-    arguments = ["--rehearse", "--output", str(path), "--only", "nccl", "1b-2048", "8b-nf4-2048", "moe-2048"]
+    arguments = ["--rehearse", "--output", str(path), "--only", "nccl", "1b-2048", "8b-nf4-2048", "moe-2048", "8b-4096-fp8"]
     lines = gpu(arguments)
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines
     assert lines[0]["task"] == "environment" and lines[0]["rehearsal"] is True
@@ -161,10 +161,11 @@ def test_the_gpu_run_rehearses_and_streams(tmp_path):
     trained = {line["key"]: line for line in lines if line["task"] == "1b-2048" and "key" in line}
     assert {"floor", "losia", "localizing", "full"} <= set(trained)
     assert trained["losia"]["tokens_per_second"] > 0
-    assert [line["status"] for line in lines if "status" in line] == ["done"] * 4
+    assert [line["status"] for line in lines if "status" in line] == ["done"] * 5
     told = summary(lines)
     assert all(
-        name in told for name in ("LoSiA, not localizing", "LoSiA, 1 x 1/16", "QLoRA", "LoSiA, drawn", "target_parameters")
+        name in told
+        for name in ("LoSiA, not localizing", "LoSiA, 1 x 1/16", "QLoRA", "LoSiA, drawn", "target_parameters", "FP8 products")
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,20 +12,21 @@ from torch.distributed.fsdp import fully_shard
 
 from losia_dist import LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model, losia_parameter_groups
 from losia_dist.errors import UnsupportedError
+from losia_dist.subnet import float8
 from tests.support.models import batches, tiny_llama
 
 STEPS = 12
 
 
-def trained(device: str, dtype: torch.dtype = torch.float32, compiled: bool = False) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses and last row indices of a training through six re-localizations."""
+def trained(device: str, dtype: torch.dtype = torch.float32, compiled: Any = None) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and last row indices of a training through six re-localizations. compiled: options of `model.compile`, or None."""
     model = tiny_llama(attn_implementation="sdpa").to(device, dtype)
     config = LoSiAConfig(rank_factor=0.25, output_rank_factor=0.25, period=2)
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     losia = LoSiA(model, optimizer, config)
-    if compiled:
-        model.compile()
+    if compiled is not None:
+        model.compile(**compiled)
     losses = []
     for (batch,) in batches(STEPS, 1, 4, 12, 96, seed=7):
         ids = batch["input_ids"].to(device)
@@ -32,12 +35,12 @@ def trained(device: str, dtype: torch.dtype = torch.float32, compiled: bool = Fa
         optimizer.step()
         losia.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss.detach().clone())  # a CUDA graph's next replay writes there
     return torch.stack(losses).tolist(), [layer.row_index.cpu() for layer in losia.sites]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [None, {}], ids=["eager", "compiled"])
 def test_a_gpu_trains_as_the_cpu_does(compiled):
     torch.backends.cuda.matmul.allow_tf32 = False
     losses, rows = trained("cuda", compiled=compiled)
@@ -52,11 +55,41 @@ def test_bf16_trains_on_a_gpu():
     assert all(loss == loss for loss in losses) and losses[-1] < losses[0]
 
 
+def skip_without_float8() -> None:
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < float8.CAPABILITY:
+        pytest.skip("no units for FP8 in e4m3fn and e5m2: refused there, tests/unit/test_float8.py")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("selection", ["greedy", "random"])
-def test_a_step_waits_for_no_host_synchronisation(selection):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fp8_products_are_those_of_the_cpu(dtype, transposed):
+    """To 2e-3 of the largest: units for FP8 add products up in fewer bits than fp32 has."""
+    skip_without_float8()
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 40, 256).to(dtype), torch.randn(192, 256).to(dtype) / 16, torch.randn(192).to(dtype)
+    grad_y = torch.randn(3, 40, 192).to(dtype) * 1e-5
+
+    def products(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix = weight.to(device)
+        matrix = matrix.t().contiguous().t() if transposed else matrix
+        y = float8.float8_linear(x.to(device), matrix, bias.to(device))
+        return y, float8.float8_input_gradient(grad_y.to(device), matrix)
+
+    for ours, theirs in zip(products("cuda"), products("cpu"), strict=True):
+        assert ours.dtype == dtype and ours.shape == theirs.shape
+        bound = 2e-3 if dtype == torch.float32 else 1e-2
+        assert (ours.cpu().float() - theirs.float()).abs().max() < bound * theirs.float().abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection, products", [("greedy", None), ("random", None), ("random", "fp8")])
+def test_a_step_waits_for_no_host_synchronisation(selection, products):
+    if products:
+        skip_without_float8()
     model = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(4)]).cuda()
-    config = LoSiAConfig(rank_factor=0.125, period=50, target_modules=["0", "1", "2", "3"], selection=selection)
+    targets = ["0", "1", "2", "3"]
+    config = LoSiAConfig(rank_factor=0.125, period=50, target_modules=targets, selection=selection, weight_products=products)
     get_losia_model(model, config)
     optimizer = LoSiAAdamW(losia_parameter_groups(model, lr=1e-3), lr=1e-3)
     losia = LoSiA(model, optimizer, config)
@@ -114,3 +147,22 @@ def test_weights_cut_over_ranks_of_context_parallelism_are_refused(tmp_path):
             LoSiA(model, optimizer, config)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_a_layer_with_a_subnet_refuses_to_be_captured():
+    model = get_losia_model(torch.nn.Sequential(torch.nn.Linear(64, 64)).cuda(), LoSiAConfig(rank_factor=0.25))
+    x = torch.randn(4, 64, device="cuda")
+    with torch.no_grad():
+        model(x)
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(UnsupportedError, match="runs while a CUDA graph is captured"), torch.cuda.graph(graph):
+            model(x)
+
+
+@pytest.mark.gpu
+def test_a_model_compiled_with_cuda_graphs_trains_as_an_eager_one():
+    losses, rows = trained("cuda", compiled={"mode": "reduce-overhead"})
+    expected, expected_rows = trained("cuda")
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(rows, expected_rows, strict=True))

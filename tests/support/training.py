@@ -18,6 +18,7 @@ from losia_dist import Located, LoSiA, LoSiAAdamW, LoSiAConfig, get_losia_model,
 from losia_dist.checkpoint.tensor_names import unwrap
 from losia_dist.export.live import _gather
 from tests.reference.dense import DenseLoSiA, DenseWithOptimizer
+from tests.reference.float8 import compute_in_float8
 from tests.support.expected import converted_targets, mixture_targets
 from tests.support.families import MIXTURES, decoder_layers, tiny_model
 from tests.support.models import batches, tiny_llama
@@ -151,9 +152,12 @@ def reference(run: Run, ranks: int = 1, split: int = 1) -> dict[str, Any]:
     """
     config = LoSiAConfig(**run.config)
     is_mixture = run.family in MIXTURES and config.target_modules == "all-linear"
-    plain = replace(config, retired=None)  # of the model that the reference has
+    plain = replace(config, retired=None, weight_products=None)  # of the model that the reference has
     targets = mixture_targets(build_plain(run), run.config) if is_mixture else converted_targets(build_plain(run), plain)
     model = build_plain(run)
+    if config.weight_products:
+        linear = [name for name in targets.subnets if name not in targets.experts and name != "lm_head.weight"]
+        compute_in_float8(model, linear, targets.transposed)
     kind = DenseLoSiA if not run.optimizer else partial(DenseWithOptimizer, optimizer_of(run))
     dense = kind(
         model,

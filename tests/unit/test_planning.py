@@ -13,6 +13,7 @@ from losia_dist.cli.main import main
 from losia_dist.formulas import cycle_steps, layers_per_slot_for
 from losia_dist.subnet.convert import find_sites
 from losia_dist.tools.plan.costs import plan_traffic
+from losia_dist.tools.plan.measured import layer_activations
 from losia_dist.tools.plan.memory import plan_memory, sizes
 from losia_dist.tools.plan.shapes import BUILT_IN, find_shape
 from losia_dist.tools.plan.tables import describe
@@ -292,6 +293,19 @@ def test_importance_from_some_steps_costs_their_share_of_whole_gradients():
     assert some.traffic.localization == pytest.approx(0.08 * every.traffic.localization)
     assert some.compute.weights - drawn.compute.weights == pytest.approx(0.08 * (every.compute.weights - drawn.compute.weights))
     assert some.peak == every.peak  # such a step is still the fullest one
+
+
+def test_fp8_products_take_copies_of_what_they_multiply_and_are_timed_as_bf16s():
+    plain = workload("qwen3-8b")
+    rounded = replace(plain, config=LoSiAConfig(weight_products="fp8"))
+    ours, theirs = layer_activations(rounded, True), layer_activations(plain, True)
+    # Backward begins with down_proj's dx, of dy [4096, 4096] and W [4096, 12288] in a byte each.
+    assert ours.beyond[0] - theirs.beyond[0] == pytest.approx(4096 * 4096 + 4096 * 12288, abs=64)
+    assert ours.saved == theirs.saved
+    plans = [make_plan(one) for one in (plain, rounded)]
+    assert plans[0].seconds == plans[1].seconds
+    told = "FP8 products are timed as bf16's."
+    assert told in describe(plans[1:], None) and told not in describe(plans[:1], None)
 
 
 def test_the_command_says_nothing_of_averages_where_subnets_are_drawn(capsys, tmp_path):

@@ -67,6 +67,7 @@ def describe(plans: Sequence[Plan], steps: int | None) -> str:
         f"Rates: {cluster.gpu}, {short(cluster.peak_flops / 1e12)} TFLOP/s at {cluster.compute_efficiency:.0%}; "
         f"{short(cluster.gpu_bandwidth / GB)} GB/s inside a node, {short(cluster.node_bandwidth / GB)} GB/s a GPU between "
         f"nodes, at {cluster.link_efficiency:.0%}; transfers beside the computation."
+        + (" FP8 products are timed as bf16's." if workload.config.weight_products else "")
     )
     if "schedule" in records[0]:
         parts.append(_schedule(records[0]["schedule"]))
