@@ -1,7 +1,8 @@
 """Which linear layers read the same input, as the first forward pass shows: those that are located on the same columns.
 
 That a module holds them and that their inputs are of one width is not enough: an attention's output layer often is as wide as
-q, k and v, and reads something else.
+q, k and v, and reads something else. Values are compared, not memory: a compiler gives each layer a copy, and lets another
+input follow in the same place.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor
 
 from losia_dist.subnet.convert import group_names
-from losia_dist.subnet.shared_inputs import families, same_tensor
+from losia_dist.subnet.shared_inputs import families
 from losia_dist.subnet.site import Site
+
+_COMPARED = 64  # neurons of an input, at least, where it has as many
 
 
 class InputReaders:
-    """Watches the first call of each layer. Layers that are called in turn with the same tensor read the same input.
+    """Compares what each layer is called with first to what the layer of its family got that was called before it.
+
+    Families are those of `shared_inputs.families`. The host does not wait for a comparison before the slot ends.
 
     sites: of the run. share_columns: of `Located`; if false, no layer shares with another, and none is watched.
     largest: elementwise maximum over all ranks, of a tensor of integers.
@@ -26,8 +31,11 @@ class InputReaders:
 
     def __init__(self, sites: Sequence[Site], share_columns: bool, largest: Callable[[Tensor], Tensor]) -> None:
         self._share_columns, self._largest = share_columns, largest
-        self._firsts: dict[Site, Site] = {}  # layer -> the first one of its family that was called with the same tensor
-        self._latest: tuple[Tensor, int, dict[int, Site]] | None = None  # x, its version, the first layer of each family
+        # Layer -> the one of its family that was called before it, and whether with the same (bool []); None: it was the first.
+        self._before: dict[Site, tuple[Site, Tensor | bool] | None] = {}
+        self._module = ""  # whose layers were called last
+        # Of its families (by their first layers): the layer that was called last, and what is kept of its input.
+        self._latest: dict[Site, tuple[Site, Tensor]] = {}
         self._watched: list[Site] = []
         for name in group_names(sites):
             for family in self._candidates([site for site in sites if site.group_name == name]):
@@ -35,7 +43,7 @@ class InputReaders:
                     continue
                 self._watched += family
                 for site in family:
-                    site.input_sink = partial(self._see, family, site)
+                    site.input_sink = partial(self._see, family[0], site)
         self.watches = bool(self._watched)
 
     def families(self, sites: Sequence[Site]) -> list[list[Site]]:
@@ -47,18 +55,18 @@ class InputReaders:
         candidates = self._candidates(sites)
         if not candidates:
             return [[site] for site in sites]
-        mine = [self._place(site, family) for family in candidates for site in family]
+        members = [(site, family) for family in candidates for site in family]
+        mine = [self._place(site, family) for site, family in members]
         agreed = self._largest(torch.tensor(mine, device=sites[0].row_index.device)).clamp_(min=0).tolist()
-        places = dict(zip((site for family in candidates for site in family), agreed, strict=True))
-        first_of = {site: family[places[site]] for family in candidates for site in family}
+        first_of = {site: family[place] for (site, family), place in zip(members, agreed, strict=True)}
         found: dict[Site, list[Site]] = {}
         for site in sites:
             found.setdefault(first_of.get(site, site), []).append(site)
         return list(found.values())
 
     def forget(self) -> None:
-        """Let go of the input that is held."""
-        self._latest = None
+        """Let go of what is kept of inputs."""
+        self._latest = {}
 
     def remove(self) -> None:
         """Take this off the layers."""
@@ -70,14 +78,27 @@ class InputReaders:
         return [family for family in families(sites, self._share_columns) if len(family) > 1]
 
     def _place(self, site: Site, family: list[Site]) -> int:
-        return family.index(self._firsts[site]) if site in self._firsts else -1
+        """Of the first layer of the family that was called with the same input; -1: this one was not called here."""
+        if site not in self._before:
+            return -1
+        before = self._before[site]
+        return family.index(site) if before is None or not bool(before[1]) else self._place(before[0], family)
 
-    def _see(self, family: list[Site], site: Site, x: Tensor, _: int) -> None:
+    @torch.no_grad()
+    def _see(self, family: Site, site: Site, x: Tensor, _: int) -> None:
         """Called in forward."""
-        if x.is_inference():  # evaluation; such tensors have no version
+        if not x.numel():  # of an expert that got no token
             return
         site.input_sink = None
-        if self._latest is None or not same_tensor(self._latest[0], x, self._latest[1]):
-            # Its storage is held, so that no other input can lie there; not its graph.
-            self._latest = (x.detach(), x._version, {})
-        self._firsts[site] = self._latest[2].setdefault(id(family), site)
+        module = site.name.rpartition(".")[0]
+        if module != self._module:
+            self._module, self._latest = module, {}
+        part = x[..., :: max(1, x.shape[-1] // _COMPARED)].clone()
+        before = self._latest.get(family)
+        self._before[site] = None if before is None else (before[0], _equal(before[1], part))
+        self._latest[family] = (site, part)
+
+
+def _equal(one: Tensor, other: Tensor) -> Tensor | bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return alike and (one == other).all()

@@ -49,7 +49,7 @@ class SharedInputs:
         group, count, version = self._peers[site]
         if version != site.col_index._version or x.is_inference():
             return take_last(x, site.columns)
-        if self._x is None or self._group != group or not same_tensor(self._x, x, self._version):
+        if self._x is None or self._group != group or not _same(self._x, x) or self._version != x._version:
             # Its storage is held, so that no other input can lie there; not its graph.
             self._x, self._version, self._group = x.detach(), x._version, group
             self._kept, self._awaited = take_last(x, site.columns), count
@@ -87,11 +87,9 @@ def families(sites: Sequence[Site], share_columns: bool) -> list[list[Site]]:
     return list(found.values())
 
 
-def same_tensor(known: Tensor, x: Tensor, version: int) -> bool:
-    """Whether x is a tensor that is known, and still is as it was in this version of it."""
+def _same(known: Tensor, x: Tensor) -> bool:
     return (
-        version == x._version
-        and known.data_ptr() == x.data_ptr()
+        known.data_ptr() == x.data_ptr()
         and known.shape == x.shape
         and known.stride() == x.stride()
         and known.dtype == x.dtype

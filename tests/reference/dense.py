@@ -235,15 +235,17 @@ class DenseLoSiA:
 
     def _sharing(self, group: list[str]) -> list[list[str]]:
         """The layers of a group that have the same columns, each list at once; all others by themselves."""
-        found: dict[Any, list[str]] = {}
-        for key in group:
-            at: Any = key
-            if self.share_columns and key not in self.experts:
-                module = key.removesuffix(".weight").split(".")[:-1]
-                width, count = self._matrices(key)[0][1].shape[1], len(self.subnets[key][1])
-                at = key if count == width else (tuple(module), width, count, id(self.inputs[key]))
-            found.setdefault(at, []).append(key)
-        return list(found.values())
+        found: dict[Any, list[list[str]]] = {}
+        for key in [key for key in self.inputs if key in group] if self.share_columns else []:
+            module = key.removesuffix(".weight").split(".")[:-1]
+            width, count = self._matrices(key)[0][1].shape[1], len(self.subnets[key][1])
+            alike = found.setdefault((*module, width, count), [])
+            if alike and count < width and torch.equal(self.inputs[alike[-1][-1]], self.inputs[key]):
+                alike[-1].append(key)
+            else:
+                alike.append([key])
+        shared = [sorted(layers, key=group.index) for alike in found.values() for layers in alike]
+        return shared + [[key] for key in group if not any(key in layers for layers in shared)]
 
     def _select(self, key: str, scores: dict[tuple[str, int], Tensor]) -> tuple[Tensor, Tensor]:
         chosen = []
@@ -324,7 +326,7 @@ class DenseLoSiA:
 
     def _note_input(self, key: str) -> Any:
         layer = self.model.get_submodule(key.removesuffix(".weight"))
-        return layer.register_forward_pre_hook(lambda _, given: self.inputs.update({key: given[0]}))
+        return layer.register_forward_pre_hook(lambda _, given: self.inputs.update({key: given[0].detach().clone()}))
 
     def _ramp(self, name: str) -> float:
         if name in self.trainable_names:
