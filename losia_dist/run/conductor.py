@@ -226,7 +226,7 @@ class LoSiA:
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
         gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
         one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one where
-        all rows or all columns are kept; with `share_columns` a forward pass of one batch before. The host waits for the device.
+        all rows or all columns are kept; with `share_columns` a forward pass of one of them before. It waits for the device.
 
         Args:
             batches: this rank's micro-batches, keyword arguments of the model on its device (input_ids int64 [B, L], ...);

@@ -56,6 +56,7 @@ def locate_all(
     """
     refuse_calibration(parts.sites)
     model = _unwrapped(model)
+    _refuse_reentrant(model)
     tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
     if readers.watches:
         _run_forward(model, parts, batches[:1], compute_loss)
@@ -66,7 +67,6 @@ def locate_all(
         for family in readers.families([site for site in parts.sites if site.group_name == name])
     ]
     backward = CalibrationBackward(model, compute_loss or _own_loss)
-    _refuse_reentrant(model)
     device, was_training = parts.sites[0].row_index.device, model.training
     witnesses = [site.gradient_witness for site in parts.sites]
     for site in parts.sites:
