@@ -73,7 +73,8 @@ class Beside:
             score = accumulator.mean * accumulator.deviation
 
             def choose(of: Tensor, site: Site = site, accumulator: ImportanceAccumulator = accumulator) -> Any:
-                return select(greedy(site.shape, site.subnet_shape), of, accumulator.rows, accumulator.collectives)
+                search = greedy([(site.shape, site.subnet_shape)])
+                return select(search, [of], [accumulator.rows], accumulator.collectives)[0]
 
             rows, columns, inside, total = choose(score)
             for count in self.counts:

@@ -195,8 +195,8 @@ class LoSiAConfig:
 
     @property
     def share_columns(self) -> bool:
-        """Whether linear layers with one input draw the same columns; False where subnets are located."""
-        return isinstance(self.selection, Drawn) and self.selection.share_columns
+        """Whether linear layers with one input have the same columns."""
+        return read_selection(self.selection).share_columns
 
     @property
     def by_rank(self) -> bool:

@@ -31,6 +31,9 @@ class Located:
         importance_steps: optimizer steps of a slot that importance is taken from, spread evenly, its last one included; the
             others form no full gradient and cost no more than with drawn subnets. At least 1, at most the period. None: all
             steps, as in the paper.
+        share_columns: linear layers of one module whose inputs are of one width (q, k and v; gate and up) are located together,
+            on one set of columns, by their summed score: where they read the same input, they gather x[..., C] once and keep
+            it once for backward. False, as in the paper: each layer has columns of its own.
     """
 
     importance: str = "param_mix"
@@ -39,6 +42,7 @@ class Located:
     calibration_batches: int = 8
     reduction: str = "all"
     importance_steps: int | None = None
+    share_columns: bool = False
 
     def __post_init__(self) -> None:
         for name, available in (("importance", IMPORTANCES), ("start", STARTS), ("reduction", REDUCTIONS)):
@@ -60,6 +64,7 @@ class Located:
         check_count("selection: located: calibration_batches", self.calibration_batches, minimum=1)
         if self.importance_steps is not None:
             check_count("selection: located: importance_steps", self.importance_steps, minimum=1)
+        _check_truth("selection: located: share_columns", self.share_columns)
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,7 @@ class Drawn:
         if limit is not None and (not is_number(limit) or not 1 < limit < float("inf")):
             raise ConfigError(f"outlier_limit={limit!r}: a number above 1 is needed, for example 4, or null to draw from all.")
         check_count("selection: drawn: calibration_batches", self.calibration_batches, minimum=1)
-        if not isinstance(self.share_columns, bool):
-            raise ConfigError(f"selection: drawn: share_columns={self.share_columns!r}: true or false is needed.")
+        _check_truth("selection: drawn: share_columns", self.share_columns)
 
 
 Selection = Located | Drawn
@@ -129,6 +133,11 @@ def check_known(names: Iterable[Any], known: Sequence[str], where: str) -> None:
             nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
             hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Known: {', '.join(known)}."
             raise ConfigError(f"{where}: unknown option {name!r}. {hint}")
+
+
+def _check_truth(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: true or false is needed.")
 
 
 def is_number(value: Any) -> bool:

@@ -9,7 +9,7 @@ is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from losia_dist.subnet.site import Site
 
 
 class ImportanceSums:
-    """The sums that one layer's query asks for, over the micro-batches of a pass: a sink of full gradients.
+    """The sums that a query asks for of one layer, over the micro-batches of a pass: a sink of full gradients.
 
     Args:
         shape: (m, n) of a whole matrix. count: X matrices, each of which comes by itself; 1 for a linear layer.
@@ -101,20 +101,22 @@ def _masks(rows: Tensor, size: int) -> list[Tensor]:
 
 
 @dataclass
-class Located:
-    """One layer's search, and where it stands."""
+class SearchOfLayers:
+    """The search of a layer, or of layers that share columns, and where it stands.
 
-    site: Site
-    shape: tuple[int, int]
+    parts: of each layer, as `ImportanceSums` takes it. queries: one a layer; none: the search has ended. results: likewise.
+    """
+
+    sites: list[Site]
     search: Search
-    parts: int = 1
-    query: Query | None = None
-    result: Choice | None = None
+    parts: list[int]
+    queries: list[Query] = field(default_factory=list)
+    results: list[Choice] = field(default_factory=list)
 
 
 @torch.no_grad()
 def locate(
-    searches: list[Located],
+    searches: list[SearchOfLayers],
     run_pass: Callable[[], None],
     collectives: RowCollectives,
     *,
@@ -133,32 +135,25 @@ def locate(
         ConfigError: a layer that no gradient reached in a pass, on any rank. Same on every rank.
     """
     for one in searches:
-        one.query = next(one.search)
+        one.queries = next(one.search)
     passes = 0
-    while open_searches := [one for one in searches if one.query is not None]:
-        sinks: list[ImportanceSums] = []
+    while open_searches := [one for one in searches if one.queries]:
+        sinks: dict[Site, ImportanceSums] = {}
         for one in open_searches:
-            assert one.query is not None
-            device, count = one.site.row_index.device, one.site.layout.count
-            settings: dict[str, Any] = {
-                "kind": kind,
-                "device": device,
-                "parts": one.parts,
-                "count": count,
-                "sequence": sequence,
-            }
-            sinks.append(ImportanceSums(one.query, one.shape, **settings))
-            one.site.gradient_sink = sinks[-1]
+            for site, query, parts in zip(one.sites, one.queries, one.parts, strict=True):
+                settings: dict[str, Any] = {"device": site.row_index.device, "count": site.layout.count, "parts": parts}
+                sinks[site] = ImportanceSums(query, site.shape, kind=kind, sequence=sequence, **settings)
+                site.gradient_sink = sinks[site]
         try:
             run_pass()
         finally:
-            for one in searches:
-                one.site.gradient_sink = None
+            for site in sinks:
+                site.gradient_sink = None
         passes += 1
-        reached = collectives.sum_columns(torch.stack([sink.reached for sink in sinks]))
-        for one, sink in zip(open_searches, sinks, strict=True):
-            _answer(one, sink, collectives)
-        idle = [one.site.name for one, count in zip(open_searches, reached.tolist(), strict=True) if count == 0]
+        reached = collectives.sum_columns(torch.stack([sink.reached for sink in sinks.values()]))
+        for one in open_searches:
+            _answer(one, [sinks[site] for site in one.sites], collectives)
+        idle = [site.name for site, count in zip(sinks, reached.tolist(), strict=True) if count == 0]
         if idle:
             raise ConfigError(
                 f"no calibration batch gave {', '.join(idle[:5])} a gradient: the forward pass never calls the layer (leave it "
@@ -167,11 +162,13 @@ def locate(
     return passes
 
 
-def _answer(one: Located, sink: ImportanceSums, collectives: RowCollectives) -> None:
-    """Give a search its sums over all ranks; take its next query or its choice."""
-    flat = collectives.sum_columns(torch.cat([sink.rows.reshape(-1), sink.columns.reshape(-1)]))
-    sums = sink.sums(flat, tuple(one.site.row_index.shape[:-1]))
+def _answer(one: SearchOfLayers, sinks: list[ImportanceSums], collectives: RowCollectives) -> None:
+    """Give a search its sums over all ranks; take its next queries or its choices."""
+    found: list[Sums] = []
+    for site, sink in zip(one.sites, sinks, strict=True):
+        flat = collectives.sum_columns(torch.cat([sink.rows.reshape(-1), sink.columns.reshape(-1)]))
+        found.append(sink.sums(flat, tuple(site.row_index.shape[:-1])))
     try:
-        one.query = one.search.send(sums)
+        one.queries = one.search.send(found)
     except StopIteration as end:
-        one.query, one.result = None, end.value
+        one.queries, one.results = [], end.value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from losia_dist.localization.accumulator import ImportanceAccumulator
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotGroup, Wanted
@@ -24,7 +26,12 @@ class DrawnLocalization:
     def accumulator(self, group: SlotGroup, site: Site) -> None:
         return None
 
-    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
+    def choose(
+        self, group: SlotGroup, accumulators: Sequence[ImportanceAccumulator | None], wanted: Sequence[Wanted]
+    ) -> list[Choice]:
+        return [self._drawn(one) for one in wanted]
+
+    def _drawn(self, wanted: Wanted) -> Choice:
         drawn = self._draw.subnets(
             wanted.names, wanted.shape, wanted.kept, wanted.step, wanted.left_out, linear=wanted.of_linear
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.site import Site
 
+Accumulators = Sequence[ImportanceAccumulator | None]  # of layers, in their order; None: another rank collects
+
 
 class Localization(Protocol):
     """Hands out accumulators at the start of a slot and makes choices at its end. Used by all ranks in the same order."""
@@ -28,8 +31,8 @@ class Localization(Protocol):
         """What collects the importance of a layer of this group on this rank, or None if this rank does not."""
         ...
 
-    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
-        """The new subnet of a layer of this group, equal on every rank."""
+    def choose(self, group: SlotGroup, accumulators: Accumulators, wanted: Sequence[Wanted]) -> list[Choice]:
+        """The new subnet of a layer of this group, or those of layers that share columns, equal on every rank."""
         ...
 
 
@@ -53,13 +56,12 @@ class ReducedLocalization:
             collectives = self.replicas
         return _accumulator_of(site, collectives, self.settings)
 
-    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
-        assert accumulator is not None
-        search = greedy(wanted.shape, wanted.kept)
-        chosen = select(search, accumulator.score(), accumulator.rows, accumulator.collectives)
-        if wanted.held is not None:
-            chosen = self._of_all_experts(chosen, wanted, wanted.held)
-        return keep_without_signal(chosen, wanted.present)
+    def choose(self, group: SlotGroup, accumulators: Accumulators, wanted: Sequence[Wanted]) -> list[Choice]:
+        chosen = _chosen(accumulators, wanted)
+        for place, one in enumerate(wanted):
+            if one.held is not None:
+                chosen[place] = self._of_all_experts(chosen[place], one, one.held)
+        return keep_without_signal(chosen, [one.present for one in wanted])
 
     def _of_all_experts(self, mine: Choice, wanted: Wanted, held: tuple[int, int]) -> Choice:
         """The choices of all X experts, from those of each rank's own: X (r + c + 2) numbers are all-reduced."""
@@ -97,11 +99,16 @@ class RankParallelLocalization:
             return None
         return _accumulator_of(site, self.alone, self.settings)
 
-    def choose(self, group: SlotGroup, accumulator: ImportanceAccumulator | None, wanted: Wanted) -> Choice:
-        if accumulator is not None:
-            chosen = select(greedy(wanted.shape, wanted.kept), accumulator.score(), accumulator.rows, self.alone)
-            chosen = keep_without_signal(chosen, wanted.present)
-            packed = torch.cat([part.to(torch.float64).reshape(-1) for part in chosen])
+    def choose(self, group: SlotGroup, accumulators: Accumulators, wanted: Sequence[Wanted]) -> list[Choice]:
+        chosen: Sequence[Choice | None] = [None] * len(wanted)
+        if accumulators[0] is not None:  # a group's layers are all of one rank
+            chosen = keep_without_signal(_chosen(accumulators, wanted), [one.present for one in wanted])
+        return [self._from_owner(group, mine, one) for mine, one in zip(chosen, wanted, strict=True)]
+
+    def _from_owner(self, group: SlotGroup, mine: Choice | None, wanted: Wanted) -> Choice:
+        """The choice of the rank that works at the group, on every rank: X (r + c + 2) numbers are broadcast."""
+        if mine is not None:
+            packed = torch.cat([part.to(torch.float64).reshape(-1) for part in mine])
         else:
             numbers = wanted.count * (sum(wanted.kept) + 2)
             packed = torch.empty(numbers, dtype=torch.float64, device=wanted.device)
@@ -114,6 +121,13 @@ class RankParallelLocalization:
 
     def _owner(self, group: SlotGroup) -> int:
         return group.place % self.owners
+
+
+def _chosen(accumulators: Accumulators, wanted: Sequence[Wanted]) -> list[Choice]:
+    """By the scores, which are used up; called by all ranks that share their rows."""
+    mine = [one for one in accumulators if one is not None]
+    search = greedy([(one.shape, one.kept) for one in wanted])
+    return select(search, [one.score() for one in mine], [one.rows for one in mine], mine[0].collectives)
 
 
 def _accumulator_of(site: Site, collectives: RowCollectives, settings: dict[str, Any]) -> ImportanceAccumulator:

@@ -6,26 +6,39 @@ numbers for row sums, X n for column sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from losia_dist.localization.blocks import RowBlock
 from losia_dist.localization.collectives import RowCollectives
-from losia_dist.localization.search import Choice, Search, Sums
+from losia_dist.localization.search import Choice, Query, Search, Sums
 
 
 @torch.no_grad()
-def select(search: Search, score: Tensor, block: RowBlock, collectives: RowCollectives) -> Choice:
-    """Run a search over a score; called by all ranks of the collectives, with the result equal on each.
+def select(search: Search, scores: Sequence[Tensor], blocks: Sequence[RowBlock], collectives: RowCollectives) -> list[Choice]:
+    """Run a search over the scores of its layers; called by all ranks of the collectives, with the result equal on each.
 
     Sums are taken in float64 and ties go to the lower index, so that the choice hardly depends on the number of ranks. Of
     several matrices (experts) all sums of a query are sent at once.
 
     Args:
-        score: this rank's rows of the whole [X m, n] score, fp32, not negative.
-        block: which rows these are. With X = 1 sums and indices have no dimension for the matrices.
+        scores: of each layer this rank's rows of the whole [X m, n] score, fp32, not negative.
+        blocks: which rows these are. With X = 1 sums and indices have no dimension for the matrices.
     """
-    n = score.shape[1]
+    try:
+        queries = next(search)
+        while True:
+            asked = zip(queries, scores, blocks, strict=True)
+            queries = search.send([_answer(query, score, block, collectives) for query, score, block in asked])
+    except StopIteration as end:
+        choices: list[Choice] = end.value
+        return choices
+
+
+def _answer(query: Query, score: Tensor, block: RowBlock, collectives: RowCollectives) -> Sums:
+    """The sums that are asked for of one layer, over all ranks."""
 
     def row_sums(columns: Tensor | None) -> Tensor:
         mine = torch.zeros(score.shape[0], dtype=torch.float64, device=score.device)
@@ -36,24 +49,17 @@ def select(search: Search, score: Tensor, block: RowBlock, collectives: RowColle
         return whole if block.count == 1 else whole.view(block.count, block.size)
 
     def column_sums(rows: Tensor | None) -> Tensor:
-        sums = torch.zeros(block.count, n, dtype=torch.float64, device=score.device)
+        sums = torch.zeros(block.count, score.shape[1], dtype=torch.float64, device=score.device)
         for place, here, inside in block.pieces():
             if rows is None:
                 sums[place] = score[here].sum(0, dtype=torch.float64)
             else:
                 # How many of the chosen rows are this rank's is known to the device alone: a mask keeps the host out of it.
                 sums[place] = masked_column_sums(score[here], mask_of(_of(rows, place), block.size)[inside])
-        sums = collectives.sum_columns(sums.view(-1)).view(block.count, n)
+        sums = collectives.sum_columns(sums.view(-1)).view(block.count, score.shape[1])
         return sums[0] if block.count == 1 else sums
 
-    try:
-        query = next(search)
-        while True:
-            sums = Sums([row_sums(c) for c in query.within_columns], [column_sums(r) for r in query.within_rows])
-            query = search.send(sums)
-    except StopIteration as end:
-        choice: Choice = end.value
-        return choice
+    return Sums([row_sums(c) for c in query.within_columns], [column_sums(r) for r in query.within_rows])
 
 
 def _of(index: Tensor, place: int) -> Tensor:

@@ -38,6 +38,7 @@ from losia_dist.run.finite import FiniteCheck
 from losia_dist.run.first_steps import FirstSteps
 from losia_dist.run.first_subnets import check_batches, find_outliers, locate_all
 from losia_dist.run.masters import FirstMove, check_masters
+from losia_dist.run.new_subnets import choose_group
 from losia_dist.run.parts import RunParts, localization_of
 from losia_dist.run.placement import Placement
 from losia_dist.run.sequence_checks import SequenceChecks, refuse_layers
@@ -48,6 +49,7 @@ from losia_dist.sharding.sequence_parallel import SequenceRanks
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.copied import copies_changed
 from losia_dist.subnet.groups import ROUTERS
+from losia_dist.subnet.input_readers import InputReaders
 from losia_dist.subnet.intact import check_intact
 from losia_dist.subnet.operator import make_findable
 from losia_dist.subnet.shared_inputs import SharedInputs
@@ -136,6 +138,7 @@ class LoSiA:
         self._first_steps = FirstSteps(self.parts, self.sequence)
         self._shared = SequenceChecks(self.parts, self.sequence.engine) if self.sequence.size > 1 else None
         self._shared_inputs = SharedInputs(self.sites, config.share_columns)
+        self._readers = InputReaders(self.sites, config.located is not None and config.share_columns, self.collectives.largest)
         self._accumulators: dict[Site, ImportanceAccumulator] = {}
         # Called, on all ranks, for a group that is about to be re-localized.
         self.on_relocalize: list[Callable[[SlotGroup], None]] = []
@@ -222,8 +225,8 @@ class LoSiA:
 
         The score is the mean of I over the micro-batches of all ranks. No optimizer step is made, no parameter changes, no
         gradient is communicated, and m + n numbers a layer are kept (`losia_dist.localization.calibration`). It takes
-        one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one
-        where all rows or all columns are kept. Either way the host waits for the device.
+        one forward and backward of the batches, with the weights' gradients, for each query of the search: two, or one where
+        all rows or all columns are kept; with `share_columns` a forward pass of one of them before. It waits for the device.
 
         Args:
             batches: this rank's micro-batches, keyword arguments of the model on its device (input_ids int64 [B, L], ...);
@@ -245,12 +248,12 @@ class LoSiA:
         check_batches(batches, self.parts, self.steps, self.in_mid_step)
         if limit is None:
             importance = (located or Located()).importance
-            choices, passes = locate_all(self.model, self.parts, importance, batches, compute_loss)
+            choices, passes = locate_all(self.model, self.parts, importance, self._readers, batches, compute_loss)
         else:
             self.outliers = find_outliers(self.model, self.parts, limit, batches, compute_loss)
             everyone, passes = SlotGroup("", 0), 1  # all groups, at once
             wanted = [self.placement.wanted(site, 0, self.outliers) for site in self.sites]
-            choices = [self.localization.choose(everyone, None, one) for one in wanted]
+            choices = self.localization.choose(everyone, [None] * len(wanted), wanted)
         check_choices(choices, self.sites, self.collectives)
         with torch.no_grad():
             for site, choice in zip(self.sites, choices, strict=True):
@@ -323,7 +326,7 @@ class LoSiA:
 
         This rank then counts as having left the training: another that goes on to a later step is ended with that message.
         """
-        for part in (self.rewarming, self._finite, self._first_steps, self._shared, self._shared_inputs):
+        for part in (self.rewarming, self._finite, self._first_steps, self._shared, self._shared_inputs, self._readers):
             if part is not None:
                 part.remove()
         if self._watch is not None:
@@ -342,6 +345,7 @@ class LoSiA:
 
     def _note_changes(self) -> None:
         self._shared_inputs.forget()
+        self._readers.forget()
         for site in self.sites:
             site.note_change()
 
@@ -368,11 +372,8 @@ class LoSiA:
         """Give the layers of one group new subnets; the old subnets' values stay in the weights."""
         for about_to_move in self.on_relocalize:
             about_to_move(group)
-        choices: list[Choice] = []
-        for site in sites:
-            wanted = self.placement.wanted(site, self.steps + 1, self.outliers)
-            # The score is let go as soon as it was used: one layer's is the most that is held beyond the averages.
-            choices.append(self.localization.choose(group, self._accumulators.pop(site, None), wanted))
+        wanted = {site: self.placement.wanted(site, self.steps + 1, self.outliers) for site in sites}
+        choices = choose_group(self.localization, group, wanted, self._accumulators, self._readers.families(sites))
         check_choices(choices, sites, self.collectives)
         self._first_move.before(sites)
         prints: list[Tensor] = []

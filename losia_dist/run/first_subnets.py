@@ -11,11 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losia_dist.errors import ConfigError
 from losia_dist.localization.backward import Batch, CalibrationBackward, same_noise
-from losia_dist.localization.calibration import Located, locate
+from losia_dist.localization.calibration import SearchOfLayers, locate
 from losia_dist.localization.inputs import input_sizes, outliers_of
-from losia_dist.localization.search import Choice, Search, greedy, keep_without_signal
+from losia_dist.localization.search import Choice, greedy, keep_without_signal
 from losia_dist.run.parts import RunParts
 from losia_dist.sharding.expert_parallel import refuse_calibration
+from losia_dist.subnet.convert import group_names
+from losia_dist.subnet.input_readers import InputReaders
 from losia_dist.subnet.linear import TiedSubnetEmbedding
 from losia_dist.subnet.site import Site
 
@@ -38,20 +40,33 @@ def check_batches(batches: Batches, parts: RunParts, steps: int, in_mid_step: bo
 
 
 def locate_all(
-    model: nn.Module, parts: RunParts, importance: str, batches: Batches, compute_loss: Loss | None = None
+    model: nn.Module,
+    parts: RunParts,
+    importance: str,
+    readers: InputReaders,
+    batches: Batches,
+    compute_loss: Loss | None = None,
 ) -> tuple[list[Choice], int]:
     """Choices for all layers by the greedy search, and the passes that they took. Nothing is moved.
 
     The weights' gradients are formed, and no parameter changes. Called by all ranks, with equally many micro-batches on each.
 
-    importance: the kind of it, of the configuration.
+    importance: the kind of it, of the configuration. readers: where layers share columns, one forward pass of the first
+    micro-batch shows which do.
     """
     refuse_calibration(parts.sites)
     model = _unwrapped(model)
-    tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
-    searches = [Located(site, site.shape, _search(site), parts=2 if site in tied else 1) for site in parts.sites]
-    backward = CalibrationBackward(model, compute_loss or _own_loss)
     _refuse_reentrant(model)
+    tied = {m.__dict__["head"].site for m in model.modules() if isinstance(m, TiedSubnetEmbedding)}
+    if readers.watches:
+        _run_forward(model, parts, batches[:1], compute_loss)
+        readers.forget()
+    searches = [
+        SearchOfLayers(family, greedy([(site.shape, site.subnet_shape) for site in family]), [1 + (s in tied) for s in family])
+        for name in group_names(parts.sites)
+        for family in readers.families([site for site in parts.sites if site.group_name == name])
+    ]
+    backward = CalibrationBackward(model, compute_loss or _own_loss)
     device, was_training = parts.sites[0].row_index.device, model.training
     witnesses = [site.gradient_witness for site in parts.sites]
     for site in parts.sites:
@@ -72,7 +87,7 @@ def locate_all(
         for site, witness in zip(parts.sites, witnesses, strict=True):
             site.gradient_witness = witness
         parts.parameters.reshard()
-    return [_choice(one) for one in searches], passes
+    return _choices(searches, parts.sites), passes
 
 
 def find_outliers(
@@ -85,33 +100,33 @@ def find_outliers(
 
     limit: `outlier_limit` of the configuration.
     """
-    model = _unwrapped(model)
-    loss, was_training = compute_loss or _own_loss, model.training
-
-    def run_pass() -> None:
-        for batch in batches:
-            with torch.compiler.set_stance("force_eager"):  # hooks, for a few batches only
-                loss(model, batch)
-
-    model.eval()
-    try:
-        sizes = input_sizes(parts.sites, run_pass, parts.collectives)
-    finally:
-        model.train(was_training)
-        parts.parameters.reshard()
+    sizes = input_sizes(parts.sites, partial(_run_forward, _unwrapped(model), parts, batches, compute_loss), parts.collectives)
     found: dict[str, list[int]] = {}
     for site, size in zip(parts.sites, sizes, strict=True):
         found |= outliers_of(site, size, limit)
     return found
 
 
-def _search(site: Site) -> Search:
-    return greedy(site.shape, site.subnet_shape)
+@torch.no_grad()
+def _run_forward(model: nn.Module, parts: RunParts, batches: Batches, compute_loss: Loss | None) -> None:
+    """Forward passes of an unwrapped model, in evaluation mode."""
+    loss, was_training = compute_loss or _own_loss, model.training
+    model.eval()
+    try:
+        for batch in batches:
+            with torch.compiler.set_stance("force_eager"):  # what a layer is called with is watched, for a few batches only
+                loss(model, batch)
+    finally:
+        model.train(was_training)
+        parts.parameters.reshard()
 
 
-def _choice(found: Located) -> Choice:
-    assert found.result is not None
-    return keep_without_signal(found.result, (found.site.row_index, found.site.col_index))
+def _choices(searches: Sequence[SearchOfLayers], sites: Sequence[Site]) -> list[Choice]:
+    found: dict[Site, Choice] = {}
+    for one in searches:
+        present = [(site.row_index, site.col_index) for site in one.sites]
+        found.update(zip(one.sites, keep_without_signal(one.results, present), strict=True))
+    return [found[site] for site in sites]
 
 
 def _refuse_reentrant(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ is seen in every forward pass, by the memory of x.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -19,11 +18,11 @@ from losia_dist.subnet.site import Site
 class SharedInputs:
     """The input that was read last, and its columns. At most one of each is held, and only while another layer may want it.
 
-    sites: of the run. draws: whether subnets are drawn with shared columns; if not, nothing is shared.
+    sites: of the run. share_columns: of its configuration; if false, nothing is shared.
     """
 
-    def __init__(self, sites: Sequence[Site], draws: bool) -> None:
-        self._families: list[list[Site]] = _families(sites) if draws else []
+    def __init__(self, sites: Sequence[Site], share_columns: bool) -> None:
+        self._families = [family for family in families(sites, share_columns) if len(family) > 1]
         self._peers: dict[Site, tuple[int, int, int]] = {}  # layer -> group, layers in it, version of its columns
         self._x: Tensor | None = None
         self._kept: Tensor | None = None
@@ -75,13 +74,17 @@ class SharedInputs:
         return site in self._peers and self._peers[site][2] == site.col_index._version
 
 
-def _families(sites: Sequence[Site]) -> list[list[Site]]:
-    """Linear layers that may read the same input: of one module, one width and as many columns."""
-    found: dict[tuple[str, int, int], list[Site]] = defaultdict(list)
+def families(sites: Sequence[Site], share_columns: bool) -> list[list[Site]]:
+    """Linear layers that may read the same input, of one module, one width and as many columns; each other site by itself.
+
+    In the order of each one's first site. share_columns: if false, every site is by itself.
+    """
+    found: dict[object, list[Site]] = {}
     for site in sites:
-        if site.is_linear and not site.takes_all_columns:
-            found[site.name.rpartition(".")[0], site.shape[1], site.subnet_shape[1]].append(site)
-    return [family for family in found.values() if len(family) > 1]
+        may_share = share_columns and site.is_linear and not site.takes_all_columns
+        key = (site.name.rpartition(".")[0], site.shape[1], site.subnet_shape[1]) if may_share else site
+        found.setdefault(key, []).append(site)
+    return list(found.values())
 
 
 def _same(known: Tensor, x: Tensor) -> bool:

@@ -47,7 +47,7 @@ def test_step_time_measures_every_method_and_pools_runs(tmp_path):
     assert all(method["ratio"] > 0 and method["steps"] >= 1 for method in first["methods"].values())
     assert first["methods"]["cycle"]["slot_ends"] >= 1
     if importlib.util.find_spec("peft") is not None:
-        assert len({bar["bar"] for bar in first["bars"]}) == 14  # seven for each of the two shapes
+        assert len({bar["bar"] for bar in first["bars"]}) == 15  # seven for each of the two shapes, one of the short preset
     step_time.main([*arguments, "--methods", "losia", "--add"])
     stored = json.loads(path.read_text())
     (entry,) = stored["results"]

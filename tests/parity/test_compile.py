@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from losia_dist import Located
 from tests.support.cases import slow
 from tests.support.compare import assert_same_run
 from tests.support.training import Run, reference, train, variant
@@ -44,6 +45,14 @@ def test_with_accumulation_and_clipping():
     result, breaks, _ = train_compiled("one", run, whole=True)
     assert_same_run(result, reference(run))
     assert breaks == 0
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
+def test_layers_that_share_columns_are_located_as_they_are_without(backend):
+    run = variant(RUN, config={**RUN.config, "selection": Located(share_columns=True), "period": 2})
+    result, breaks, graphs = train_compiled("one", run, whole=True, backend=backend)
+    assert_same_run(result, reference(run))
+    assert (breaks, graphs) == (0, 1)
 
 
 @pytest.mark.parametrize("engine", [slow("ddp"), slow("zero2"), "fsdp2"])

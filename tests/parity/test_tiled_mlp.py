@@ -28,6 +28,13 @@ CASES = {
         3,
         2,
     ),
+    "located before, on shared columns": (
+        replace(
+            TILED, steps=5, calibration=2, config={**TILED.config, "selection": Located(start="importance", share_columns=True)}
+        ),
+        3,
+        2,
+    ),
 }
 
 

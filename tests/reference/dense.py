@@ -29,7 +29,8 @@ class DenseLoSiA:
     localization_ranks: N for localization="rank_parallel": N times as many groups a slot, the i-th of them from the i-th of
         N equal parts of the data (modulo N); None: every group from all data.
     selection: "greedy", by the score; "random": drawn by seed, layer and step.
-    share_columns: linear layers of one module with inputs of one width draw the same columns.
+    share_columns: linear layers of one module with inputs of one width draw the same columns; by the score, those of them that
+        read the same input get them together.
     outlier_limit: columns whose input is larger than this many medians, in the batches given to `locate`, are not drawn.
     experts: key of a subnet of experts -> (name of its weight, first expert, one past the last).
     transposed: names of weights whose matrices are stored as [n, m].
@@ -101,6 +102,7 @@ class DenseLoSiA:
             self.adam[key] = self._fresh_moments((*rows.shape, columns.shape[-1]))
         for name in self.trainable_names:
             self.adam[name] = self._fresh_moments(tuple(self.parameters[name].shape))
+        self.inputs: dict[str, Tensor] = {}  # what each linear layer was called with, in the first forward pass
         self.losses: list[float] = []
         self.history: list[tuple[int, int, dict[str, tuple[Tensor, Tensor]]]] = []
         self.reached: dict[str, list[set[int]]] = {key: [] for key in self.subnets}  # places in S with a gradient, step by step
@@ -121,8 +123,8 @@ class DenseLoSiA:
             for key in self.subnets:
                 for (at, w), (_, g) in zip(self._places(key), self._places(key, gradient), strict=True):
                     scores[at] += self._importance(w * g) / len(micro_batches)
-        for key in self.subnets:
-            self.subnets[key] = self._select(key, scores)
+        for group in self.groups:
+            self.subnets |= self._select_group(group, scores)
 
     def step(self, micro_batches: list[dict[str, Tensor]]) -> float:
         """One optimizer step over the whole global batch, given as equally weighted micro-batches."""
@@ -166,13 +168,13 @@ class DenseLoSiA:
         # End of the slot: new subnets, cleared moments, a new ramp.
         if (t + 1) % T == 0:
             for index in localizing:
-                chosen = {}
-                for key in self.groups[index]:
-                    if self.selection == "random":
-                        chosen[key] = self._draw(key, self.t + 1)
-                    else:
-                        scores = {at: self.I_mean[at] * self.I_deviation[at] for at, _ in self._places(key)}
-                        chosen[key] = self._select(key, scores)
+                group = self.groups[index]
+                if self.selection == "random":
+                    chosen = {key: self._draw(key, self.t + 1) for key in group}
+                else:
+                    measured = [at for key in group for at, _ in self._places(key)]
+                    chosen = self._select_group(group, {at: self.I_mean[at] * self.I_deviation[at] for at in measured})
+                for key in group:
                     self.subnets[key] = chosen[key]
                     count = self.adam[key]["step"]
                     self.adam[key] = self._fresh_moments(tuple(self.adam[key]["m"].shape))
@@ -217,6 +219,33 @@ class DenseLoSiA:
         per_matrix = list(values) if key in self.experts else [values]
         for (_, matrix), (r, c), value in zip(self._matrices(key), self._rows_and_columns(key), per_matrix, strict=True):
             matrix[r[:, None], c[None, :]] = value
+
+    def _select_group(self, group: list[str], scores: dict[tuple[str, int], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        chosen = {}
+        for layers in self._sharing(group):
+            if len(layers) == 1:
+                chosen[layers[0]] = self._select(layers[0], scores)
+            elif any(scores[key, 0].any() for key in layers):
+                found = select_together([scores[key, 0] for key in layers], [tuple(map(len, self.subnets[k])) for k in layers])
+                for key, (rows, columns) in zip(layers, found, strict=True):
+                    chosen[key] = (rows if scores[key, 0].any() else self.subnets[key][0], columns)
+            else:
+                chosen |= {key: self.subnets[key] for key in layers}
+        return {key: chosen[key] for key in group}
+
+    def _sharing(self, group: list[str]) -> list[list[str]]:
+        """The layers of a group that have the same columns, each list at once; all others by themselves."""
+        found: dict[Any, list[list[str]]] = {}
+        for key in [key for key in self.inputs if key in group] if self.share_columns else []:
+            module = key.removesuffix(".weight").split(".")[:-1]
+            width, count = self._matrices(key)[0][1].shape[1], len(self.subnets[key][1])
+            alike = found.setdefault((*module, width, count), [])
+            if alike and count < width and torch.equal(self.inputs[alike[-1][-1]], self.inputs[key]):
+                alike[-1].append(key)
+            else:
+                alike.append([key])
+        shared = [sorted(layers, key=group.index) for alike in found.values() for layers in alike]
+        return shared + [[key] for key in group if not any(key in layers for layers in shared)]
 
     def _select(self, key: str, scores: dict[tuple[str, int], Tensor]) -> tuple[Tensor, Tensor]:
         chosen = []
@@ -287,10 +316,17 @@ class DenseLoSiA:
             parameter.grad = None
         total = 0.0
         for batch in micro_batches:
+            handles = [] if self.inputs else [self._note_input(key) for key in self.subnets if key not in self.experts]
             loss = self.model(**batch).loss / len(micro_batches)
+            for handle in handles:
+                handle.remove()
             loss.backward()
             total += loss.item()
         return total, {name: p.grad.clone() for name, p in self.parameters.items() if p.grad is not None}
+
+    def _note_input(self, key: str) -> Any:
+        layer = self.model.get_submodule(key.removesuffix(".weight"))
+        return layer.register_forward_pre_hook(lambda _, given: self.inputs.update({key: given[0].detach().clone()}))
 
     def _ramp(self, name: str) -> float:
         if name in self.trainable_names:
@@ -334,6 +370,28 @@ class DenseWithOptimizer(DenseLoSiA):
         state["value"].grad = g.clone()
         state["optimizer"].step()
         return state["value"].detach().clone()
+
+
+def select_together(scores: list[Tensor], sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """Rows of each layer and the columns of all of them: the better of two candidates by the sum of all scores inside.
+
+    scores: [m, n] of each layer, of one n. sizes: (r, c) of each, of one c.
+    """
+    doubles, count = [score.double() for score in scores], sizes[0][1]
+
+    def top(values: Tensor, count: int) -> Tensor:
+        return torch.sort(values, descending=True, stable=True).indices[:count].sort().values
+
+    rows = [top(s.sum(1), r) for s, (r, _) in zip(doubles, sizes, strict=True)]
+    columns = top(sum(s[own].sum(0) for s, own in zip(doubles, rows, strict=True)), count)
+    rows_first = [(own, columns) for own in rows]
+    columns = top(sum(s.sum(0) for s in doubles), count)
+    columns_first = [(top(s[:, columns].sum(1), r), columns) for s, (r, _) in zip(doubles, sizes, strict=True)]
+
+    def inside(candidate: list[tuple[Tensor, Tensor]]) -> float:
+        return sum(s[r][:, c].sum().item() for s, (r, c) in zip(doubles, candidate, strict=True))
+
+    return columns_first if inside(columns_first) > inside(rows_first) else rows_first
 
 
 def select(score: Tensor, row_count: int, column_count: int) -> tuple[Tensor, Tensor]:

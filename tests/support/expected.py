@@ -74,7 +74,7 @@ def mixture_targets(model: Any, config: Mapping[str, Any]) -> Targets:
                     here.fused[full] = (experts, *(reversed(size) if full in swapped else size))
     share = config.get("output_rank_factor")
     drawn = config.get("selection", "greedy") == "random" or type(config.get("selection")).__name__ == "Drawn"
-    shares = drawn and getattr(config["selection"], "share_columns", True)
+    shares = getattr(config.get("selection"), "share_columns", drawn)  # a text, or none: the default
     output = ["lm_head.weight"] if share else []
     groups, experts = groups_of(list(layers.values()), output, config.get("experts_per_slot", "auto"), drawn)
 

@@ -12,7 +12,7 @@ from losia_dist.localization.sharded_choice import select
 
 def greedy(score: torch.Tensor, kept: tuple[int, int]):
     shape = (score.shape[0], score.shape[1])
-    choice = select(search.greedy(shape, kept), score, RowBlock(shape[0], 1, 0, shape[0]), RowCollectives(None))
+    (choice,) = select(search.greedy([(shape, kept)]), [score], [RowBlock(shape[0], 1, 0, shape[0])], RowCollectives(None))
     assert abs(choice.total.item() - score.double().sum().item()) < 1e-9
     return choice.rows.tolist(), choice.columns.tolist(), choice.inside.item()
 

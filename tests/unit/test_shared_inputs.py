@@ -1,4 +1,4 @@
-"""Drawn subnets of layers with one input: they take the same columns, gather them once and keep them once."""
+"""Subnets of layers with one input: they take the same columns, gather them once and keep them once."""
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from tests.support.training import Run, global_batches
 SHARED = {"rank_factor": (1.0, 0.25), "period": 2, "layers_per_slot": 1, "selection": Drawn()}
 OWN = {**SHARED, "selection": Drawn(share_columns=False)}
 LOCATED = {**SHARED, "selection": Located()}
+LOCATED_SHARED = {**SHARED, "selection": Located(share_columns=True)}
 
 
 class Gathers(TorchDispatchMode):
@@ -83,14 +84,47 @@ def test_each_step_gathers_and_keeps_them_once_also_after_moves():
     assert all(before[name] != now for name, now in columns(shared[2]).items())
 
 
+def test_located_layers_gather_and_keep_them_once_too_but_while_they_localize():
+    shared, own = made(LOCATED_SHARED), made(LOCATED)
+    layers = len({site.group_name for site in shared[2].sites})
+    first = columns(shared[2])
+    for _ in range(8):  # every layer moves, and the first one again
+        gathers, kept = step(*shared)
+        gathers_apart, kept_apart = step(*own)
+        assert gathers == 4 * (layers - 1) and gathers_apart == 7 * (layers - 1)
+        width = next(site.subnet_shape[1] for site in shared[2].sites if site.name.endswith("q_proj"))
+        assert kept_apart - kept == (layers - 1) * 24 * 3 * width * 4  # k, v and up: tokens x columns x bytes
+    assert all(first[name] != now for name, now in columns(shared[2]).items())
+
+
+def test_steps_that_take_no_importance_gather_them_once_in_every_layer():
+    located = made({**SHARED, "selection": Located(share_columns=True, importance_steps=1)})
+    layers = len({site.group_name for site in located[2].sites})
+    assert [step(*located)[0] for _ in range(4)] == [4 * layers, 4 * (layers - 1)] * 2
+
+
+def test_what_layers_read_is_watched_once_and_not_held():
+    model, _, losia = made(LOCATED_SHARED)
+    watched = {site.name.rpartition(".")[2] for site in losia.sites if site.input_sink is not None}
+    assert watched == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+    step(model, _, losia)
+    assert all(site.input_sink is None for site in losia.sites) and not losia._readers._latest
+    *_, before_a_step = made(LOCATED_SHARED)
+    before_a_step.detach()
+    assert all(site.input_sink is None for site in before_a_step.sites)
+
+
 def gathers_of(engine):
-    """Gathers of one forward under an engine, and its decoder layers."""
-    run = Run(config=SHARED)
-    losia, _, close = runs.start(engine, run)
+    """Gathers of one forward under an engine, after a group was located, and its decoder layers."""
+    run = Run(steps=1, config={**LOCATED_SHARED, "period": 1, "layers_per_slot": 4, "output_rank_factor": 0.25})
+    losia, stepper, close = runs.start(engine, run)
+    runs.train_on(losia, stepper, run, 1)
+    for site in losia.sites:
+        site.gradient_sink = None  # as in a step that takes no importance
     with Gathers() as gathers:
         losia.model(**global_batches(run)[0][0], use_cache=False)
     close()
-    return gathers.count, len({site.group_name for site in losia.sites})
+    return gathers.count, len({site.group_name for site in losia.sites if not site.is_output})
 
 
 @pytest.mark.parametrize("engine", ["zero3", slow("fsdp2")])

@@ -30,6 +30,7 @@ from losia_dist.optim.adamw import LoSiAAdamW
 from losia_dist.optim.dense_groups import dense_parameter_groups
 from losia_dist.subnet.convert import find_sites, group_names
 from losia_dist.subnet.groups import losia_parameter_groups
+from losia_dist.subnet.shared_inputs import families
 from losia_dist.subnet.site import Site
 from losia_dist.tools.plan.meta_model import meta_model
 from losia_dist.tools.plan.model_shape import decoder_of
@@ -78,8 +79,8 @@ def simulate(workload: Workload) -> int:
                     # Lets go of what `end_step` lets go of; its arithmetic, in bands, never is the fullest moment.
                     site.gradient_sink.discard_step()  # type: ignore[union-attr]
                 optimizer.zero_grad(set_to_none=True)
-                for site in localizing:
-                    _relocalize(localization, site)
+                for family in families(localizing, workload.config.share_columns):
+                    _relocalize(localization, family)
             (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return int(snapshot["Total"])
 
@@ -126,8 +127,10 @@ def _localizing(model: nn.Module, workload: Workload) -> tuple[Localization, lis
     return localization, localizing
 
 
-def _relocalize(localization: Any, site: Site) -> None:
-    """The end of a slot: choose a layer's subnet, and let go of its averages."""
-    accumulator, site.gradient_sink = site.gradient_sink, None
-    wanted = Wanted(site.matrix_names, 1, site.shape, (site.row_index, site.col_index))
-    localization.choose(SlotGroup(site.group_name, 0), accumulator, wanted)
+def _relocalize(localization: Any, family: list[Site]) -> None:
+    """The end of a slot: choose the subnet of a layer, or of layers that share columns, and let go of their averages."""
+    accumulators = [site.gradient_sink for site in family]
+    for site in family:
+        site.gradient_sink = None
+    wanted = [Wanted(site.matrix_names, 1, site.shape, (site.row_index, site.col_index)) for site in family]
+    localization.choose(SlotGroup(family[0].group_name, 0), accumulators, wanted)

@@ -1,0 +1,104 @@
+"""Which linear layers read the same input, as the first forward pass shows: those that are located on the same columns.
+
+That a module holds them and that their inputs are of one width is not enough: an attention's output layer often is as wide as
+q, k and v, and reads something else. Values are compared, not memory: a compiler gives each layer a copy, and lets another
+input follow in the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from losia_dist.subnet.convert import group_names
+from losia_dist.subnet.shared_inputs import families
+from losia_dist.subnet.site import Site
+
+_COMPARED = 64  # neurons of an input, at least, where it has as many
+
+
+class InputReaders:
+    """Compares what each layer is called with first to what the layer of its family got that was called before it.
+
+    Families are those of `shared_inputs.families`. The host does not wait for a comparison before the slot ends.
+
+    sites: of the run. share_columns: of `Located`; if false, no layer shares with another, and none is watched.
+    largest: elementwise maximum over all ranks, of a tensor of integers.
+    """
+
+    def __init__(self, sites: Sequence[Site], share_columns: bool, largest: Callable[[Tensor], Tensor]) -> None:
+        self._share_columns, self._largest = share_columns, largest
+        # Layer -> the one of its family that was called before it, and whether with the same (bool []); None: it was the first.
+        self._before: dict[Site, tuple[Site, Tensor | bool] | None] = {}
+        self._module = ""  # whose layers were called last
+        # Of its families (by their first layers): the layer that was called last, and what is kept of its input.
+        self._latest: dict[Site, tuple[Site, Tensor]] = {}
+        self._watched: list[Site] = []
+        for name in group_names(sites):
+            for family in self._candidates([site for site in sites if site.group_name == name]):
+                if family[0].is_tiled:  # an MLP that is watched is not computed in tiles; its first layers read one input
+                    continue
+                self._watched += family
+                for site in family:
+                    site.input_sink = partial(self._see, family[0], site)
+        self.watches = bool(self._watched)
+
+    def families(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """The layers of one group: those that share columns together, each other site by itself, as their first ones come.
+
+        Called by all ranks, with equal results: a rank need not have seen every layer called. One number is sent for each layer
+        that may share, and the host waits for it. Layers that no rank has seen called count as readers of the first's input.
+        """
+        candidates = self._candidates(sites)
+        if not candidates:
+            return [[site] for site in sites]
+        members = [(site, family) for family in candidates for site in family]
+        mine = [self._place(site, family) for site, family in members]
+        agreed = self._largest(torch.tensor(mine, device=sites[0].row_index.device)).clamp_(min=0).tolist()
+        first_of = {site: family[place] for (site, family), place in zip(members, agreed, strict=True)}
+        found: dict[Site, list[Site]] = {}
+        for site in sites:
+            found.setdefault(first_of.get(site, site), []).append(site)
+        return list(found.values())
+
+    def forget(self) -> None:
+        """Let go of what is kept of inputs."""
+        self._latest = {}
+
+    def remove(self) -> None:
+        """Take this off the layers."""
+        self.forget()
+        for site in self._watched:
+            site.input_sink = None
+
+    def _candidates(self, sites: Sequence[Site]) -> list[list[Site]]:
+        return [family for family in families(sites, self._share_columns) if len(family) > 1]
+
+    def _place(self, site: Site, family: list[Site]) -> int:
+        """Of the first layer of the family that was called with the same input; -1: this one was not called here."""
+        if site not in self._before:
+            return -1
+        before = self._before[site]
+        return family.index(site) if before is None or not bool(before[1]) else self._place(before[0], family)
+
+    @torch.no_grad()
+    def _see(self, family: Site, site: Site, x: Tensor, _: int) -> None:
+        """Called in forward."""
+        if not x.numel():  # of an expert that got no token
+            return
+        site.input_sink = None
+        module = site.name.rpartition(".")[0]
+        if module != self._module:
+            self._module, self._latest = module, {}
+        part = x[..., :: max(1, x.shape[-1] // _COMPARED)].clone()
+        before = self._latest.get(family)
+        self._before[site] = None if before is None else (before[0], _equal(before[1], part))
+        self._latest[family] = (site, part)
+
+
+def _equal(one: Tensor, other: Tensor) -> Tensor | bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return alike and (one == other).all()
