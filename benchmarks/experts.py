@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import RESULTS, bar, bar_table, header, table, write_json
+from benchmarks.kept import KeptStorages
 from benchmarks.methods import NEVER, RANK_FACTOR, Method, losia_step, plain_step
 from benchmarks.shapes import DTYPES
 from benchmarks.timing import Timing, interleave
@@ -157,18 +158,15 @@ METHODS: dict[str, Callable[[ExpertShape], Method]] = {
 
 def kept_bytes(method: Method, tokens: Tensor) -> int:
     """Bytes that one forward keeps for backward, the model's own parameters and buffers left out; each storage counts once."""
-    own = {t.untyped_storage().data_ptr() for t in [*method.model.parameters(), *method.model.buffers()]}
-    kept: dict[int, int] = {}
+    kept = KeptStorages([*method.model.parameters(), *method.model.buffers()])
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.add(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = method.model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        held = sum(kept.values())
+        held = kept.nbytes
     loss.backward()
     return held
 

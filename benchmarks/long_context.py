@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import header, on_ranks, read_results, table, write_json
+from benchmarks.kept import KeptStorages
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.timing import median_interval
 from losia_dist import LoSiAConfig, get_losia_model, initialize, split_sequence, use_chunked_loss
@@ -139,15 +140,12 @@ def kept(size: int, options: argparse.Namespace) -> dict[str, int]:
 @contextlib.contextmanager
 def waiting(model: Any) -> Iterator[dict[str, int]]:
     """Filled at the end: bytes that autograd saved in here where the model is ("kept"), and on the host by offloading."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages: dict[int, int] = {}
+    storages = KeptStorages(model.parameters())
     found = {"kept": 0, "host": 0}
     to_host = offloaded._pack
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
+        storages.add(tensor)
         return tensor
 
     def pack_on_host(tensor: torch.Tensor) -> Any:
@@ -163,7 +161,7 @@ def waiting(model: Any) -> Iterator[dict[str, int]]:
             yield found
     finally:
         offloaded._pack = to_host
-    found["kept"] = sum(storages.values())
+    found["kept"] = storages.nbytes
 
 
 def form(options: argparse.Namespace) -> dict[str, int]:
