@@ -76,7 +76,7 @@ def runs_of(results, task):
     return [(run["setting"]["method"], run["result"]) for run in results["runs"][task]]
 
 
-@pytest.mark.parametrize("method", only(["lora", "losia", "losia_published"], METHODS))
+@pytest.mark.parametrize("method", only(["lora", "losia", "losia_published"], list(METHODS)))
 def test_every_method_learns_and_leaves_the_start_alone(bench, task, tmp_path, method):
     if method == "galore" and importlib.util.find_spec("galore_torch") is None:
         pytest.skip("galore-torch is not installed")

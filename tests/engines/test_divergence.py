@@ -42,12 +42,13 @@ def train_with_a_fault(engine: str, culprit: int, where: str) -> None:
             return
         choose, faulty = losia.localization.choose, losia.accumulators[layer]
 
-        def choose_and_fail(group, accumulator, *args):
-            choice = choose(group, accumulator, *args)
-            if accumulator is faulty:  # a frozen number inside the new subnet, outside the old one
-                new = [row for row in choice.rows.tolist() if row not in layer.row_index.tolist()]
-                flip_bit(local_part(layer.weight).data, (first_local(layer.weight, new), int(choice.columns[0])))
-            return choice
+        def choose_and_fail(group, accumulators, *args):
+            choices = choose(group, accumulators, *args)
+            for accumulator, choice in zip(accumulators, choices, strict=True):
+                if accumulator is faulty:  # a frozen number inside the new subnet, outside the old one
+                    new = [row for row in choice.rows.tolist() if row not in layer.row_index.tolist()]
+                    flip_bit(local_part(layer.weight).data, (first_local(layer.weight, new), int(choice.columns[0])))
+            return choices
 
         losia.localization.choose = choose_and_fail
 
