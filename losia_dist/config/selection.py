@@ -31,9 +31,9 @@ class Located:
         importance_steps: optimizer steps of a slot that importance is taken from, spread evenly, its last one included; the
             others form no full gradient and cost no more than with drawn subnets. At least 1, at most the period. None: all
             steps, as in the paper.
-        share_columns: linear layers of one module whose inputs are of one width (q, k and v; gate and up) are located together,
-            on one set of columns, by their summed score: where they read the same input, they gather x[..., C] once and keep
-            it once for backward. False, as in the paper: each layer has columns of its own.
+        share_columns: linear layers of one module that read the same input, as the first forward pass shows (q, k and v; gate
+            and up), are located together, on one set of columns, by their summed score: they gather x[..., C] once and keep it
+            once for backward. False, as in the paper: each layer has columns of its own.
     """
 
     importance: str = "param_mix"

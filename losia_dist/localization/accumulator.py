@@ -5,6 +5,7 @@ The matrices of experts lie under each other: X m rows are cut into blocks as th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,3 +105,6 @@ class ImportanceAccumulator:
 
     def _forget(self) -> None:
         self.gradient = self.weight_rows = None
+
+
+Accumulators = Sequence[ImportanceAccumulator | None]  # of layers, in their order; None: none, or another rank collects

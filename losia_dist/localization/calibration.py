@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,9 +140,15 @@ def locate(
         sinks: dict[Site, ImportanceSums] = {}
         for one in open_searches:
             for site, query, parts in zip(one.sites, one.queries, one.parts, strict=True):
-                settings: dict[str, Any] = {"device": site.row_index.device, "count": site.layout.count, "parts": parts}
-                sinks[site] = ImportanceSums(query, site.shape, kind=kind, sequence=sequence, **settings)
-                site.gradient_sink = sinks[site]
+                sinks[site] = site.gradient_sink = ImportanceSums(
+                    query,
+                    site.shape,
+                    kind=kind,
+                    device=site.row_index.device,
+                    parts=parts,
+                    count=site.layout.count,
+                    sequence=sequence,
+                )
         try:
             run_pass()
         finally:

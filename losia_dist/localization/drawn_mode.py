@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from losia_dist.localization.accumulator import ImportanceAccumulator
+from losia_dist.localization.accumulator import Accumulators
 from losia_dist.localization.search import Choice
 from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.subnet.drawn import Draw
@@ -26,9 +26,7 @@ class DrawnLocalization:
     def accumulator(self, group: SlotGroup, site: Site) -> None:
         return None
 
-    def choose(
-        self, group: SlotGroup, accumulators: Sequence[ImportanceAccumulator | None], wanted: Sequence[Wanted]
-    ) -> list[Choice]:
+    def choose(self, group: SlotGroup, accumulators: Accumulators, wanted: Sequence[Wanted]) -> list[Choice]:
         return [self._drawn(one) for one in wanted]
 
     def _drawn(self, wanted: Wanted) -> Choice:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from losia_dist.config.losia_config import LoSiAConfig
-from losia_dist.localization.accumulator import ImportanceAccumulator
+from losia_dist.localization.accumulator import Accumulators, ImportanceAccumulator
 from losia_dist.localization.collectives import RowCollectives
 from losia_dist.localization.drawn_mode import DrawnLocalization
 from losia_dist.localization.search import Choice, greedy, keep_without_signal
@@ -16,8 +16,6 @@ from losia_dist.localization.sharded_choice import select
 from losia_dist.localization.slots import SlotGroup, Wanted
 from losia_dist.subnet.drawn import Draw
 from losia_dist.subnet.site import Site
-
-Accumulators = Sequence[ImportanceAccumulator | None]  # of layers, in their order; None: another rank collects
 
 
 class Localization(Protocol):

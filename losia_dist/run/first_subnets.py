@@ -16,7 +16,6 @@ from losia_dist.localization.inputs import input_sizes, outliers_of
 from losia_dist.localization.search import Choice, greedy, keep_without_signal
 from losia_dist.run.parts import RunParts
 from losia_dist.sharding.expert_parallel import refuse_calibration
-from losia_dist.subnet.convert import group_names
 from losia_dist.subnet.input_readers import InputReaders
 from losia_dist.subnet.linear import TiedSubnetEmbedding
 from losia_dist.subnet.site import Site
@@ -63,8 +62,7 @@ def locate_all(
         readers.forget()
     searches = [
         SearchOfLayers(family, greedy([(site.shape, site.subnet_shape) for site in family]), [1 + (s in tied) for s in family])
-        for name in group_names(parts.sites)
-        for family in readers.families([site for site in parts.sites if site.group_name == name])
+        for family in readers.families(parts.sites)
     ]
     backward = CalibrationBackward(model, compute_loss or _own_loss)
     device, was_training = parts.sites[0].row_index.device, model.training

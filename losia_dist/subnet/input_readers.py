@@ -37,17 +37,16 @@ class InputReaders:
         # Of its families (by their first layers): the layer that was called last, and what is kept of its input.
         self._latest: dict[Site, tuple[Site, Tensor]] = {}
         self._watched: list[Site] = []
-        for name in group_names(sites):
-            for family in self._candidates([site for site in sites if site.group_name == name]):
-                if family[0].is_tiled:  # an MLP that is watched is not computed in tiles; its first layers read one input
-                    continue
-                self._watched += family
-                for site in family:
-                    site.input_sink = partial(self._see, family[0], site)
+        for family in self._candidates(sites):
+            if family[0].is_tiled:  # an MLP that is watched is not computed in tiles; its first layers read one input
+                continue
+            self._watched += family
+            for site in family:
+                site.input_sink = partial(self._see, family[0], site)
         self.watches = bool(self._watched)
 
     def families(self, sites: Sequence[Site]) -> list[list[Site]]:
-        """The layers of one group: those that share columns together, each other site by itself, as their first ones come.
+        """Those of one group that share columns together, each other site by itself, as their first ones come.
 
         Called by all ranks, with equal results: a rank need not have seen every layer called. One number is sent for each layer
         that may share, and the host waits for it. Layers that no rank has seen called count as readers of the first's input.
@@ -75,7 +74,9 @@ class InputReaders:
             site.input_sink = None
 
     def _candidates(self, sites: Sequence[Site]) -> list[list[Site]]:
-        return [family for family in families(sites, self._share_columns) if len(family) > 1]
+        """Layers of one group that may share."""
+        groups = [[site for site in sites if site.group_name == name] for name in group_names(sites)]
+        return [family for group in groups for family in families(group, self._share_columns) if len(family) > 1]
 
     def _place(self, site: Site, family: list[Site]) -> int:
         """Of the first layer of the family that was called with the same input; -1: this one was not called here."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from losia_dist import Located, LoSiAConfig, load_checkpoint
+from losia_dist import Located, load_checkpoint
 from losia_dist.errors import CheckpointError, ConfigError
 from tests.support import resume as runs
 from tests.support.cases import grid, slow
@@ -126,15 +126,7 @@ def test_a_resumed_run_goes_on_as_the_undisturbed_one(ranks, tmp_path, engine):
 
 def test_a_checkpoint_that_knows_of_no_shared_columns_goes_on_without_them(tmp_path, monkeypatch):
     own = with_config(selection=Located())
-    now = LoSiAConfig.to_dict
-    with monkeypatch.context() as earlier:
-
-        def without(config):
-            values = now(config)
-            del values["selection"]["located"]["share_columns"]
-            return values
-
-        earlier.setattr(LoSiAConfig, "to_dict", without)
+    with runs.saving_without(monkeypatch, "located", "share_columns"):
         undisturbed = runs.train_and_save("one", own, tmp_path, (5,))
     losia, _, close = runs.start("one", RUN)
     with pytest.raises(CheckpointError, match="was saved with share_columns=False, and this run has share_columns=True"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,21 @@ BF16 = replace(RUN, dtype="bf16")
 def parts(losia: LoSiA) -> dict[str, Any]:
     """What save_checkpoint and load_checkpoint are given."""
     return {"model": losia.model, "optimizer": losia.state.optimizer, "losia": losia}
+
+
+@contextmanager
+def saving_without(monkeypatch: Any, kind: str, option: str) -> Iterator[None]:
+    """Checkpoints are written as before this option of a kind of selection ("located", "drawn") was there."""
+    now = LoSiAConfig.to_dict
+
+    def earlier(config: LoSiAConfig) -> dict[str, Any]:
+        values = now(config)
+        del values["selection"][kind][option]
+        return values
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoSiAConfig, "to_dict", earlier)
+        yield
 
 
 def start(engine: str, run: Run, *, other_weights: bool = False) -> tuple[LoSiA, Any, Callable[[], None]]:

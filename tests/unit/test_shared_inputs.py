@@ -210,15 +210,7 @@ def test_a_value_that_is_no_truth_value_is_refused():
 
 def test_a_checkpoint_that_knows_of_no_shared_columns_goes_on_without_them(tmp_path, monkeypatch):
     own, shared = (Run(steps=4, config={**config, "rank_factor": 0.25, "seed": 5}) for config in (OWN, SHARED))
-    now = LoSiAConfig.to_dict
-    with monkeypatch.context() as earlier:
-
-        def without(config):
-            values = now(config)
-            del values["selection"]["drawn"]["share_columns"]
-            return values
-
-        earlier.setattr(LoSiAConfig, "to_dict", without)
+    with runs.saving_without(monkeypatch, "drawn", "share_columns"):
         undisturbed = runs.train_and_save("one", own, tmp_path, (3,))
     with pytest.raises(CheckpointError, match="was saved with share_columns=False, and this run has share_columns=True"):
         runs.resume("one", shared, tmp_path, 3)
