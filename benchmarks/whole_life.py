@@ -7,7 +7,7 @@ The model has Qwen2.5-7B's shape and random weights, 15.2 GB in bf16, written to
 are the quickstart's. Each part is one life, through the commands that a user has:
 
 1. `losia-dist plan` for the shape and engine.
-2. `launch/train.py` (python, or torchrun) with --save_steps; SIGKILL to all processes three steps after the save.
+2. `launch/train.py` (one process, or `benchmarks.ranks`) with --save_steps; SIGKILL to all three steps after the save.
 3. The same command line: it resumes, and must print the very losses, to the last bit, that the killed run had after its save.
 4. `losia-dist export --delta`, `losia-dist export`; the export is loaded by Transformers alone, and its held-out loss compared.
 5. `losia-dist apply`: every weight must have the export's bits.
@@ -40,7 +40,7 @@ from benchmarks.whole_life_report import report
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVE, BEYOND = 20, 10, 3  # of a run; the step that is saved; steps after it until the kill
-TOKENS, HELD_OUT = 64, 2  # of a record; records whose loss is compared
+HELD_OUT = 2  # records whose loss is compared
 LORA = "lora"
 
 
@@ -80,19 +80,19 @@ class Life:
         place.mkdir(parents=True)
         self.make_model()
         try:
-            self._plan(name, part.engine, part.ranks, place, part.losia)
+            self._plan(name, part, place)
             self._train(name, part, place)
-            self._export(name, place)
+            self._export(name, part.tokens, place)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
     def lora(self) -> None:
         """PEFT on the same model, with the same records."""
         self.make_model()
-        self._plan(LORA, "ddp", 1, self.work, None)
+        self._plan(LORA, None, self.work)
         log = self.work / "lora.log"
         log.unlink(missing_ok=True)
-        command = [*self._plain("lora"), "--steps", str(STEPS)]
+        command = [*self._plain("lora", Part.tokens), "--steps", str(STEPS)]
         run = Watched(command, log, self.limit, _environment(1))
         first: list[float] = []
 
@@ -110,7 +110,9 @@ class Life:
         self.store(LORA, "training", found)
         _check(code == 0, run, log)
 
-    def _plan(self, name: str, engine: str, ranks: int, place: Path, losia: str | None) -> None:
+    def _plan(self, name: str, part: Part | None, place: Path) -> None:
+        """What the plan says of a part; None: of LoRA in one process."""
+        asked = part or Part(LORA, "ddp")
         log = place / "plan.json"
         log.unlink(missing_ok=True)
         words = [
@@ -118,18 +120,18 @@ class Life:
             "--model",
             str(self.model),
             "--engine",
-            engine,
+            asked.engine,
             "--gpus-per-node",
-            str(ranks),
+            str(asked.ranks),
             "--reserve",
             "0",
             "--json",
         ]
-        words += ["--gpu-memory", "24", "--sequence-length", str(TOKENS), "--steps", str(STEPS)]
-        if losia is None:
+        words += ["--gpu-memory", "24", "--sequence-length", str(asked.tokens), "--steps", str(STEPS)]
+        if part is None:
             words += ["--method", "lora", "--lora-rank", "16"]
         else:
-            (place / "losia.yaml").write_text(losia, encoding="utf-8")
+            (place / "losia.yaml").write_text(part.losia, encoding="utf-8")
             words += ["--losia_config", str(place / "losia.yaml")]
         run = Watched(_losia_dist(*words), log, self.limit, _environment(1))
         code = run.wait()
@@ -137,14 +139,14 @@ class Life:
         text = log.read_text(encoding="utf-8", errors="replace")
         planned = json.loads(text[text.index("{\n") : text.rindex("}") + 1])
         kept = ("planned_peak_bytes_per_gpu", "trained_parameters", "memory", "fullest_moment", "disk_bytes")
-        self.store(name, "plan", {key: planned[key] for key in kept} | {"ranks": ranks})
+        self.store(name, "plan", {key: planned[key] for key in kept} | {"ranks": asked.ranks, "tokens": asked.tokens})
 
     def _train(self, name: str, part: Part, place: Path) -> None:
         """Train, kill after the save, resume, compare."""
         (place / "zero3.json").write_text(json.dumps(ZERO3), encoding="utf-8")
         output, log = place / "run", place / "train.log"
         words = ["--model", self.model, "--train_file", self.records[0], "--eval_file", self.records[1], "--output_dir", output]
-        words += ["--losia", "--losia_config", place / "losia.yaml", "--precision", "bf16", "--max_length", TOKENS]
+        words += ["--losia", "--losia_config", place / "losia.yaml", "--precision", "bf16", "--max_length", part.tokens]
         words += [
             "--gradient_checkpointing",
             "non-reentrant",
@@ -198,7 +200,7 @@ class Life:
         _check(code == (-9 if is_killed else 0), run, log)
         return losses
 
-    def _export(self, name: str, place: Path) -> None:
+    def _export(self, name: str, tokens: int, place: Path) -> None:
         """Delta, export, reload, apply."""
         run, export, delta, rebuilt = (place / part for part in ("run", "export", "delta.safetensors", "rebuilt"))
         base = ("--base_model", str(self.model))
@@ -210,7 +212,7 @@ class Life:
         shutil.rmtree(run / "checkpoints")
         self.sums = prints(export)
         log = place / "loss.log"
-        command = [*self._plain("loss", export, self.records[1])]
+        command = [*self._plain("loss", tokens, export, self.records[1])]
         loading = Watched(command, log, self.limit, _environment(1))
         code = loading.wait()
         found = _memory(loading)
@@ -238,9 +240,9 @@ class Life:
         self.store(name, stage, _memory(run) | {"bytes": _size(target)})
         _check(code == 0, run, log)
 
-    def _plain(self, what: str, model: Path | None = None, records: Path | None = None) -> list[str]:
+    def _plain(self, what: str, tokens: int, model: Path | None = None, records: Path | None = None) -> list[str]:
         words = [sys.executable, "-m", "benchmarks.whole_life_plain", what, str(model or self.model)]
-        return [*words, "--records", str(records or self.records[0]), "--max_length", str(TOKENS)]
+        return [*words, "--records", str(records or self.records[0]), "--max_length", str(tokens)]
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:
@@ -311,7 +313,7 @@ class Results:
 
     def __init__(self, path: Path | None, scale: str) -> None:
         self.path, self.parts = path, dict[str, dict[str, Any]]()
-        self._about = {"header": header(), "scale": scale, "shape": SHAPES[scale], "steps": STEPS, "tokens": TOKENS}
+        self._about = {"header": header(), "scale": scale, "shape": SHAPES[scale], "steps": STEPS}
         if path is not None and path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["scale"] == scale:

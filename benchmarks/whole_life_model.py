@@ -16,7 +16,7 @@ from losia_dist.checkpoint.atomic_files import Entry, TensorWriter
 
 # tiny and small are for rehearsals: the quickstart's vocabulary, so that the embeddings' share is a 7B's.
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"layers": 3, "hidden": 256, "inner": 512, "heads": 4, "kv_heads": 2, "vocabulary": 49152},
+    "tiny": {"layers": 3, "hidden": 512, "inner": 512, "heads": 4, "kv_heads": 2, "vocabulary": 49152},
     "small": {"layers": 24, "hidden": 896, "inner": 4864, "heads": 14, "kv_heads": 2, "vocabulary": 49152},
     "7b": {"layers": 28, "hidden": 3584, "inner": 18944, "heads": 28, "kv_heads": 4, "vocabulary": 152064},
 }

@@ -16,8 +16,8 @@ rewarm_steps: 0
 reset_bias_correction: false
 """
 # Of 2 ranks each gathers whole weights, twice while they are copied out of the buffer: 4.4 GB for a 7B's output layer, which
-# leaves room for smaller subnets only.
-SHARDED = DRAWN.replace("0.015625", "0.00390625")
+# leaves room for smaller subnets only, and for shorter rows.
+SHARDED, SHARDED_TOKENS = DRAWN.replace("0.015625", "0.001953125"), 32
 # The published form, every layer's first subnets located before the first step; slots so short that some end in 20 steps.
 LOCATED = """rank_factor: 0.125
 selection:
@@ -49,12 +49,13 @@ class Part:
     what: str
     engine: str  # of the plan
     ranks: int = 1
+    tokens: int = 64  # of a record
     losia: str = DRAWN
     launcher: tuple[str, ...] = (sys.executable,)
     options: tuple[str, ...] = ()
 
 
-_TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+_TWO_RANKS = (sys.executable, "-m", "benchmarks.ranks", "2")
 PARTS: dict[str, Part] = {
     "drawn": Part("one process, drawn subnets", "ddp"),
     "located": Part("one process, located subnets", "ddp", losia=LOCATED),
@@ -62,8 +63,9 @@ PARTS: dict[str, Part] = {
         "2 ranks, FSDP2, drawn subnets",
         "fsdp2",
         ranks=2,
+        tokens=SHARDED_TOKENS,
         losia=SHARDED,
-        launcher=_TORCHRUN,
+        launcher=_TWO_RANKS,
         # Embeddings and output layer in units of their own: else each rank has both whole for all of forward and backward.
         options=("--sharding", "fsdp2", "--shard_layers", "Qwen2DecoderLayer", "Embedding", "Linear"),
     ),
@@ -71,8 +73,9 @@ PARTS: dict[str, Part] = {
         "2 ranks, ZeRO-3, drawn subnets",
         "zero3",
         ranks=2,
+        tokens=SHARDED_TOKENS,
         losia=SHARDED,
-        launcher=_TORCHRUN,
+        launcher=_TWO_RANKS,
         options=("--deepspeed", "ZERO3"),
     ),
 }
