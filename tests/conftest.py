@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -39,6 +40,12 @@ def seeded() -> None:
 
 # Files whose single tests take longest, first: what is left at the end are small pieces, so that no worker waits for another.
 FIRST = ("launch", "integrations", "parity", "engines", "checkpoint")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection in a test goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -162,6 +162,7 @@ def test_stored_runs_are_summarized_without_making_any_and_what_is_not_there_is_
         quality(bench, tmp_path, "--sequence", "--stored")
 
 
+@pytest.mark.slow
 def test_fp32_arithmetic_is_another_run_and_computes_in_fp32(bench, task, tmp_path):
     rounded = Bench(bench.model, bench.tokenizer, bench.data_directory, "bf16")
     arguments = ["--tasks", task, "--methods", "losia", "--rates", "1e-2", "--seeds", "0"]
@@ -304,6 +305,7 @@ def test_lora_and_dora_train_no_fewer_parameters_than_the_subnets_and_hardly_mor
     assert subnets <= dora * per_rank + magnitudes < subnets + per_rank
 
 
+@pytest.mark.slow
 def test_what_trains_is_everything_or_the_same_linear_layers(bench, task, tmp_path):
     arguments = ["--tasks", task, "--rates", "1e-3", "--seeds", "0", "--methods", "full", "full_linears", "losia"]
     counts = {method: result["trained_parameters"] for method, result in runs_of(quality(bench, tmp_path, *arguments), task)}

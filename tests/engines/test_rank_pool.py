@@ -38,6 +38,7 @@ def make_a_group():
     return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0
 
 
+@pytest.mark.slow
 def test_process_groups_of_finished_functions_leave_no_threads(ranks):
     (first, _), *_, (last, _) = [ranks(2, make_a_group) for _ in range(8)]
     assert last <= first + 4  # a group has about three

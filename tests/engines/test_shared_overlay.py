@@ -39,7 +39,7 @@ def kept_after(engine: str, run: Run) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "engine, world, ranks_of_a_copy, run",
-    [("fsdp2", 2, 2, PLAIN), ("zero3", 2, 2, PLAIN), ("fsdp2", 2, 2, MIXTURE), ("ddp", 2, 1, PLAIN)]
+    [("fsdp2", 2, 2, PLAIN), slow("zero3", 2, 2, PLAIN), slow("fsdp2", 2, 2, MIXTURE), ("ddp", 2, 1, PLAIN)]
     + [slow("hsdp", 4, 2, PLAIN), slow("fsdp2", 4, 4, PLAIN), slow("zero3", 2, 2, MIXTURE), slow("hsdp", 4, 2, MIXTURE)],
 )
 def test_each_rank_keeps_its_part_alone(ranks, engine, world, ranks_of_a_copy, run):

@@ -40,6 +40,7 @@ def test_a_whole_model_is_one_graph_through_all_slots(expected, tied):
     assert (breaks, graphs) == (0, 1)
 
 
+@pytest.mark.slow
 def test_with_accumulation_and_clipping():
     run = variant(RUN, accumulation=3, max_grad_norm=0.5)
     result, breaks, _ = train_compiled("one", run, whole=True)

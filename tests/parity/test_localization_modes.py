@@ -20,6 +20,7 @@ def test_two_ranks_localize_two_groups_a_slot_from_their_own_data(ranks, engine)
         assert_same_run(result, expected)
 
 
+@pytest.mark.slow
 def test_four_ranks_localize_all_four_groups_in_one_slot(ranks):
     run = variant(BASE, steps=8, accumulation=1, config=RANK_PARALLEL)
     for result in ranks(4, train, "fsdp2", run):

@@ -61,7 +61,8 @@ def test_other_forms_equal_it_too(ranks, expected, form):
     assert_same(ranks(2, train, run, stage, 2), expected(run), has_norms=form != "packed")
 
 
-@pytest.mark.parametrize("world, stage", [slow(2, 3), (4, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world, stage", [(2, 3), (4, 2)])
 def test_each_group_of_ranks_localizes_by_itself(ranks, expected, world, stage):
     run = Run(config=BY_RANK)
     assert_same(ranks(world, train, run, stage, 2), expected(run, owners=world // 2))
