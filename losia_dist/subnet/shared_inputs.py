@@ -7,6 +7,7 @@ is seen in every forward pass, by the memory of x.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -33,16 +34,19 @@ class SharedInputs:
         """Find out which layers have the same columns, after subnets moved. Waits for the device, if any did."""
         self.forget()
         moved = [family for family in self._families if any(not self._is_known(site) for site in family)]
-        pairs = [(family[0], site) for family in moved for site in family[1:]]
+        pairs = [pair for family in moved for pair in combinations(family, 2)]
         if not pairs:
             return
         equal = torch.stack([(one.col_index == other.col_index).all() for one, other in pairs]).tolist()
-        same = {other for (_, other), is_same in zip(pairs, equal, strict=True) if is_same}
+        same = {pair for pair, is_same in zip(pairs, equal, strict=True) if is_same}
         for family in moved:
-            group = [family[0], *(site for site in family[1:] if site in same)]
-            for site in family:
-                self._peers[site] = (id(family[0]), len(group) if site in group else 1, site.col_index._version)
-                site.take_columns = self.take if site in group and len(group) > 1 else None
+            while family:  # of a decoder's attention to an encoder q has columns of its own, k and v have others together
+                first, *others = family
+                group = [first, *(site for site in others if (first, site) in same)]
+                for site in group:
+                    self._peers[site] = (id(first), len(group), site.col_index._version)
+                    site.take_columns = self.take if len(group) > 1 else None
+                family = [site for site in family if site not in group]
 
     def take(self, site: Site, x: Tensor) -> Tensor:
         """x[..., C] of a layer, contiguous: what a layer of its group has just taken of the same x, or a new tensor."""

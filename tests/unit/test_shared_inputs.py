@@ -133,6 +133,54 @@ def test_engines_that_wrap_what_enters_a_layer_share_too(ranks, engine):
         assert count == 4 * layers
 
 
+class Attention(nn.Module):
+    """To what an encoder gave: q reads another tensor than k and v."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, nn.Linear(16, 16, bias=False))
+
+    def forward(self, x, given):
+        return self.q_proj(x) * self.k_proj(given) * self.v_proj(given)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(self, x, given):
+        return self.layers[1](self.layers[0](x, given), given).square().sum()
+
+
+def test_layers_that_share_columns_with_others_than_the_first_gather_them_once_too():
+    targets = ["q_proj", "k_proj", "v_proj"]
+    located = {**LOCATED_SHARED, "rank_factor": 0.25, "target_modules": targets, "period": 1, "layers_per_slot": 2}
+    torch.manual_seed(0)
+    model, optimizer, losia = made(located, Attending())
+    x, given = torch.randn(3, 16), torch.randn(3, 16)
+    for _ in range(2):
+        model(x, given).backward()
+        optimizer.step()
+        losia.step()
+        optimizer.zero_grad()
+    found = {site.name: site.col_index.tolist() for site in losia.sites}
+    assert found["layers.0.q_proj"] != found["layers.0.k_proj"] == found["layers.0.v_proj"]
+    for site in losia.sites:
+        site.gradient_sink = None  # as in a step that takes no importance
+    with Gathers() as gathers:
+        loss = model(x, given)
+    assert gathers.count == 2 * 2
+    loss.backward()
+    taken = {site.name: site.subnet.grad for site in losia.sites}
+    optimizer.zero_grad()
+    losia.detach()  # each gathers for itself
+    model(x, given).backward()
+    for site in losia.sites:
+        assert torch.equal(site.subnet.grad, taken[site.name]), site.name
+
+
 def test_nothing_is_shared_by_located_subnets_or_after_detach():
     located = made(LOCATED)
     layers = len({site.group_name for site in located[2].sites})
