@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from losia_dist.subnet.shared_inputs import families
 from losia_dist.subnet.site import Site
 
 _COMPARED = 64  # neurons of an input, at least, where it has as many
+_UNSEEN, _ALIKE, _UNLIKE = range(3)  # inputs of two layers on a rank; what speaks against sharing is larger
 
 
 class InputReaders:
@@ -48,20 +50,31 @@ class InputReaders:
     def families(self, sites: Sequence[Site]) -> list[list[Site]]:
         """Those of one group that share columns together, each other site by itself, as their first ones come.
 
-        Called by all ranks, with equal results: a rank need not have seen every layer called. One number is sent for each layer
-        that may share, and the host waits for it. Layers that no rank has seen called count as readers of the first's input.
+        Called by all ranks, with equal results: a rank need not have seen every layer called. Layers that any rank has seen
+        called with unlike inputs do not share; one that no rank has seen called counts as a reader of the first's input. One
+        number is sent for each two layers that may share, and the host waits for it.
         """
         candidates = self._candidates(sites)
         if not candidates:
             return [[site] for site in sites]
-        members = [(site, family) for family in candidates for site in family]
-        mine = [self._place(site, family) for site, family in members]
-        agreed = self._largest(torch.tensor(mine, device=sites[0].row_index.device)).clamp_(min=0).tolist()
-        first_of = {site: family[place] for (site, family), place in zip(members, agreed, strict=True)}
-        found: dict[Site, list[Site]] = {}
+        leaders = {site: self._leader(site) for family in candidates for site in family}
+        pairs = [pair for family in candidates for pair in combinations(family, 2)]
+        mine = [_seen(leaders[one], leaders[other]) for one, other in pairs]
+        agreed = self._largest(torch.tensor(mine, device=sites[0].row_index.device)).tolist()
+        unlike = {pair for pair, seen in zip(pairs, agreed, strict=True) if seen == _UNLIKE}
+        first_of: dict[Site, Site] = {}
+        for family in candidates:
+            found: list[list[Site]] = []
+            for site in family:
+                fits = next((one for one in found if not any((other, site) in unlike for other in one)), None)
+                if fits is None:
+                    found.append(fits := [])
+                fits.append(site)
+                first_of[site] = fits[0]
+        together: dict[Site, list[Site]] = {}
         for site in sites:
-            found.setdefault(first_of.get(site, site), []).append(site)
-        return list(found.values())
+            together.setdefault(first_of.get(site, site), []).append(site)
+        return list(together.values())
 
     def forget(self) -> None:
         """Let go of what is kept of inputs."""
@@ -78,12 +91,12 @@ class InputReaders:
         groups = [[site for site in sites if site.group_name == name] for name in group_names(sites)]
         return [family for group in groups for family in families(group, self._share_columns) if len(family) > 1]
 
-    def _place(self, site: Site, family: list[Site]) -> int:
-        """Of the first layer of the family that was called with the same input; -1: this one was not called here."""
+    def _leader(self, site: Site) -> Site | None:
+        """The first layer of its family that was called with the same input; None: this one was not called here."""
         if site not in self._before:
-            return -1
+            return None
         before = self._before[site]
-        return family.index(site) if before is None or not bool(before[1]) else self._place(before[0], family)
+        return site if before is None or not bool(before[1]) else self._leader(before[0])
 
     @torch.no_grad()
     def _see(self, family: Site, site: Site, x: Tensor, _: int) -> None:
@@ -100,6 +113,14 @@ class InputReaders:
         self._latest[family] = (site, part)
 
 
+def _seen(leader: Site | None, other: Site | None) -> int:
+    if leader is None or other is None:
+        return _UNSEEN
+    return _ALIKE if leader is other else _UNLIKE
+
+
 def _equal(one: Tensor, other: Tensor) -> Tensor | bool:
-    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-    return alike and (one == other).all()
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    both_nan = (one != one) & (other != other)  # padding may be that, where nothing is learned from it
+    return ((one == other) | both_nan).all()

@@ -1,5 +1,7 @@
 """Which layers read the same input: seen in the first forward pass, by the values that they are called with."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -30,10 +32,10 @@ class Decoder(nn.Module):
         return self.layers[1](self.layers[0](x))
 
 
-def watched(largest=lambda mine: mine, share_columns=True):
+def watched(largest=lambda mine: mine, share_columns=True, model=None):
     torch.manual_seed(0)
     config = LoSiAConfig(rank_factor=0.5, target_modules=list(NAMES), selection=Located(share_columns=share_columns))
-    model = get_losia_model(Decoder(), config)
+    model = get_losia_model(Decoder() if model is None else model, config)
     sites = find_sites(model)
     return model, sites, InputReaders(sites, share_columns, largest)
 
@@ -68,11 +70,65 @@ def test_a_rank_that_saw_no_call_learns_it_from_the_others():
 
     def largest(mine):
         told.append(mine.tolist())
-        return torch.tensor([0, 0, 2, 0])  # what another rank saw
+        return torch.tensor([1, 2, 1, 2, 1, 2])  # what another rank saw of q and k, q and o, q and v, k and o, ...
 
     _, sites, readers = watched(largest)
     assert names(readers.families(of_layer(sites, 0))) == [["q", "k", "v"], ["o"]]
-    assert told == [[-1, -1, -1, -1]]
+    assert told == [[0, 0, 0, 0, 0, 0]]
+
+
+class Fed(nn.Module):
+    """Calls layers in the order in which it is given their inputs; they are defined in the order of NAMES."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Attention()])
+
+    def forward(self, inputs):
+        for name, x in inputs.items():
+            getattr(self.layers[0], f"{name}_proj")(x)
+
+
+def families_of_ranks(*inputs_of_ranks):
+    """What each rank finds, by the largest of what all of them have seen."""
+    sent = []
+
+    def on_a_rank(inputs, largest):
+        model, sites, readers = watched(largest, model=Fed())
+        model(inputs)
+        return names(readers.families(sites))
+
+    for inputs in inputs_of_ranks:
+        on_a_rank(inputs, lambda mine: sent.append(mine) or mine)
+    largest = torch.stack(sent).max(0).values
+    found = [on_a_rank(inputs, lambda mine: largest.clone()) for inputs in inputs_of_ranks]
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
+X, Y, ZEROS = torch.randn(3, 16), torch.randn(3, 16), torch.zeros(3, 16)
+ALL = {"q": X, "k": X, "v": X, "o": Y}
+
+
+@pytest.mark.parametrize("order", ["qkvo", "vqko", "oqkv"])
+def test_layers_that_one_rank_saw_apart_are_apart_in_whatever_order_they_are_called(order):
+    usual, by_accident = ({name: inputs[name] for name in order} for inputs in (ALL, dict.fromkeys("qkvo", ZEROS)))
+    assert families_of_ranks(usual, by_accident) == [["q", "k", "v"], ["o"]]
+
+
+@pytest.mark.parametrize("called", ["kvo", "k", "vo", "qo", ""])
+def test_a_rank_that_called_some_layers_does_not_part_the_others(called):
+    assert families_of_ranks(ALL, {name: ALL[name] for name in called}) == [["q", "k", "v"], ["o"]]
+
+
+def test_ranks_whose_layers_were_called_in_another_order_agree():
+    assert families_of_ranks(ALL, {name: ALL[name] for name in "vkqo"}) == [["q", "k", "v"], ["o"]]
+
+
+def test_inputs_that_are_nan_at_the_same_places_are_equal():
+    padded = X.clone()
+    padded[0] = math.nan
+    assert families_of_ranks({"q": padded, "k": padded.clone(), "v": X, "o": Y}) == [["q", "k"], ["o"], ["v"]]
 
 
 def test_layers_that_no_rank_saw_called_share_with_those_of_their_width():
