@@ -44,7 +44,7 @@ class InputReaders:
                 continue
             self._watched += family
             for site in family:
-                site.input_sink = partial(self._see, family[0], site)
+                site.input_sink = partial(self._see, family, site)
         self.watches = bool(self._watched)
 
     def families(self, sites: Sequence[Site]) -> list[list[Site]]:
@@ -99,18 +99,21 @@ class InputReaders:
         return site if before is None or not bool(before[1]) else self._leader(before[0])
 
     @torch.no_grad()
-    def _see(self, family: Site, site: Site, x: Tensor, _: int) -> None:
-        """Called in forward."""
+    def _see(self, family: list[Site], site: Site, x: Tensor, _: int) -> None:
+        """Called in forward, until each of the family was called: a pass that fails between two of them is begun anew."""
         if not x.numel():  # of an expert that got no token
             return
-        site.input_sink = None
         module = site.name.rpartition(".")[0]
         if module != self._module:
             self._module, self._latest = module, {}
         part = x[..., :: max(1, x.shape[-1] // _COMPARED)].clone()
-        before = self._latest.get(family)
-        self._before[site] = None if before is None else (before[0], _equal(before[1], part))
-        self._latest[family] = (site, part)
+        if site not in self._before:
+            before = self._latest.get(family[0])
+            self._before[site] = None if before is None else (before[0], _equal(before[1], part))
+        self._latest[family[0]] = (site, part)
+        if all(other in self._before for other in family):
+            for other in family:
+                other.input_sink = None
 
 
 def _seen(leader: Site | None, other: Site | None) -> int:

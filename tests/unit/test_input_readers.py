@@ -143,6 +143,20 @@ def test_an_expert_without_a_token_is_seen_at_its_next_call():
     assert names(readers.families(of_layer(sites, 1))) == [["q", "k", "v"], ["o"]]
 
 
+@pytest.mark.parametrize("failing", ["k_proj", "v_proj", "o_proj"])
+def test_a_first_pass_that_fails_is_begun_anew(failing):
+    """Layers before the failure were called with other tokens than those after it."""
+    model, sites, readers = watched()
+    handle = getattr(model.layers[1], failing).register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randn(3, 16))
+    handle.remove()
+    model(torch.randn(3, 16))
+    for layer in (0, 1):
+        assert names(readers.families(of_layer(sites, layer))) == [["q", "k", "v"], ["o"]]
+    assert all(site.input_sink is None for site in sites)
+
+
 def test_without_shared_columns_nothing_is_watched_or_sent():
     def largest(mine):
         raise AssertionError("nothing is to be sent")
