@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import losia_dist
+from benchmarks.ranks import free_port
 
 RESULTS = Path(__file__).parent / "results"
 _SHOWN = ("transformers", "peft", "deepspeed", "triton", "galore-torch")
@@ -91,11 +91,8 @@ def read_results(path: str | Path) -> list[Any]:
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run function(*arguments) on spawned gloo ranks; returns rank 0's result."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (world_size, port, results, function, arguments), nprocs=world_size)
+    mp.spawn(_rank, (world_size, free_port(), results, function, arguments), nprocs=world_size)
     return results.get()
 
 

@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -97,9 +96,9 @@ def report(options: argparse.Namespace, directory: Path) -> int:
 
 
 def start(engine: str, directory: Path) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from benchmarks.ranks import free_port  # not at the top: a worker is started by its file
+
+    port = free_port()
     directory.mkdir(exist_ok=True)
     processes = []
     for rank in range(RANKS):

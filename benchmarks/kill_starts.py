@@ -21,7 +21,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import header, table
+from benchmarks.ranks import free_port
 from tests.support.launching import BIN, ROOT, arguments, make_material
 
 FIRST_SECONDS, LOCK_SECONDS, LONGEST = 30.0, 0.3, 1800.0
@@ -124,9 +124,6 @@ def _one(
 
 
 def _start(files: StartFiles, words: list[str]) -> subprocess.Popen[bytes]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     name, value = files.mark.split("=")
     environment = os.environ | {
         name: value,
@@ -136,9 +133,16 @@ def _start(files: StartFiles, words: list[str]) -> subprocess.Popen[bytes]:
         "PYTHONUNBUFFERED": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port), str(ROOT / "launch" / "train.py")]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
     with files.log.open("ab") as log:
-        return subprocess.Popen([*command, *words], env=environment, stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+        return subprocess.Popen(
+            [*launcher, str(ROOT / "launch" / "train.py"), *words],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            start_new_session=True,
+        )
 
 
 def _follow(process: subprocess.Popen[bytes], files: StartFiles) -> int | str:

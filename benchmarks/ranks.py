@@ -15,11 +15,14 @@ import sys
 import time
 
 
-def main() -> int:
-    count, command = int(sys.argv[1]), sys.argv[2:]
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def main() -> int:
+    count, command, port = int(sys.argv[1]), sys.argv[2:], free_port()
     ranks = []
     for rank in range(count):
         named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
