@@ -10,8 +10,8 @@ RUN = PATH="$(BIN):$$PATH" $$("$(BIN)/python" -c 'import torch; print("" if torc
 RANKS ?= 2
 # Processes that run tests; each has ranks of its own.
 WORKERS ?= 2
-# bf16 is several times slower than fp32 on a CPU without units for it.
-PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "--precision fp32")')
+# bf16 is half as fast as fp32, or slower, on a CPU without matrix units for it (AMX).
+PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "--precision fp32")')
 
 QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval_file quickstart/heldout.jsonl \
 	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save --overwrite
