@@ -10,8 +10,9 @@ RUN = PATH="$(BIN):$$PATH" $$("$(BIN)/python" -c 'import torch; print("" if torc
 RANKS ?= 2
 # Processes that run tests; each has ranks of its own.
 WORKERS ?= 2
-# bf16 is half as fast as fp32, or slower, on a CPU without matrix units for it (AMX).
-PRECISION = $$("$(BIN)/python" -c 'import torch; print("" if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() else "--precision fp32")')
+# On a CPU bf16 takes twice as long as fp32, or half, by its units: both are timed.
+PRECISION = $$("$(BIN)/python" -c 'import timeit, torch; seconds = lambda x: min(timeit.repeat(lambda: x @ x, number=3)); x = torch.ones(1024, 1024); \
+	print("" if torch.cuda.is_available() or seconds(x.bfloat16()) < seconds(x) else "--precision fp32")')
 
 QUICKSTART = --model quickstart/model --train_file quickstart/train.jsonl --eval_file quickstart/heldout.jsonl \
 	--max_length 256 --micro_batch 2 --max_steps 60 --samples 1 --logging_steps 5 --no_save --overwrite

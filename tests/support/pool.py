@@ -21,10 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 IMPORTED = "tests.support.imported"
 GRACE_SECONDS = 5.0  # given to the other ranks once one has failed
+THREADS = 150  # of a rank, beyond which its pool makes room for a new one
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ class RankPool:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self.processes)
 
+    @property
+    def worn(self) -> bool:
+        """Whether finished runs have left many threads: DeepSpeed and DTensor keep process groups, and each has threads that
+        look for work a hundred times a second."""
+        tasks = [Path("/proc", str(process.pid), "task") for process in self.processes]
+        return any(folder.is_dir() and len(list(folder.iterdir())) > THREADS for folder in tasks)
+
     def stop(self, gently: bool = True) -> None:
         """End the processes; gently: after a barrier, so that gloo does not abort at exit."""
         atexit.unregister(self.stop)
@@ -128,7 +137,7 @@ class RankPool:
 
 
 class Ranks:
-    """The `ranks` fixture: runs a test's function on a number of ranks, in pools kept for the whole session, one a number."""
+    """The `ranks` fixture: runs a test's function on a number of ranks, in pools kept until they are worn, one a number."""
 
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
@@ -137,7 +146,7 @@ class Ranks:
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any
     ) -> list[Any]:
         """Run a module-level function on every rank; results in rank order."""
-        if world_size not in self._pools or not self._pools[world_size].alive:
+        if world_size not in self._pools or not self._pools[world_size].alive or self._pools[world_size].worn:
             self._end(world_size)
             self._pools[world_size] = RankPool(world_size)
         return self._pools[world_size].run(function, args, kwargs, timeout)
