@@ -26,7 +26,7 @@ from typing import Any
 
 IMPORTED = "tests.support.imported"
 GRACE_SECONDS = 5.0  # given to the other ranks once one has failed
-THREADS = 150  # of a rank, beyond which its pool makes room for a new one
+THREADS = 60  # of a rank, beyond which its pool makes room for a new one
 
 
 @dataclass(frozen=True)
