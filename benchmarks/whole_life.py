@@ -309,18 +309,21 @@ def _size(path: Path) -> int:
 
 
 class Results:
-    """Figures by part and stage, in a file that is whole after each of them. A part that runs again begins anew."""
+    """Figures by part and stage, in a file that is whole after each of them. A part that runs again begins anew.
+
+    Each part says where it was measured: the others may be another machine's.
+    """
 
     def __init__(self, path: Path | None, scale: str) -> None:
         self.path, self.parts = path, dict[str, dict[str, Any]]()
-        self._about = {"header": header(), "scale": scale, "shape": SHAPES[scale], "steps": STEPS}
+        self._about = {"scale": scale, "shape": SHAPES[scale], "steps": STEPS}
         if path is not None and path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             if stored["scale"] == scale:
                 self.parts = stored["results"]
 
     def begin(self, part: str) -> None:
-        self.parts[part] = {}
+        self.parts[part] = {"header": header()}
 
     def store(self, part: str, stage: str, found: dict[str, Any]) -> None:
         self.parts[part][stage] = found

@@ -263,6 +263,7 @@ def test_a_whole_life_at_a_tiny_size(material, tmp_path):
         assert life["reload"]["held_out_loss"] == pytest.approx(life["reload"]["of_the_run"], rel=1e-6)
         assert 0.1 < life["killed run"]["peak_gb"] < 4 and life["killed run"]["startup_seconds"] > 0
     stored = json.loads((tmp_path / "life.json").read_text())
+    assert [part["header"]["torch"] for part in stored["results"].values()] == [torch.__version__] * 2
     assert stored["results"]["fsdp2"]["all"] == found["fsdp2"]["all"] and str(tmp_path) not in json.dumps(stored["results"])
 
 

@@ -115,10 +115,9 @@ class RankPool:
 
     @property
     def worn(self) -> bool:
-        """Whether finished runs have left many threads: DeepSpeed and DTensor keep process groups, and each has threads that
-        look for work a hundred times a second."""
-        tasks = [Path("/proc", str(process.pid), "task") for process in self.processes]
-        return any(folder.is_dir() and len(list(folder.iterdir())) > THREADS for folder in tasks)
+        """Whether finished runs have left many threads, of groups that `_kept_by_libraries` spares or engines that
+        DeepSpeed never frees."""
+        return any(len(list(Path(f"/proc/{process.pid}/task").glob("*"))) > THREADS for process in self.processes)
 
     def stop(self, gently: bool = True) -> None:
         """End the processes; gently: after a barrier, so that gloo does not abort at exit."""
@@ -146,10 +145,11 @@ class Ranks:
         self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any
     ) -> list[Any]:
         """Run a module-level function on every rank; results in rank order."""
-        if world_size not in self._pools or not self._pools[world_size].alive or self._pools[world_size].worn:
+        pool = self._pools.get(world_size)
+        if pool is None or not pool.alive or pool.worn:
             self._end(world_size)
-            self._pools[world_size] = RankPool(world_size)
-        return self._pools[world_size].run(function, args, kwargs, timeout)
+            pool = self._pools[world_size] = RankPool(world_size)
+        return pool.run(function, args, kwargs, timeout)
 
     def fresh(self, world_size: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """The same in processes that have run nothing else."""
